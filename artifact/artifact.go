@@ -1,0 +1,37 @@
+// Package artifact is the format of streaming artifacts, shared by the converter and the node: media types, manifest,
+// layer blobs and their index. It encodes, decodes and validates; it does no I/O of its own. docs/format.md is the
+// same format byte by byte.
+package artifact
+
+import "errors"
+
+// Media types and annotations of the artifact's manifest.
+const (
+	// ArtifactType is the artifactType of the artifact's manifest: what referrers are filtered by.
+	ArtifactType = "application/vnd.streaming-snapshotter.artifact.v1"
+	// LayerMediaType is the media type of every layer: a blob is an ordinary zstd-compressed OCI layer.
+	LayerMediaType = "application/vnd.oci.image.layer.v1.tar+zstd"
+
+	// Format and Version are the values of AnnotationFormat and AnnotationVersion.
+	Format  = "tar-index"
+	Version = "v1"
+
+	AnnotationFormat  = "streaming.format"
+	AnnotationVersion = "streaming.version"
+	AnnotationOS      = "streaming.platform.os"
+	AnnotationArch    = "streaming.platform.arch"
+	AnnotationVariant = "streaming.platform.variant"
+
+	// On a layer's descriptor: where its index lies in the blob, what it hashes to, and which layer of the image it re-encodes.
+	AnnotationIndexOffset  = "streaming.index.offset"
+	AnnotationIndexSize    = "streaming.index.size"
+	AnnotationIndexDigest  = "streaming.index.digest"
+	AnnotationSourceDigest = "streaming.source.digest"
+)
+
+var (
+	// ErrInvalid: the bytes are not what the format says. Refuse, never serve.
+	ErrInvalid = errors.New("invalid streaming artifact")
+	// ErrUnsupported: well formed, but of a version or with a feature that this release does not know. Fall back.
+	ErrUnsupported = errors.New("unsupported streaming artifact")
+)

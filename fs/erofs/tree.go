@@ -1,0 +1,34 @@
+// Package erofs writes the metadata image of a merged tree and reads it back by inode number (nid). A metadata image is an
+// EROFS file system whose regular files' data lies in one extra device (the data device), except for data that extents
+// cannot express. The kernel's fs/erofs/erofs_fs.h is the format's source.
+package erofs
+
+// Inode is a file of the tree to write. Names of one file (hard links) share a pointer.
+type Inode struct {
+	Mode      uint32 // st_mode: type and permissions
+	UID, GID  uint32
+	Mtime     int64 // seconds since 1970, may be negative
+	MtimeNsec uint32
+	Rdev      uint32 // devices: as Linux's new_encode_dev
+	Size      int64  // regular files: logical size, bytes
+	Xattrs    []Xattr
+	Data      []byte   // symlinks: the target. Regular files: the whole content, where Extents cannot express it
+	Extents   []Extent // regular files: where the data is, in order of FileOffset, without overlaps; what is not covered is a hole
+	Entries   []Dirent // directories: the entries, in any order, without "." and ".."
+}
+
+// Xattr is an extended attribute with its full name ("user.x", "security.capability", "system.posix_acl_access").
+type Xattr struct {
+	Name  string
+	Value []byte
+}
+
+// Extent says that Size bytes of a file at FileOffset lie at DeviceOffset of the data device. Both offsets are multiples of the block
+// size; so is Size, but for the last extent of a file.
+type Extent struct{ FileOffset, DeviceOffset, Size int64 }
+
+// Dirent is a name in a directory.
+type Dirent struct {
+	Name  string
+	Inode *Inode
+}
