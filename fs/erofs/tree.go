@@ -1,9 +1,6 @@
-// Package erofs writes the metadata image of a merged tree and reads it back by inode number (nid). A metadata image is an
-// EROFS file system whose regular files' data lies in one extra device (the data device), except for data that extents
-// cannot express. The kernel's fs/erofs/erofs_fs.h is the format's source.
 package erofs
 
-// Inode is a file of the tree to write. Names of one file (hard links) share a pointer.
+// Inode is a file of the tree to write. Names of one file (hard links) share a pointer; a directory has one name.
 type Inode struct {
 	Mode      uint32 // st_mode: type and permissions
 	UID, GID  uint32
@@ -17,14 +14,15 @@ type Inode struct {
 	Entries   []Dirent // directories: the entries, in any order, without "." and ".."
 }
 
-// Xattr is an extended attribute with its full name ("user.x", "security.capability", "system.posix_acl_access").
+// Xattr is an extended attribute with its full name ("user.x", "security.capability", "system.posix_acl_access"). POSIX ACLs have
+// the form that setxattr(2) takes. A value has at most 65,535 bytes, one less than Linux allows elsewhere.
 type Xattr struct {
 	Name  string
 	Value []byte
 }
 
-// Extent says that Size bytes of a file at FileOffset lie at DeviceOffset of the data device. Both offsets are multiples of the block
-// size; so is Size, but for the last extent of a file.
+// Extent says that Size bytes (at least one) of a file at FileOffset lie at DeviceOffset of the data device. Both offsets are multiples of
+// the block size; so is Size, unless the extent ends where the file ends.
 type Extent struct{ FileOffset, DeviceOffset, Size int64 }
 
 // Dirent is a name in a directory.

@@ -1,6 +1,15 @@
 package erofs
 
-import "io"
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/binary"
+	"fmt"
+	"hash"
+	"hash/crc32"
+	"io"
+	"math/bits"
+)
 
 // Options of a metadata image.
 type Options struct {
@@ -9,4 +18,66 @@ type Options struct {
 }
 
 // Write writes the metadata image of the tree under root. The same tree gives the same bytes. Errors name the path of the inode that cannot be expressed.
-func Write(w io.Writer, root *Inode, o Options) error { panic("todo") }
+//
+// Directories get a link count of two and one for each subdirectory, other files one for each name. Linux shows the counts as they are;
+// overlayfs shows one for a directory that it merges. Memory is about 200 bytes for each inode, beside the tree. The tree is only read.
+func Write(w io.Writer, root *Inode, o Options) error {
+	if o.BlockSize != 512 && o.BlockSize != 4096 {
+		return fmt.Errorf("write metadata image: block size %d is neither 512 nor 4096", o.BlockSize)
+	}
+	p := &plan{blockBits: bits.TrailingZeros(uint(o.BlockSize)), deviceSize: roundUp(max(o.DeviceSize, 0), int64(o.BlockSize))}
+	if o.DeviceSize < 0 || p.deviceSize>>p.blockBits >= nullBlock {
+		return fmt.Errorf("write metadata image: a data device of %d bytes is beyond 32-bit block addresses", o.DeviceSize)
+	}
+	if err := p.discover(root); err != nil {
+		return fmt.Errorf("write metadata image: %w", err)
+	}
+	if err := p.place(); err != nil {
+		return fmt.Errorf("write metadata image: %w", err)
+	}
+	// The superblock at the front depends on all that follows, and w cannot seek: encode twice.
+	d := &digester{hash: sha256.New(), super: bytes.NewBuffer(make([]byte, 0, superOffset+imageAlign))}
+	if err := p.encode(d, make([]byte, superSize)); err != nil {
+		return err
+	}
+	super := p.superblock([16]byte(d.hash.Sum(nil)))
+	block := d.super.Bytes()[superOffset:max(int64(o.BlockSize), superOffset+512)]
+	copy(block, super)
+	// The kernel's crc32c starts with all ones, as Go's, but does not invert the result.
+	binary.LittleEndian.PutUint32(super[4:], ^crc32.Checksum(block, crc32.MakeTable(crc32.Castagnoli)))
+	return p.encode(w, super)
+}
+
+// digester hashes an image, and keeps its beginning.
+type digester struct {
+	hash  hash.Hash
+	super *bytes.Buffer
+}
+
+func (d *digester) Write(b []byte) (int, error) {
+	d.super.Write(b[:min(len(b), d.super.Available())])
+	return d.hash.Write(b)
+}
+
+// superblock returns the superblock with the UUID made of the bytes in id, without its checksum.
+func (p *plan) superblock(id [16]byte) []byte {
+	id[6] = id[6]&0x0f | 0x80 // version 8 of RFC 9562: the content is ours to define
+	id[8] = id[8]&0x3f | 0x80
+	b := make([]byte, superSize)
+	le := binary.LittleEndian
+	le.PutUint32(b, superMagic)
+	le.PutUint32(b[8:], compatChecksum|compatMtime)
+	b[12] = byte(p.blockBits)
+	le.PutUint16(b[14:], uint16(p.nid(0)))
+	le.PutUint64(b[16:], uint64(len(p.nodes)))
+	le.PutUint32(b[36:], uint32(p.size>>p.blockBits))
+	// Inodes and shared attributes are both addressed from block 0: offsets 40 and 44 stay zero.
+	copy(b[48:], id[:])
+	if !p.xattrs.any {
+		copy(b[64:], volumePlain)
+	}
+	le.PutUint32(b[80:], incompatChunked|incompatDevices)
+	le.PutUint16(b[86:], 1) // extra devices
+	le.PutUint16(b[88:], deviceOffset/deviceSize)
+	return b
+}
