@@ -1,0 +1,81 @@
+package fs
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// loopAttempts is how often a free loop device is asked for, of which others may be quicker to take possession.
+const loopAttempts = 64
+
+// mountLoop mounts the metadata image at target over loop devices, with the file device as its data device.
+func (s *Server) mountLoop(metadata, device, target string) error {
+	meta, err := attachLoop(metadata, unix.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer meta.Close()
+	data, err := attachLoop(device, unix.O_RDONLY|unix.O_DIRECT)
+	if err != nil {
+		return err
+	}
+	defer data.Close()
+	c, err := newErofs(meta.Name(), data.Name())
+	if err != nil {
+		return err
+	}
+	defer c.close()
+	if err := c.create(); err != nil {
+		return err
+	}
+	// EROFS has the read-ahead of its primary block device.
+	var st unix.Stat_t
+	if err := unix.Fstat(int(meta.Fd()), &st); err != nil {
+		return fmt.Errorf("stat %s: %w", meta.Name(), err)
+	}
+	s.setReadAhead(deviceBDI(st.Rdev))
+	return c.attach(target)
+}
+
+// attachLoop attaches the file path, opened with flags, to a free loop device, which the kernel frees after its last use: when the
+// returned file is closed and nothing on it is mounted.
+func attachLoop(path string, flags int) (*os.File, error) {
+	backing, err := os.OpenFile(path, flags, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer backing.Close()
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer control.Close()
+	config := unix.LoopConfig{Fd: uint32(backing.Fd()), Size: 512}
+	config.Info.Flags = unix.LO_FLAGS_READ_ONLY | unix.LO_FLAGS_AUTOCLEAR
+	if flags&unix.O_DIRECT != 0 {
+		config.Info.Flags |= unix.LO_FLAGS_DIRECT_IO
+	}
+	copy(config.Info.File_name[:len(config.Info.File_name)-1], path)
+	for range loopAttempts {
+		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return nil, fmt.Errorf("find a free loop device: %w", err)
+		}
+		loop, err := os.OpenFile(fmt.Sprintf("/dev/loop%d", n), os.O_RDONLY, 0)
+		if err != nil {
+			return nil, err
+		}
+		err = unix.IoctlLoopConfigure(int(loop.Fd()), &config)
+		if err == nil {
+			return loop, nil
+		}
+		loop.Close()
+		if !errors.Is(err, unix.EBUSY) {
+			return nil, fmt.Errorf("attach %s to %s: %w", path, loop.Name(), err)
+		}
+	}
+	return nil, fmt.Errorf("attach %s: no loop device stayed free", path)
+}

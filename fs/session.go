@@ -1,0 +1,348 @@
+package fs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+	"unsafe"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// Opcodes of fuse_kernel.h that the session answers itself.
+const (
+	opRead      = 15
+	opInit      = 26
+	opInterrupt = 36
+)
+
+const (
+	// maxRead bounds one READ, and so its buffer. 1 MiB is the kernel's default limit (256 pages).
+	maxRead = 1 << 20
+	// maxBackground bounds the READs that the kernel has in flight on one connection, those of asynchronous direct I/O and of
+	// read-ahead. The kernel's 12 would let one container's read-ahead into a slow registry stop all others, whose data is cached.
+	maxBackground = 4096
+	// replySlack is what a reply needs beyond its payload: the header, and the largest fixed part or symlink target.
+	replySlack = unix.PathMax + 512
+	// resent is set in the unique of a request that the kernel sends again (FUSE_NOTIFY_RESEND).
+	resent = 1 << 63
+	// forever is how long the kernel may keep what cannot change.
+	forever = 10 * 365 * 24 * time.Hour
+)
+
+// filesystem is what a session serves. All methods but read answer at once, from memory or a memory map, and are called by go-fuse's
+// protocol server; read may wait for the network.
+type filesystem interface {
+	fuse.RawFileSystem
+	// read fills p from off of the file node and returns len(p), or less at the end of the file.
+	read(ctx context.Context, node uint64, off int64, p []byte) (int, error)
+}
+
+// session is one FUSE connection: a descriptor of /dev/fuse, its mount, and the goroutines that serve it.
+//
+// go-fuse's protocol server encodes and decodes, and answers all that needs no waiting on the goroutine that read the request. The
+// session itself answers READ, each on a goroutine of its own, so that a read that waits for the network keeps no other request
+// from being read, and INTERRUPT, because it knows the READs in flight.
+//
+// A session holds no state that the kernel would miss in a successor: node ids are a function of what they name, FORGET is ignored,
+// file handles are not used, and the INIT request is kept to be replayed.
+type session struct {
+	target string
+	fd     int
+	dev    uint64 // device number of the mount; its minor number is the connection's
+	fs     filesystem
+	proto  *fuse.ProtocolServer
+	init   []byte // the kernel's INIT request
+	log    *slog.Logger
+	memory *memory         // shared by a Server's sessions
+	ctx    context.Context // ends when the connection does; the parent of the READs' contexts
+	cancel context.CancelFunc
+	done   chan struct{} // closed when the connection has ended and all goroutines have
+	work   sync.WaitGroup
+
+	mu    sync.Mutex
+	reads map[uint64]*reading // in flight, by unique
+}
+
+// reading is a READ in flight.
+type reading struct {
+	in      fuse.ReadIn
+	ctx     context.Context
+	cancel  context.CancelFunc
+	watched bool // guarded by session.mu
+}
+
+// sessionOptions say how to mount and serve a session.
+type sessionOptions struct {
+	flags  uintptr // of mount(2)
+	proto  fuse.MountOptions
+	log    *slog.Logger
+	memory *memory
+	ended  func() // called once, when the session has ended
+}
+
+// newSession mounts f at target and serves it until it is unmounted everywhere.
+func newSession(target string, f filesystem, o sessionOptions) (*session, error) {
+	o.proto.MaxWrite = maxRead // go-fuse has one number for both
+	o.proto.MaxBackground = maxBackground
+	o.proto.DisabledCapabilities |= fuse.CAP_PASSTHROUGH // would make EROFS above a stacked file system, which it refuses to be
+	o.proto.ExtraCapabilities |= fuse.CAP_ASYNC_DIO | fuse.CAP_HAS_RESEND
+	o.proto.Logger = slog.NewLogLogger(o.log.Handler(), slog.LevelDebug)
+	fd, err := mountFUSE(target, o.flags)
+	if err != nil {
+		return nil, err
+	}
+	s := &session{
+		target: target,
+		fd:     fd,
+		fs:     f,
+		proto:  fuse.NewProtocolServer(f, &o.proto),
+		log:    o.log,
+		memory: o.memory,
+		done:   make(chan struct{}),
+		reads:  map[uint64]*reading{},
+	}
+	err = s.handshake()
+	if err == nil {
+		s.dev, err = deviceNumber(target)
+	}
+	if err != nil {
+		unix.Unmount(target, unix.MNT_DETACH)
+		unix.Close(fd)
+		return nil, fmt.Errorf("mount FUSE at %s: %w", target, err)
+	}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	var readers sync.WaitGroup
+	for range min(max(runtime.GOMAXPROCS(0), 2), 4) {
+		readers.Go(s.serve)
+	}
+	go func() {
+		readers.Wait()
+		s.cancel()
+		s.work.Wait()
+		unix.Close(fd)
+		if o.ended != nil {
+			o.ended()
+		}
+		close(s.done)
+	}()
+	return s, nil
+}
+
+// mountFUSE mounts a new FUSE connection at target and returns its descriptor.
+func mountFUSE(target string, flags uintptr) (int, error) {
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, fmt.Errorf("open /dev/fuse: %w", err)
+	}
+	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read=%d", fd, maxRead)
+	err = unix.Mount("streaming-snapshotter", target, "fuse.streaming-snapshotter", flags|unix.MS_RDONLY, data)
+	if err != nil {
+		unix.Close(fd)
+		return -1, fmt.Errorf("mount FUSE at %s: %w", target, err)
+	}
+	return fd, nil
+}
+
+// deviceNumber returns the device number of the file system mounted at target.
+func deviceNumber(target string) (uint64, error) {
+	var st unix.Statx_t
+	// Only what the kernel knows already: nobody serves the mount yet.
+	err := unix.Statx(unix.AT_FDCWD, target, unix.AT_STATX_DONT_SYNC, 0, &st)
+	return unix.Mkdev(st.Dev_major, st.Dev_minor), err
+}
+
+// handshake answers the kernel's first request, INIT, and keeps it.
+func (s *session) handshake() error {
+	req := make([]byte, maxRead+replySlack)
+	n, err := readRequest(s.fd, req)
+	if err != nil {
+		return fmt.Errorf("read INIT: %w", err)
+	}
+	if op := header(req[:n]).Opcode; op != opInit {
+		return fmt.Errorf("first request has opcode %d, not INIT", op)
+	}
+	s.init = slices.Clone(req[:n])
+	s.handle(req[:n], make([]byte, replySlack))
+	return nil
+}
+
+// serve reads requests until the connection ends.
+func (s *session) serve() {
+	// Requests are small, and what the buffers have beyond is never touched, so it costs no memory. Their size is what the kernel
+	// (fuse_dev_do_read) and go-fuse (HandleRequest) insist on.
+	req := make([]byte, maxRead+replySlack)
+	reply := make([]byte, maxRead+replySlack)
+	for {
+		n, err := readRequest(s.fd, req)
+		if err != nil {
+			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ECONNABORTED) {
+				s.log.Error("read FUSE request", "mount", s.target, "error", err)
+			}
+			return
+		}
+		s.handle(req[:n], reply)
+	}
+}
+
+// readRequest reads one request from fd. It returns ENODEV after the last unmount.
+func readRequest(fd int, p []byte) (int, error) {
+	for {
+		n, err := unix.Read(fd, p)
+		switch {
+		case err == unix.EINTR || err == unix.EAGAIN || err == unix.ENOENT: // ENOENT: its caller died while we read it
+		case err != nil:
+			return 0, err
+		case n < int(unsafe.Sizeof(fuse.InHeader{})):
+			return 0, fmt.Errorf("request of %d bytes", n)
+		default:
+			return n, nil
+		}
+	}
+}
+
+// header returns the header of a request, in place. req is the start of an allocation, hence aligned.
+func header(req []byte) *fuse.InHeader { return (*fuse.InHeader)(unsafe.Pointer(&req[0])) }
+
+// handle answers one request, with reply as scratch, or starts a goroutine that does.
+func (s *session) handle(req, reply []byte) {
+	h := header(req)
+	switch {
+	case h.Opcode == opRead && len(req) >= int(unsafe.Sizeof(fuse.ReadIn{})):
+		s.startRead(*(*fuse.ReadIn)(unsafe.Pointer(&req[0])))
+	case h.Opcode == opInterrupt && len(req) >= int(unsafe.Sizeof(fuse.InterruptIn{})):
+		s.interrupt(h.Unique, (*fuse.InterruptIn)(unsafe.Pointer(&req[0])).Unique)
+	default:
+		n, status := s.proto.HandleRequest([][]byte{req}, [][]byte{reply})
+		switch {
+		case n > 0:
+			s.write(reply[:n])
+		case !status.Ok():
+			s.reply(h.Unique, status, nil)
+		}
+	}
+}
+
+// reply answers the request unique with an error, or with payload.
+func (s *session) reply(unique uint64, status fuse.Status, payload []byte) {
+	h := fuse.OutHeader{Unique: unique, Status: -int32(status), Length: uint32(unsafe.Sizeof(fuse.OutHeader{})) + uint32(len(payload))}
+	head := unsafe.Slice((*byte)(unsafe.Pointer(&h)), unsafe.Sizeof(h))
+	if len(payload) == 0 {
+		s.write(head)
+		return
+	}
+	s.write(head, payload)
+}
+
+// write writes one reply. ENOENT says that nobody waits for it any more, ENODEV and ENOTCONN that the mount is gone.
+func (s *session) write(parts ...[]byte) {
+	_, err := unix.Writev(s.fd, parts)
+	if err != nil && err != unix.ENOENT && err != unix.ENODEV && err != unix.ENOTCONN {
+		s.log.Error("write FUSE reply", "mount", s.target, "error", err)
+	}
+}
+
+// startRead records a READ and answers it from a new goroutine.
+func (s *session) startRead(in fuse.ReadIn) {
+	r := &reading{in: in}
+	r.ctx, r.cancel = context.WithCancel(s.ctx)
+	s.mu.Lock()
+	s.reads[in.Unique&^resent] = r
+	s.mu.Unlock()
+	s.work.Go(func() { s.read(r) })
+}
+
+// read answers a READ.
+func (s *session) read(r *reading) {
+	defer func() {
+		r.cancel()
+		s.mu.Lock()
+		delete(s.reads, r.in.Unique&^resent)
+		s.mu.Unlock()
+	}()
+	n := 0
+	buf, err := s.memory.get(r.ctx, int(min(r.in.Size, maxRead)))
+	if err == nil {
+		defer s.memory.put(buf)
+		n, err = s.fs.read(r.ctx, r.in.NodeId, int64(r.in.Offset), buf)
+	}
+	if err != nil {
+		status := errno(r.ctx, err)
+		if status == fuse.EIO {
+			s.log.Error("read", "mount", s.target, "node", r.in.NodeId, "offset", r.in.Offset, "size", r.in.Size, "error", err)
+		}
+		s.reply(r.in.Unique, status, nil)
+		return
+	}
+	s.reply(r.in.Unique, fuse.OK, buf[:n])
+}
+
+// errno is what the kernel is told of err: that the read was cancelled, or that the data could not be had.
+func errno(ctx context.Context, err error) fuse.Status {
+	if ctx.Err() != nil {
+		return fuse.EINTR
+	}
+	return fuse.EIO
+}
+
+// close ends the session, whoever still uses it, and waits for its goroutines.
+func (s *session) close() error {
+	return errors.Join(unmount(s.target, unix.MNT_DETACH), s.abort())
+}
+
+// abort ends the connection, also of a mount that is detached but in use, and waits for the session's goroutines. Users get ENOTCONN.
+func (s *session) abort() error {
+	select {
+	case <-s.done:
+		return nil
+	default:
+	}
+	if err := abortFUSE(unix.Minor(s.dev)); err != nil {
+		return fmt.Errorf("abort FUSE connection of %s: %w", s.target, err)
+	}
+	<-s.done
+	return nil
+}
+
+// abortFUSE aborts FUSE connection number conn by the FUSE control file system, which it does not need to be mounted anywhere.
+func abortFUSE(conn uint32) error {
+	fd, err := unix.Fsopen("fusectl", unix.FSOPEN_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.FsconfigCreate(fd); err != nil {
+		return err
+	}
+	dir, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(dir)
+	abort, err := unix.Openat(dir, fmt.Sprintf("%d/abort", conn), unix.O_WRONLY|unix.O_CLOEXEC, 0)
+	if err == unix.ENOENT {
+		return nil // it has ended by itself
+	}
+	if err != nil {
+		return err
+	}
+	defer unix.Close(abort)
+	_, err = unix.Write(abort, []byte("1"))
+	return err
+}
+
+// unmount is umount2(2) for a path that may not be a mount point any more.
+func unmount(target string, flags int) error {
+	err := unix.Unmount(target, flags|unix.UMOUNT_NOFOLLOW)
+	if err != nil && err != unix.EINVAL && err != unix.ENOENT {
+		return &os.PathError{Op: "unmount", Path: target, Err: err}
+	}
+	return nil
+}

@@ -1,0 +1,317 @@
+package fs
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
+)
+
+// tree is the file system of one image in tree mode, served out of its memory-mapped metadata image. It has no state: a node id is a
+// function of the EROFS inode number (nid), and nothing is remembered of an open file.
+type tree struct {
+	fuse.RawFileSystem
+	image   *erofs.Image
+	mapped  []byte // what image reads
+	device  Device
+	xattrs  bool
+	session *session
+}
+
+// mountTree mounts the metadata image at target as a tree.
+func (s *Server) mountTree(m *mount, img Image, target string) error {
+	t, err := openTree(img)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.trees[t] = true
+	s.mu.Unlock()
+	o := s.sessionOptions()
+	o.ended = func() {
+		unix.Munmap(t.mapped)
+		s.mu.Lock()
+		delete(s.trees, t)
+		s.mu.Unlock()
+	}
+	o.proto.EnableSymlinkCaching = true
+	o.proto.ExplicitDataCacheControl = true
+	o.proto.EnableAcl = t.xattrs // each permission check would ask for an ACL
+	o.proto.ExtraCapabilities = fuse.CAP_NO_OPENDIR_SUPPORT
+	// No MS_NOSUID or MS_NODEV: the mount is a container's root file system.
+	t.session, err = newSession(target, t, o)
+	if err != nil {
+		o.ended()
+		return err
+	}
+	m.tree = t
+	s.setReadAhead(deviceBDI(t.session.dev))
+	return t.settle(target)
+}
+
+func openTree(img Image) (*tree, error) {
+	f, err := os.Open(img.Metadata)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	mapped, err := unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", img.Metadata, err)
+	}
+	image, err := erofs.Open(mapped)
+	if err != nil {
+		unix.Munmap(mapped)
+		return nil, fmt.Errorf("open metadata image %s: %w", img.Metadata, err)
+	}
+	return &tree{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(),
+		image:         image,
+		mapped:        mapped,
+		device:        img.Device,
+		xattrs:        image.HasXattrs(),
+	}, nil
+}
+
+// settleEntries bounds the directory entries that settle looks at.
+const settleEntries = 10000
+
+// settle opens and closes the root and a regular file, if one is easily found, so that the kernel learns for good that OPENDIR, OPEN
+// and FLUSH need not be asked. A process that closes a file while no daemon serves it would hang in FLUSH.
+func (t *tree) settle(target string) error {
+	root, err := os.Open(target)
+	if err != nil {
+		return err
+	}
+	root.Close()
+	left := settleEntries
+	name := t.findRegular(t.image.Root(), &left)
+	if name == "" {
+		return nil
+	}
+	f, err := os.Open(filepath.Join(target, name))
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// findRegular returns the path of a regular file under directory nid, or "" after *left entries without one.
+func (t *tree) findRegular(nid uint64, left *int) (path string) {
+	var dirs []string
+	var nids []uint64
+	t.image.ReadDir(nid, 0, func(name []byte, child uint64, typ uint8, _ uint64) bool {
+		switch {
+		case typ == unix.DT_REG:
+			path = string(name)
+		case typ == unix.DT_DIR && string(name) != "." && string(name) != "..":
+			dirs = append(dirs, string(name))
+			nids = append(nids, child)
+		}
+		*left--
+		return path == "" && *left > 0
+	})
+	for i, dir := range dirs {
+		if path != "" || *left <= 0 {
+			break
+		}
+		if sub := t.findRegular(nids[i], left); sub != "" {
+			path = filepath.Join(dir, sub)
+		}
+	}
+	return path
+}
+
+// node returns the node id of nid. FUSE wants 1 for the root, and 0 means no node, so the others begin at 2.
+func (t *tree) node(nid uint64) uint64 {
+	if nid == t.image.Root() {
+		return fuse.FUSE_ROOT_ID
+	}
+	return nid + 2
+}
+
+func (t *tree) nid(node uint64) uint64 {
+	if node == fuse.FUSE_ROOT_ID {
+		return t.image.Root()
+	}
+	return node - 2
+}
+
+// read gives the bytes of a file: from the data device, from the image, or zeros.
+func (t *tree) read(ctx context.Context, node uint64, off int64, p []byte) (int, error) {
+	nid := t.nid(node)
+	st, err := t.image.Stat(nid)
+	if err != nil {
+		return 0, err
+	}
+	if off >= st.Size {
+		return 0, nil
+	}
+	p = p[:min(int64(len(p)), st.Size-off)]
+	for done := 0; done < len(p); {
+		data, dev, hole, n, err := t.image.Map(nid, off+int64(done))
+		if err != nil {
+			return 0, err
+		}
+		part := p[done:]
+		part = part[:min(int64(len(part)), n)]
+		switch {
+		case hole:
+			clear(part)
+		case data != nil:
+			part = part[:copy(part, data)]
+		default:
+			if err := readFull(ctx, t.device, part, dev); err != nil {
+				return 0, err
+			}
+		}
+		if len(part) == 0 {
+			return 0, fmt.Errorf("inode %d: no data at %d", nid, off+int64(done))
+		}
+		done += len(part)
+	}
+	return len(p), nil
+}
+
+// attr fills in the attributes of nid, which are EROFS's: it has one time, and counts blocks as if files had no holes.
+func (t *tree) attr(nid uint64, a *fuse.Attr) fuse.Status {
+	st, err := t.image.Stat(nid)
+	if err != nil {
+		return fuse.EIO
+	}
+	*a = fuse.Attr{
+		Ino:       nid,
+		Size:      uint64(st.Size),
+		Blocks:    uint64(st.Size+511) / 512,
+		Atime:     uint64(st.Mtime),
+		Mtime:     uint64(st.Mtime),
+		Ctime:     uint64(st.Mtime),
+		Atimensec: st.MtimeNsec,
+		Mtimensec: st.MtimeNsec,
+		Ctimensec: st.MtimeNsec,
+		Mode:      st.Mode,
+		Nlink:     st.Nlink,
+		Owner:     fuse.Owner{Uid: st.UID, Gid: st.GID},
+		Rdev:      st.Rdev,
+		Blksize:   4096,
+	}
+	return fuse.OK
+}
+
+func (t *tree) entry(nid uint64, out *fuse.EntryOut) fuse.Status {
+	out.NodeId = t.node(nid)
+	out.SetEntryTimeout(forever)
+	out.SetAttrTimeout(forever)
+	return t.attr(nid, &out.Attr)
+}
+
+// Lookup answers a name that is not there with node 0, which the kernel remembers, unlike an error.
+func (t *tree) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	child, found, err := t.image.Lookup(t.nid(h.NodeId), name)
+	if err != nil {
+		return fuse.EIO
+	}
+	if !found {
+		out.SetEntryTimeout(forever)
+		return fuse.OK
+	}
+	return t.entry(child, out)
+}
+
+func (t *tree) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	out.SetTimeout(forever)
+	return t.attr(t.nid(in.NodeId), &out.Attr)
+}
+
+func (t *tree) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse.Status) {
+	target, err := t.image.Readlink(t.nid(h.NodeId))
+	if err != nil {
+		return nil, fuse.EIO
+	}
+	return target, fuse.OK
+}
+
+// Open, OpenDir and Flush make the kernel stop asking: nothing is remembered of an open file, and the page cache is kept.
+func (t *tree) Open(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status    { return fuse.ENOSYS }
+func (t *tree) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status { return fuse.ENOSYS }
+func (t *tree) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status                 { return fuse.ENOSYS }
+
+func (t *tree) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	err := t.image.ReadDir(t.nid(in.NodeId), in.Offset, func(name []byte, child uint64, typ uint8, next uint64) bool {
+		return out.AddDirEntry(fuse.DirEntry{Name: string(name), Mode: uint32(typ) << 12, Ino: child, Off: next})
+	})
+	if err != nil {
+		return fuse.EIO
+	}
+	return fuse.OK
+}
+
+func (t *tree) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	status := fuse.OK
+	err := t.image.ReadDir(t.nid(in.NodeId), in.Offset, func(name []byte, child uint64, typ uint8, next uint64) bool {
+		e := out.AddDirLookupEntry(fuse.DirEntry{Name: string(name), Mode: uint32(typ) << 12, Ino: child, Off: next})
+		if e == nil {
+			return false
+		}
+		if string(name) != "." && string(name) != ".." { // of which the kernel wants no node
+			status = t.entry(child, e)
+		}
+		return status.Ok()
+	})
+	if err != nil {
+		return fuse.EIO
+	}
+	return status
+}
+
+// GetXAttr of an image without any makes the kernel stop asking: overlayfs asks for each file that it looks up.
+func (t *tree) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, name string, dest []byte) (uint32, fuse.Status) {
+	if !t.xattrs {
+		return 0, fuse.ENOSYS
+	}
+	value, found, err := t.image.Xattr(t.nid(h.NodeId), name)
+	switch {
+	case err != nil:
+		return 0, fuse.EIO
+	case !found:
+		return 0, fuse.ENOATTR
+	case len(value) > len(dest):
+		return uint32(len(value)), fuse.ERANGE
+	}
+	return uint32(copy(dest, value)), fuse.OK
+}
+
+func (t *tree) ListXAttr(_ <-chan struct{}, h *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
+	var list []byte
+	err := t.image.Xattrs(t.nid(h.NodeId), func(name string) {
+		list = append(append(list, name...), 0)
+	})
+	switch {
+	case err != nil:
+		return 0, fuse.EIO
+	case len(list) > len(dest):
+		return uint32(len(list)), fuse.ERANGE
+	}
+	return uint32(copy(dest, list)), fuse.OK
+}
+
+func (t *tree) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	const size = 4096
+	*out = fuse.StatfsOut{
+		Blocks:  uint64(t.device.Size()+int64(len(t.mapped))) / size,
+		Files:   uint64(t.image.NumInodes()),
+		Bsize:   size,
+		Frsize:  size,
+		NameLen: unix.NAME_MAX,
+	}
+	return fuse.OK
+}
