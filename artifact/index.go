@@ -1,9 +1,14 @@
 package artifact
 
 import (
-	"archive/tar"
-	"io"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+	"sort"
+	"sync"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 )
 
@@ -14,14 +19,44 @@ const (
 	MaxHeadersSize  = 4 << 30   // bytes of headers, uncompressed
 	MaxManifestSize = 4 << 20   // bytes of an artifact's manifest
 	MaxLayers       = 4096
+
+	maxWindow = 8 << 20 // of every zstd frame, bytes: what RFC 8878 asks every decoder to support
+)
+
+// The index's skippable frame, little endian. The frame's header is zstd's own (RFC 8878, 3.1.2); the headers, one zstd frame, follow the chunk table to the end.
+const (
+	skippableMagic = 0x184D2A5E
+	indexMagic     = "tarindex"
+	indexVersion   = 1
+
+	offSkippableMagic = 0  // uint32
+	offSkippableSize  = 4  // uint32: bytes of the frame from offIndexMagic on
+	offIndexMagic     = 8  // [8]byte
+	offVersion        = 16 // uint32
+	offChunks         = 20 // uint32: entries of the chunk table
+	offTarSize        = 24 // uint64
+	offHeadersSize    = 32 // uint64: of the headers, uncompressed
+	offDiffID         = 40 // [32]byte
+	indexHeaderSize   = 72
+
+	// An entry of the chunk table. A chunk begins where the one before ends, in the tar and in the blob.
+	offTarEnd      = 0  // uint64
+	offFrameEnd    = 8  // uint64
+	offDigest      = 16 // [32]byte
+	tableEntrySize = 48
 )
 
 // Index is a decoded index: a layer's headers and its chunk table. It keeps the bytes it was decoded from (which may be a
-// memory map) and copies nothing, so that a large index costs no heap.
+// memory map) and copies nothing, so that a large index costs no heap. It may be used by several goroutines.
 type Index struct {
 	TarSize     int64         // of the layer's tar, bytes
 	HeadersSize int64         // of the headers, uncompressed, bytes
 	DiffID      digest.Digest // SHA-256 of the tar, as the converter saw it: a claim until proven
+
+	table   []byte // the chunk table, validated
+	headers []byte // the headers' zstd frame
+
+	decoders sync.Pool // of *zstd.Decoder, for chunks
 }
 
 // Chunk is a run of the tar and its zstd frame in the blob. Chunks are contiguous in both.
@@ -31,58 +66,147 @@ type Chunk struct {
 	Digest               [32]byte // SHA-256 of the chunk's uncompressed bytes
 }
 
-// DecodeIndex decodes and validates the skippable frame b. It does not decode the headers. Errors are ErrInvalid or
-// ErrUnsupported.
-func DecodeIndex(b []byte) (*Index, error) { panic("todo") }
-
-// NumChunks returns the number of chunks.
-func (x *Index) NumChunks() int { panic("todo") }
-
-// Chunk returns chunk i, 0 <= i < NumChunks.
-func (x *Index) Chunk(i int) Chunk { panic("todo") }
-
-// Find returns the chunk that holds tar offset off, 0 <= off < TarSize.
-func (x *Index) Find(off int64) int { panic("todo") }
-
-// Decompress decodes frame, the zstd frame of chunk i, appending to dst[:0], and verifies it against the chunk's digest.
-// Its error is ErrInvalid.
-func (x *Index) Decompress(i int, frame, dst []byte) ([]byte, error) { panic("todo") }
-
-// Entry is an entry of a layer's tar.
-type Entry struct {
-	*tar.Header
-	Offset     int64 // tar offset of the entry's first block (of its extended headers, if any)
-	DataOffset int64 // tar offset of the data run
-	DataSize   int64 // length of the data run in the tar: Size unless the member is sparse
-	// Sparse maps the file's data if the member is sparse (Header.Size is then the logical size), in order, without overlaps,
-	// holes left out; nil for others. A sparse member that is all hole has an empty, non-nil map.
-	Sparse []SparseRun
+// Index decodes b, the index of the layer, and checks it against everything that the manifest says about it.
+func (l *Layer) Index(b []byte) (*Index, error) {
+	if int64(len(b)) != l.IndexSize {
+		return nil, fmt.Errorf("index of layer %s: %d bytes, want %d: %w", l.Digest, len(b), l.IndexSize, ErrInvalid)
+	}
+	if got := digest.FromBytes(b); got != l.IndexDigest {
+		return nil, fmt.Errorf("index of layer %s: digest %s, want %s: %w", l.Digest, got, l.IndexDigest, ErrInvalid)
+	}
+	x, err := DecodeIndex(b)
+	if err != nil {
+		return nil, fmt.Errorf("index of layer %s: %w", l.Digest, err)
+	}
+	if got := x.FramesSize(); got != l.IndexOffset {
+		return nil, fmt.Errorf("index of layer %s: chunks end at %d in the blob, the index begins at %d: %w", l.Digest, got, l.IndexOffset, ErrInvalid)
+	}
+	return x, nil
 }
 
-// SparseRun says that n bytes of a file at FileOffset lie at TarOffset.
-type SparseRun struct{ FileOffset, TarOffset, Size int64 }
+// DecodeIndex decodes and validates the skippable frame b. It does not decode the headers. Errors are ErrInvalid or
+// ErrUnsupported.
+func DecodeIndex(b []byte) (*Index, error) {
+	le := binary.LittleEndian
+	switch {
+	case len(b) < indexHeaderSize || len(b) > MaxIndexSize:
+		return nil, fmt.Errorf("index of %d bytes: %w", len(b), ErrInvalid)
+	case le.Uint32(b[offSkippableMagic:]) != skippableMagic || string(b[offIndexMagic:offVersion]) != indexMagic:
+		return nil, fmt.Errorf("index without its magic numbers: %w", ErrInvalid)
+	case int64(le.Uint32(b[offSkippableSize:])) != int64(len(b)-offIndexMagic):
+		return nil, fmt.Errorf("index of %d bytes says %d: %w", len(b), le.Uint32(b[offSkippableSize:]), ErrInvalid)
+	case le.Uint32(b[offVersion:]) != indexVersion:
+		return nil, fmt.Errorf("index version %d: %w", le.Uint32(b[offVersion:]), ErrUnsupported)
+	}
+	chunks, tarSize, headersSize := int64(le.Uint32(b[offChunks:])), le.Uint64(b[offTarSize:]), le.Uint64(b[offHeadersSize:])
+	body := b[indexHeaderSize:]
+	switch {
+	case chunks == 0 || chunks*tableEntrySize > int64(len(body)):
+		return nil, fmt.Errorf("index of %d chunks in %d bytes: %w", chunks, len(b), ErrInvalid)
+	case headersSize > MaxHeadersSize || headersSize > tarSize:
+		return nil, fmt.Errorf("index with %d bytes of headers in %d of tar: %w", headersSize, tarSize, ErrInvalid)
+	}
+	x := &Index{
+		TarSize:     int64(tarSize),
+		HeadersSize: int64(headersSize),
+		DiffID:      digest.NewDigestFromEncoded(digest.SHA256, hex.EncodeToString(b[offDiffID:indexHeaderSize])),
+		table:       body[: chunks*tableEntrySize : chunks*tableEntrySize],
+		headers:     body[chunks*tableEntrySize:],
+	}
+	if err := x.checkTable(tarSize); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
 
-// Entries reads the headers from the start. Next returns io.EOF after the last entry; other errors are ErrInvalid.
-func (x *Index) Entries() *EntryReader { panic("todo") }
+// checkTable validates the chunk table. Ends are compared as unsigned numbers and each chunk is bounded, and there are fewer than 2^24 of
+// them, so that after it every number of the table is a small, positive int64.
+func (x *Index) checkTable(tarSize uint64) error {
+	var tarEnd, frameEnd uint64
+	for i := range x.NumChunks() {
+		t, f := x.ends(i)
+		n, frame := t-tarEnd, f-frameEnd // wraps around, to more than any limit, if the ends decrease
+		switch {
+		case n > MaxChunkSize, n == 0 && tarSize != 0:
+			return fmt.Errorf("chunk %d ends at %d in the tar, the one before at %d: %w", i, t, tarEnd, ErrInvalid)
+		case frame == 0 || frame > maxFrameSize(n):
+			return fmt.Errorf("chunk %d of %d bytes has a frame from %d to %d: %w", i, n, frameEnd, f, ErrInvalid)
+		}
+		tarEnd, frameEnd = t, f
+	}
+	if tarEnd != tarSize || tarSize == 0 && x.NumChunks() != 1 {
+		return fmt.Errorf("%d chunks end at %d in a tar of %d bytes: %w", x.NumChunks(), tarEnd, tarSize, ErrInvalid)
+	}
+	return nil
+}
 
-// EntryReader yields the entries of a layer in the tar's order.
-type EntryReader struct{}
+// maxFrameSize bounds the zstd frame of n bytes: stored blocks and the largest frame header.
+func maxFrameSize(n uint64) uint64 { return n + n/256 + 64 }
 
-// Next returns the next entry.
-func (r *EntryReader) Next() (*Entry, error) { return nil, io.EOF }
+// ends returns where chunk i ends in the tar and in the blob.
+func (x *Index) ends(i int) (tar, blob uint64) {
+	e := x.table[i*tableEntrySize:]
+	return binary.LittleEndian.Uint64(e[offTarEnd:]), binary.LittleEndian.Uint64(e[offFrameEnd:])
+}
 
-// Close releases the decoder.
-func (r *EntryReader) Close() {}
+// NumChunks returns the number of chunks, at least one: an empty tar has one empty chunk.
+func (x *Index) NumChunks() int { return len(x.table) / tableEntrySize }
 
-// Layout says which bytes of the tar are data and which are headers, and what the headers hash to in each chunk: what
-// is needed to compare a fetched chunk with the index's claim.
-type Layout struct{}
+// FramesSize returns the bytes of all the chunks' frames: where the index begins in the blob.
+func (x *Index) FramesSize() int64 {
+	_, f := x.ends(x.NumChunks() - 1)
+	return int64(f)
+}
 
-// Layout decodes the headers once and derives the layout. Its memory is proportional to the number of files and of chunks with header bytes.
-func (x *Index) Layout() (*Layout, error) { panic("todo") }
+// Chunk returns chunk i, 0 <= i < NumChunks.
+func (x *Index) Chunk(i int) Chunk {
+	t, f := x.ends(i)
+	c := Chunk{TarSize: int64(t), BlobSize: int64(f), Digest: [32]byte(x.table[i*tableEntrySize+offDigest:])}
+	if i > 0 {
+		t, f = x.ends(i - 1)
+		c.TarOffset, c.BlobOffset = int64(t), int64(f)
+		c.TarSize, c.BlobSize = c.TarSize-c.TarOffset, c.BlobSize-c.BlobOffset
+	}
+	return c
+}
 
-// Check compares the header bytes inside chunk i, whose uncompressed bytes are b, with the index's headers. Its error is ErrInvalid.
-func (l *Layout) Check(i int, b []byte) error { panic("todo") }
+// Find returns the chunk that holds tar offset off, 0 <= off < TarSize.
+func (x *Index) Find(off int64) int {
+	return sort.Search(x.NumChunks(), func(i int) bool {
+		end, _ := x.ends(i)
+		return off < int64(end)
+	})
+}
 
-// DataEnd returns the end of the data run that holds tar offset off, or off if that is a header byte: how far read-ahead may go.
-func (l *Layout) DataEnd(off int64) int64 { panic("todo") }
+// Decompress decodes frame, the zstd frame of chunk i, appending to dst[:0], and verifies it against the chunk's digest.
+// It allocates nothing if dst has room for the chunk. Its error is ErrInvalid.
+func (x *Index) Decompress(i int, frame, dst []byte) ([]byte, error) {
+	c := x.Chunk(i)
+	if int64(len(frame)) != c.BlobSize {
+		return nil, fmt.Errorf("chunk %d: frame of %d bytes, want %d: %w", i, len(frame), c.BlobSize, ErrInvalid)
+	}
+	if int64(cap(dst)) < c.TarSize {
+		dst = make([]byte, 0, c.TarSize)
+	}
+	dec, err := x.decoder()
+	if err != nil {
+		return nil, err
+	}
+	defer x.decoders.Put(dec)
+	b, err := dec.DecodeAll(frame, dst[:0:c.TarSize])
+	if err != nil {
+		return nil, fmt.Errorf("chunk %d: %w: %w", i, err, ErrInvalid)
+	}
+	if int64(len(b)) != c.TarSize || sha256.Sum256(b) != c.Digest {
+		return nil, fmt.Errorf("chunk %d: its bytes are not those of its digest: %w", i, ErrInvalid)
+	}
+	return b, nil
+}
+
+func (x *Index) decoder() (*zstd.Decoder, error) {
+	if dec, ok := x.decoders.Get().(*zstd.Decoder); ok {
+		return dec, nil
+	}
+	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecodeAllCapLimit(true))
+}

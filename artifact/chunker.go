@@ -1,0 +1,116 @@
+package artifact
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+)
+
+// chunker decides where chunks end. The aim is that equal files give equal chunks, in whatever layer or version of an image they appear:
+//   - A data run longer than a chunk starts a chunk, is cut every size bytes, and ends a chunk.
+//   - Small entries share chunks. Before an entry there is a cut with a probability proportional to the entry's size, decided by a hash of its
+//     name. So the cuts do not move when a file before them grows or goes.
+//   - A chunk that would become too large ends, if possible before an entry.
+type chunker struct {
+	size int // most bytes of a chunk
+	pipe *pipeline
+	job  *job // being filled; nil at first
+	any  bool // a chunk was submitted
+	cut  bool // cut before the next byte: a long data run ends here
+}
+
+// entry adds the header bytes of e. The data follows through room and grow.
+func (c *chunker) entry(ctx context.Context, e *Entry, headers []byte) error {
+	// The first bytes of headers may be the padding of the entry before.
+	own := headers[len(headers)-int(e.DataOffset-e.Offset):]
+	if err := c.write(ctx, headers[:len(headers)-len(own)]); err != nil {
+		return err
+	}
+	long := e.DataSize > int64(c.size)
+	need := int64(len(own))
+	if !long {
+		need += alignBlock(e.DataSize)
+	}
+	if c.len() > 0 && (int64(c.len())+need > int64(c.size) || !long && cutBefore(e.Name, need, c.size)) {
+		if err := c.submit(ctx); err != nil {
+			return err
+		}
+	}
+	if err := c.write(ctx, own); err != nil || !long {
+		return err
+	}
+	c.cut = true
+	return c.submit(ctx)
+}
+
+// cutBefore reports whether the name of an entry of n bytes asks for a cut before it: with a probability of n/size.
+func cutBefore(name string, n int64, size int) bool {
+	sum := sha256.Sum256([]byte(name))
+	return binary.LittleEndian.Uint64(sum[:])%uint64(size) < uint64(n)
+}
+
+// write adds header bytes.
+func (c *chunker) write(ctx context.Context, b []byte) error {
+	if c.cut {
+		c.cut = false
+		if err := c.submit(ctx); err != nil {
+			return err
+		}
+	}
+	for len(b) > 0 {
+		room, err := c.room(ctx)
+		if err != nil {
+			return err
+		}
+		n := copy(room, b)
+		c.grow(n)
+		b = b[n:]
+	}
+	return nil
+}
+
+// room returns space for the next bytes, at least one. grow says how many of them were used.
+func (c *chunker) room(ctx context.Context) ([]byte, error) {
+	if c.len() == c.size {
+		if err := c.submit(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if c.job == nil {
+		var err error
+		if c.job, err = c.pipe.take(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return c.job.tar[len(c.job.tar):c.size], nil
+}
+
+func (c *chunker) grow(n int) { c.job.tar = c.job.tar[:len(c.job.tar)+n] }
+
+func (c *chunker) len() int {
+	if c.job == nil {
+		return 0
+	}
+	return len(c.job.tar)
+}
+
+// submit ends the chunk, if it has begun.
+func (c *chunker) submit(ctx context.Context) error {
+	if c.len() > 0 {
+		c.pipe.submit(c.job)
+		c.job, c.any = nil, true
+	}
+	return ctx.Err()
+}
+
+// finish ends the last chunk: an empty one, if there was none.
+func (c *chunker) finish(ctx context.Context) error {
+	if c.len() == 0 && !c.any {
+		if _, err := c.room(ctx); err != nil {
+			return err
+		}
+		c.pipe.submit(c.job)
+		return nil
+	}
+	return c.submit(ctx)
+}

@@ -1,0 +1,139 @@
+package artifact
+
+import (
+	"archive/tar"
+	"errors"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+)
+
+const (
+	blockSize = 512
+
+	// maxEntries bounds the entries of a layer, and with them what a node keeps for each.
+	maxEntries = 16 << 20
+	// maxEntryHeaders bounds the header bytes before one entry. archive/tar takes at most 1 MiB for each of an entry's
+	// extended headers and sparse map; only headers that override each other can reach this.
+	maxEntryHeaders = 8 << 20
+
+	tailSize = 32 << 10 // bytes of the tail read at once
+)
+
+// errSparse: a sparse map names more or less data than the member has, so that reading the member would fail.
+var errSparse = fmt.Errorf("sparse map and size of the data differ: %w", tar.ErrHeader)
+
+// source is where a scanner takes a tar from.
+type source interface {
+	// header reads header bytes, as io.Reader does.
+	header(p []byte) (int, error)
+	// data passes over the next n bytes, which are data. If the tar ends before, that is io.ErrUnexpectedEOF.
+	data(n int64) error
+}
+
+// scanner divides a tar into headers and data runs. archive/tar does the framing, so that there is no second opinion of where an entry
+// begins: whatever it reads to find the next entry is headers, and what it skips between two entries is the data run. It reads
+// through Read and, because Seek is there, skips with Seek; the division depends on positions alone, not on which of them it calls.
+type scanner struct {
+	src source
+	tr  *tar.Reader
+	pos int64 // tar offset
+	end int64 // where the data run of the last entry ends: bytes before are data, bytes after headers
+	n   int   // entries returned
+
+	raw []byte // the header bytes before pos, back to the last entry's data run
+}
+
+func newScanner(src source) *scanner {
+	s := &scanner{src: src}
+	s.tr = tar.NewReader(s)
+	return s
+}
+
+// next returns the next entry and leaves the header bytes read on the way in s.raw. At the end of the archive it returns
+// io.EOF; s.raw then holds what the end was recognized by, and tail returns the rest.
+func (s *scanner) next() (*Entry, error) {
+	s.raw = s.raw[:0]
+	offset := alignBlock(s.end)
+	hdr, err := s.tr.Next()
+	if err != nil && !errors.Is(err, tar.ErrInsecurePath) {
+		return nil, err
+	}
+	if s.n++; s.n > maxEntries {
+		return nil, fmt.Errorf("more than %d entries: %w", maxEntries, ErrUnsupported)
+	}
+	e := &Entry{Header: hdr, Offset: offset, DataOffset: s.pos}
+	switch hdr.Typeflag {
+	case tar.TypeLink, tar.TypeSymlink, tar.TypeChar, tar.TypeBlock, tar.TypeDir, tar.TypeFifo:
+		// No data run, whatever Size says.
+	default:
+		e.DataSize = hdr.Size
+		if runs, ok := sparseMap(hdr, s.raw[len(s.raw)-int(s.pos-offset):]); ok {
+			e.setSparse(runs)
+		}
+	}
+	if e.DataSize > math.MaxInt64-blockSize-s.pos {
+		return nil, fmt.Errorf("entry %q: size %d: %w", hdr.Name, e.DataSize, tar.ErrHeader)
+	}
+	s.end = s.pos + e.DataSize
+	return e, nil
+}
+
+// tail returns the next header bytes after the end of the archive, valid until the next call, and io.EOF after the last.
+func (s *scanner) tail() ([]byte, error) {
+	s.raw = slices.Grow(s.raw[:0], tailSize)[:tailSize]
+	for {
+		n, err := s.src.header(s.raw)
+		s.pos += int64(n)
+		if n > 0 && (err == nil || err == io.EOF) {
+			return s.raw[:n], nil
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+}
+
+// Read is called by archive/tar.
+func (s *scanner) Read(p []byte) (int, error) {
+	n := int64(len(p))
+	if s.pos < s.end {
+		// archive/tar skips the data run; it does not look at the bytes.
+		if s.pos+n > s.end {
+			return 0, errSparse
+		}
+		if err := s.src.data(n); err != nil {
+			return 0, err
+		}
+		s.pos += n
+		return len(p), nil
+	}
+	if padding := alignBlock(s.end) - s.end; s.pos == s.end && n != padding && (n != blockSize || padding != 0) {
+		return 0, errSparse
+	}
+	if len(s.raw)+len(p) > maxEntryHeaders {
+		return 0, fmt.Errorf("headers of one entry exceed %d bytes: %w", maxEntryHeaders, ErrUnsupported)
+	}
+	got, err := s.src.header(p)
+	s.pos += int64(got)
+	s.raw = append(s.raw, p[:got]...)
+	return got, err
+}
+
+// Seek is called by archive/tar to skip all of the data run but its last byte.
+func (s *scanner) Seek(off int64, whence int) (int64, error) {
+	if off == 0 && whence == io.SeekCurrent {
+		return s.pos, nil
+	}
+	if whence != io.SeekCurrent || s.pos+off != s.end-1 {
+		return 0, errSparse
+	}
+	if err := s.src.data(off); err != nil {
+		return 0, err
+	}
+	s.pos += off
+	return s.pos, nil
+}
+
+func alignBlock(n int64) int64 { return (n + blockSize - 1) &^ (blockSize - 1) }
