@@ -108,6 +108,8 @@ func (p *plan) expand(d int32) error {
 		}
 		if e.Inode.Mode&typeMask == typeDir {
 			nlink++
+		} else if e.Inode.Nlink != 0 {
+			p.nodes[child].nlink = e.Inode.Nlink
 		} else {
 			p.nodes[child].nlink++
 		}

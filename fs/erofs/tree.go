@@ -6,6 +6,7 @@ type Inode struct {
 	UID, GID  uint32
 	Mtime     int64 // seconds since 1970, may be negative
 	MtimeNsec uint32
+	Nlink     uint32 // link count of a file that is not a directory; 0: the number of its names in the tree
 	Rdev      uint32 // devices: as Linux's new_encode_dev
 	Size      int64  // regular files: logical size, bytes
 	Xattrs    []Xattr

@@ -19,7 +19,7 @@ type Options struct {
 
 // Write writes the metadata image of the tree under root. The same tree gives the same bytes. Errors name the path of the inode that cannot be expressed.
 //
-// Directories get a link count of two and one for each subdirectory, other files one for each name. Linux shows the counts as they are;
+// Directories get a link count of two and one for each subdirectory, other files their Nlink or else one for each name. Linux shows the counts as they are;
 // overlayfs shows one for a directory that it merges. Memory is about 200 bytes for each inode, beside the tree. The tree is only read.
 func Write(w io.Writer, root *Inode, o Options) error {
 	if o.BlockSize != 512 && o.BlockSize != 4096 {
