@@ -1,9 +1,54 @@
-// Package cache keeps verified chunks on local disk.
+// Package cache keeps verified chunks on local disk, so that a chunk crosses the network once per node.
+//
+// A layer's tar is a sparse file, addressed by tar offset, beside a map of the chunks that it holds. A read of a chunk
+// that is not there fetches the chunk's frame from the layer blob, decodes it, compares it with the index (digest and
+// headers), hands it to everyone who waits for it, and only then writes it down. Three rules carry the rest:
+//
+//   - Nothing unproven is visible. Bytes from the network are verified before anyone sees them or they reach the disk; bytes
+//     from the disk are verified when a process first uses them. There is no switch for this.
+//   - Damage is a miss. A map or a data file that is lost, cut, foreign or wrong costs a fetch, never an error and never a
+//     wrong byte. A disk that is full or failing costs the caching: reads go on from memory.
+//   - The map on disk never claims a chunk whose bytes are not durable: data is synced first, then the map is written.
+//
+// The directory of a cache, which one process at a time holds (flock on the directory):
+//
+//	DIR/
+//	  sha256-HEX/   a layer blob, named by the digest of the blob (mode 0700)
+//	    data        the layer's tar, sparse: chunk i at its tar offset (mode 0600)
+//	    map         which chunks of data are present (mode 0600)
+//
+// A layer is named by its blob and not by what the blob claims to be (diffID, source layer), so that bytes of one
+// artifact cannot stand in for another's before they are proven. Files that are not named here belong to others and are
+// left alone.
+//
+// The map, integers little-endian; a map of another size, version, index or layer is as good as none:
+//
+//	offset  size  field
+//	0       8     magic "SSCHUNKS"
+//	8       4     version, 1
+//	12      4     zero
+//	16      8     size of the tar, bytes
+//	24      8     number of chunks n
+//	32      32    SHA-256 identity of the index
+//	64      (n+7)/8  chunk i is present if bit i%8 of byte i/8 is set; bits from n on are zero
+//
+// The map is written in place: a torn write mixes old bits and new ones, and both are true.
+//
+// The package knows nothing of registries, of retries over hosts, or of mounts. It does not limit its size yet.
 package cache
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -12,34 +57,234 @@ import (
 // Blob reads ranges of a layer blob from wherever it is kept.
 type Blob interface {
 	// ReadRange returns exactly n bytes at off, or an error: a reader that ends early fails with io.ErrUnexpectedEOF.
-	// It may be called from many goroutines.
+	// It may be called from many goroutines. ctx ends the reads of what it returned, too.
 	// try counts from 0: a chunk whose bytes proved wrong is asked for again with try+1, and the Blob should then
 	// turn to another host. When there is no other, it returns an error.
 	ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error)
 }
 
+const (
+	// A crash costs the chunks of the last flush period, to be fetched again; a flush costs two fdatasyncs per layer that changed.
+	flushEvery = 5 * time.Second
+	// Under load, flush more often: less to lose, and no large burst of writeback.
+	flushBytes = 64 << 20
+)
+
 // Cache is a directory of layers.
-type Cache struct{}
+type Cache struct {
+	dir   string
+	lock  *os.File // holds the flock
+	disk  disk
+	bufs  buffers
+	stats counters
 
-// Open opens or creates the cache in dir. Damage is a miss, never an error.
-func Open(dir string) (*Cache, error) { panic("todo") }
+	unsaved atomic.Int64  // bytes written since the last flush
+	kick    chan struct{} // asks the flusher to flush now
+	stop    chan struct{} // closed by Close
+	done    chan struct{} // closed by the flusher
 
-// Layer opens layer blob dgst, whose index is x, for reading; the data files are shared by all openers of the same dgst. Close it when no mount needs it.
-func (c *Cache) Layer(dgst digest.Digest, x *artifact.Index, blob Blob) (*Layer, error) {
-	panic("todo")
+	// LOCK ORDER: slot.mu, Cache.mu, store.flushMu, readAhead.mu, store.mu. None is held while waiting for a Blob or a fill.
+	mu      sync.Mutex
+	slots   map[digest.Digest]*slot
+	handles map[*Layer]struct{}
+	closed  bool
 }
 
-// Close flushes and closes all.
-func (c *Cache) Close() error { panic("todo") }
+// slot is the place of a layer in the cache. Its mutex serialises opening and closing of the layer's files.
+type slot struct {
+	users int // handles, and those about to open one; guarded by Cache.mu
 
-// Layer is a layer's tar, read at random.
-type Layer struct{}
+	mu    sync.Mutex
+	refs  int    // handles
+	store *store // nil while refs is 0; written under mu and Cache.mu, read under either
+}
 
-// ReadAt reads len(p) bytes of the tar at off, fetching what is missing. Short only at the tar's end, with io.EOF. p holds verified bytes or there is an error; ctx ends the wait, and the fetch if nobody else waits for it.
-func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (int, error) { panic("todo") }
+// Open opens or creates the cache in dir. Damage is a miss, never an error. It fails if dir cannot be made or another process has it open.
+func Open(dir string) (*Cache, error) { return open(dir, osDisk{}) }
 
-// Usage returns the bytes on disk.
-func (l *Layer) Usage() (int64, error) { panic("todo") }
+func open(dir string, d disk) (*Cache, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("open cache: %w", err)
+	}
+	lock, err := lockDir(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open cache: %w", err)
+	}
+	c := &Cache{
+		dir: dir, lock: lock, disk: d,
+		kick: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
+		slots: make(map[digest.Digest]*slot), handles: make(map[*Layer]struct{}),
+	}
+	go c.flusher()
+	return c, nil
+}
 
-// Close ends the use of the layer. Its chunks stay.
-func (l *Layer) Close() error { panic("todo") }
+// Layer opens layer blob dgst, whose index is x, for reading; the data files are shared by all openers of the same dgst. Close it when no mount needs it.
+//
+// The x of the first opener serves all: its bytes must stay readable until every opener of dgst has closed. A chunk is fetched through the blob of the opener that asked first; if that fails, others turn to their own. Errors: artifact.ErrInvalid
+// if x's headers are no tar, or if the layer is open with another index.
+func (c *Cache) Layer(dgst digest.Digest, x *artifact.Index, blob Blob) (*Layer, error) {
+	if err := dgst.Validate(); err != nil {
+		return nil, fmt.Errorf("open layer %q in the cache: %w", dgst, err)
+	}
+	s, err := c.acquire(dgst, x)
+	if err != nil {
+		return nil, fmt.Errorf("open layer %s in the cache: %w", dgst, err)
+	}
+	l := &Layer{
+		blob: blob, store: s,
+		closing: make(chan struct{}), fills: make(map[*fill]struct{}),
+	}
+	l.ahead.layer = l
+	c.mu.Lock()
+	closed := c.closed
+	if !closed {
+		c.handles[l] = struct{}{}
+	}
+	c.mu.Unlock()
+	if closed {
+		return nil, errors.Join(os.ErrClosed, c.release(dgst))
+	}
+	return l, nil
+}
+
+// acquire returns the store of dgst with one more reference.
+func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index) (*store, error) {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil, os.ErrClosed
+	}
+	sl := c.slots[dgst]
+	if sl == nil {
+		sl = new(slot)
+		c.slots[dgst] = sl
+	}
+	sl.users++
+	c.mu.Unlock()
+
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	id := identity(x)
+	switch {
+	case sl.store == nil:
+		s, err := c.openStore(dgst, x, id)
+		if err != nil {
+			c.unuse(dgst, sl, nil)
+			return nil, err
+		}
+		c.mu.Lock()
+		sl.store = s
+		c.mu.Unlock()
+	case sl.store.id != id:
+		c.unuse(dgst, sl, sl.store)
+		return nil, fmt.Errorf("it is open with another index: %w", artifact.ErrInvalid)
+	}
+	sl.refs++
+	return sl.store, nil
+}
+
+// unuse takes back a use of sl, whose store is now s.
+func (c *Cache) unuse(dgst digest.Digest, sl *slot, s *store) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	sl.store = s
+	if sl.users--; sl.users == 0 {
+		delete(c.slots, dgst)
+	}
+}
+
+// release drops a reference to the store of dgst, and closes it if it was the last.
+func (c *Cache) release(dgst digest.Digest) error {
+	c.mu.Lock()
+	sl := c.slots[dgst]
+	c.mu.Unlock()
+
+	sl.mu.Lock()
+	defer sl.mu.Unlock()
+	s := sl.store
+	var err error
+	if sl.refs--; sl.refs == 0 {
+		err = s.close()
+		s = nil
+	}
+	c.unuse(dgst, sl, s)
+	return err
+}
+
+// wrote counts n bytes written to a data file, and asks for a flush when there are many.
+func (c *Cache) wrote(n int) {
+	if c.unsaved.Add(int64(n)) >= flushBytes {
+		select {
+		case c.kick <- struct{}{}:
+		default: // it is asked already
+		}
+	}
+}
+
+// flusher saves the layers from time to time until Close.
+func (c *Cache) flusher() {
+	defer close(c.done)
+	tick := time.NewTicker(flushEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-c.stop:
+			return
+		case <-c.kick:
+		case <-tick.C:
+		}
+		c.flush()
+	}
+}
+
+// flush makes what was written until now durable. Its errors are in Stats.
+func (c *Cache) flush() {
+	c.unsaved.Store(0)
+	c.mu.Lock()
+	stores := make([]*store, 0, len(c.slots))
+	for _, sl := range c.slots {
+		if sl.store != nil {
+			stores = append(stores, sl.store)
+		}
+	}
+	c.mu.Unlock()
+	for _, s := range stores {
+		s.flush()
+	}
+	c.stats.suspended.Store(false) // a disk that was full may have room again
+}
+
+// Close flushes and closes all. Layers that are still open read no more.
+func (c *Cache) Close() error {
+	c.mu.Lock()
+	if c.closed {
+		c.mu.Unlock()
+		return nil
+	}
+	c.closed = true
+	c.mu.Unlock()
+
+	close(c.stop)
+	<-c.done
+	var errs []error
+	for _, l := range c.openLayers() {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(append(errs, c.lock.Close())...)
+}
+
+// openLayers returns the handles in use.
+func (c *Cache) openLayers() []*Layer {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.Collect(maps.Keys(c.handles))
+}
+
+// dataPath and mapPath name a layer's files.
+func (c *Cache) dataPath(dgst digest.Digest) string { return filepath.Join(c.layerDir(dgst), "data") }
+func (c *Cache) mapPath(dgst digest.Digest) string  { return filepath.Join(c.layerDir(dgst), "map") }
+
+func (c *Cache) layerDir(dgst digest.Digest) string {
+	return filepath.Join(c.dir, dgst.Algorithm().String()+"-"+dgst.Encoded())
+}

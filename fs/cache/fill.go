@@ -1,0 +1,341 @@
+package cache
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// maxTries bounds how often a chunk whose bytes are wrong is asked for, should a Blob never run out of hosts.
+const maxTries = 8
+
+// flight is a chunk on its way to everyone who waits for it.
+type flight struct {
+	chunk int
+	fill  *fill
+	done  chan struct{} // closed when buf or err is set
+	buf   *buffer       // the chunk's verified bytes
+	err   error
+
+	refs int // who may look at buf: the waiters and the fill; guarded by store.mu
+}
+
+// fill brings in a run of adjacent chunks, one flight each, for whoever waits.
+type fill struct {
+	layer   *Layer // whose blob is asked
+	flights []*flight
+	onDisk  bool // the map claims them: read and verify first
+	ahead   bool // read-ahead: goes on without waiters
+	cancel  context.CancelFunc
+
+	waiters int // claims on flights; guarded by store.mu
+}
+
+// claim returns a flight for each of chunks [lo, hi) that is not verified on disk: the one under way, or one of a new fill. The caller releases them.
+func (l *Layer) claim(lo, hi int) []*flight {
+	s := l.store
+	flights := make([]*flight, hi-lo)
+	var fills []*fill
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var run *fill // the fill that the next chunk may join
+	for i := lo; i < hi; i++ {
+		fl := s.flights[i]
+		if fl == nil && s.verified.has(i) {
+			run = nil
+			continue
+		}
+		if fl != nil {
+			run = nil
+		} else {
+			if run == nil || run.onDisk != s.present.has(i) {
+				run = &fill{layer: l, onDisk: s.present.has(i)}
+				fills = append(fills, run)
+			}
+			fl = run.add(s, i)
+		}
+		fl.refs++
+		fl.fill.waiters++
+		flights[i-lo] = fl
+	}
+	for _, f := range fills {
+		l.start(f)
+	}
+	return flights
+}
+
+// add makes a flight for chunk i. The caller holds store.mu.
+func (f *fill) add(s *store, i int) *flight {
+	fl := &flight{chunk: i, fill: f, done: make(chan struct{}), refs: 1}
+	f.flights = append(f.flights, fl)
+	s.flights[i] = fl
+	return fl
+}
+
+// start runs f. The caller holds store.mu and has entered l.
+func (l *Layer) start(f *fill) {
+	ctx, cancel := context.WithCancel(context.Background())
+	f.cancel = cancel
+	if l.closed { // between enter and here
+		cancel()
+	}
+	l.fills[f] = struct{}{}
+	l.running.Add(1)
+	go f.run(ctx)
+}
+
+// release gives flights back, after they were waited for or not.
+func (s *store) release(flights []*flight) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, fl := range flights {
+		if fl == nil {
+			continue
+		}
+		s.unref(fl)
+		f := fl.fill
+		if f.waiters--; f.waiters == 0 && !f.ahead {
+			// Nobody is left: end the fetch, and let whoever comes next start a new one.
+			for _, fl := range f.flights {
+				if !fl.landed() { // the others are on their way to the disk
+					s.land(fl)
+				}
+			}
+			f.cancel()
+		}
+	}
+}
+
+// land takes fl out of the chunks under way. The caller holds store.mu.
+func (s *store) land(fl *flight) {
+	if s.flights[fl.chunk] == fl {
+		delete(s.flights, fl.chunk)
+	}
+}
+
+// unref drops a reference to fl's buffer. The caller holds store.mu.
+func (s *store) unref(fl *flight) {
+	if fl.refs--; fl.refs == 0 && fl.buf != nil {
+		s.cache.bufs.put(fl.buf)
+		fl.buf = nil
+	}
+}
+
+// run brings in every chunk of f, or gives it an error.
+func (f *fill) run(ctx context.Context) {
+	l, s := f.layer, f.layer.store
+	defer l.running.Done()
+	missing := f.flights
+	if f.onDisk {
+		missing = f.load(ctx, missing)
+	}
+	ok := true
+	for _, run := range adjacent(missing) {
+		ok = f.fetch(ctx, run, 0, nil) && ok
+	}
+	f.cancel()
+	s.mu.Lock()
+	delete(l.fills, f)
+	s.mu.Unlock()
+	if f.ahead {
+		l.ahead.ended(ok)
+	}
+}
+
+// load reads flights from disk and delivers those that verify. It returns the others, which are all the rest when ctx ends.
+func (f *fill) load(ctx context.Context, flights []*flight) (damaged []*flight) {
+	s := f.layer.store
+	for i, fl := range flights {
+		if ctx.Err() != nil {
+			return append(damaged, flights[i:]...)
+		}
+		c := s.index.Chunk(fl.chunk)
+		buf := s.cache.bufs.get(int(c.TarSize))
+		b := buf.b[:c.TarSize]
+		n, err := s.data.ReadAt(b, c.TarOffset)
+		if n < len(b) {
+			s.cache.stats.readError(err)
+		} else if err = s.verify(fl.chunk, c.Digest, b); err == nil {
+			buf.b = b
+			s.cache.stats.verified.Add(1)
+			f.deliver(fl, buf, true)
+			continue
+		}
+		s.cache.stats.damaged.Add(1)
+		s.cache.bufs.put(buf)
+		s.forget(fl.chunk, fl.chunk+1)
+		damaged = append(damaged, fl)
+	}
+	return damaged
+}
+
+// verify compares b, from disk, with what the index says of chunk i.
+func (s *store) verify(i int, want [32]byte, b []byte) error {
+	if sha256.Sum256(b) != want {
+		return artifact.ErrInvalid
+	}
+	return s.layout.Check(i, b)
+}
+
+// fetch asks the blob for flights, which are adjacent, in one request, and delivers them as they come. Those whose bytes are wrong are asked for again from
+// elsewhere; corrupt is why the ones at hand are. It reports whether all were delivered.
+func (f *fill) fetch(ctx context.Context, flights []*flight, try int, corrupt error) bool {
+	if err := ctx.Err(); err != nil {
+		f.fail(flights, err)
+		return false
+	}
+	if try == maxTries {
+		f.fail(flights, corrupt)
+		return false
+	}
+	again, why, err := f.stream(ctx, flights, try)
+	if err != nil {
+		// What came before the error was delivered or is in again.
+		var rest []*flight
+		for _, fl := range flights {
+			if !fl.landed() {
+				rest = append(rest, fl)
+			}
+		}
+		f.fail(rest, errors.Join(err, corrupt))
+		return false
+	}
+	ok := true
+	for _, run := range adjacent(again) {
+		ok = f.fetch(ctx, run, try+1, why) && ok
+	}
+	return ok
+}
+
+// stream reads flights' frames from one range of the blob. It returns those that did not verify, and why.
+func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []*flight, why, err error) {
+	l, s := f.layer, f.layer.store
+	first, last := l.store.index.Chunk(flights[0].chunk), l.store.index.Chunk(flights[len(flights)-1].chunk)
+	n := last.BlobOffset + last.BlobSize - first.BlobOffset
+	s.cache.stats.requests.Add(1)
+	s.cache.stats.fetchedBytes.Add(n)
+	body, err := l.blob.ReadRange(ctx, first.BlobOffset, n, try)
+	if err != nil {
+		return nil, nil, noEOF(err)
+	}
+	defer body.Close()
+
+	frame := s.cache.bufs.get(int(first.BlobSize))
+	defer func() { s.cache.bufs.put(frame) }()
+	for _, fl := range flights {
+		c := l.store.index.Chunk(fl.chunk)
+		frame.grow(int(c.BlobSize))
+		b := frame.b[:c.BlobSize]
+		if _, err := io.ReadFull(body, b); err != nil {
+			return nil, nil, noEOF(err)
+		}
+		buf := s.cache.bufs.get(int(c.TarSize))
+		got, err := l.store.index.Decompress(fl.chunk, b, buf.b[:0])
+		if err == nil {
+			err = s.layout.Check(fl.chunk, got)
+		}
+		if err != nil {
+			s.cache.stats.corrupt.Add(1)
+			s.cache.bufs.put(buf)
+			again, why = append(again, fl), fmt.Errorf("chunk %d: %w", fl.chunk, err)
+			continue
+		}
+		buf.b = got
+		if f.ahead {
+			s.cache.stats.readAhead.Add(1)
+		} else {
+			s.cache.stats.misses.Add(1)
+		}
+		f.deliver(fl, buf, false)
+	}
+	return again, why, nil
+}
+
+// deliver hands fl's verified bytes to its waiters, then to the disk unless they come from there.
+func (f *fill) deliver(fl *flight, buf *buffer, onDisk bool) {
+	s := f.layer.store
+	fl.buf = buf
+	close(fl.done)
+	if !onDisk {
+		s.write(fl.chunk, s.index.Chunk(fl.chunk).TarOffset, buf.b)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if onDisk && s.present.has(fl.chunk) {
+		s.verified.set(fl.chunk)
+	}
+	s.land(fl)
+	s.unref(fl)
+}
+
+// fail ends flights with err.
+func (f *fill) fail(flights []*flight, err error) {
+	s := f.layer.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, fl := range flights {
+		fl.err = err
+		close(fl.done)
+		s.land(fl)
+		s.unref(fl)
+	}
+}
+
+// landed reports whether fl has its bytes or its error.
+func (fl *flight) landed() bool {
+	select {
+	case <-fl.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// adjacent splits flights, in order, into runs of adjacent chunks.
+func adjacent(flights []*flight) (runs [][]*flight) {
+	start := 0
+	for i := 1; i <= len(flights); i++ {
+		if i == len(flights) || flights[i].chunk != flights[i-1].chunk+1 {
+			runs = append(runs, flights[start:i])
+			start = i
+		}
+	}
+	return runs
+}
+
+// noEOF keeps a Blob's early end from looking like the end of the tar.
+func noEOF(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// buffers recycles the memory of chunks and frames.
+type buffers struct{ pool sync.Pool }
+
+type buffer struct{ b []byte }
+
+// get returns a buffer whose b has room for n bytes.
+func (p *buffers) get(n int) *buffer {
+	buf, _ := p.pool.Get().(*buffer)
+	if buf == nil {
+		buf = new(buffer)
+	}
+	buf.grow(n)
+	return buf
+}
+
+func (p *buffers) put(buf *buffer) { p.pool.Put(buf) }
+
+// grow makes room for n bytes; what was in b is gone if there was none.
+func (b *buffer) grow(n int) {
+	if cap(b.b) < n {
+		b.b = make([]byte, 0, max(n, 128<<10))
+	}
+}

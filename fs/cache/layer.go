@@ -1,0 +1,177 @@
+package cache
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+)
+
+// Layer is a layer's tar, read at random. Its methods may be called from many goroutines.
+type Layer struct {
+	blob    Blob
+	store   *store
+	closing chan struct{} // closed by Close: wakes who waits
+
+	running sync.WaitGroup // calls of ReadAt, and fills
+
+	// Guarded by store.mu.
+	closed bool
+	fills  map[*fill]struct{} // started by this handle and not ended
+
+	ahead readAhead
+}
+
+// ReadAt reads len(p) bytes of the tar at off, fetching what is missing. Short only at the tar's end, with io.EOF. p holds verified bytes or there is an error; ctx ends the wait, and the fetch if nobody else waits for it.
+//
+// Errors: ctx's, os.ErrClosed after Close, artifact.ErrInvalid when every source gave wrong bytes, and the Blob's. With an error, n is 0.
+func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (n int, err error) {
+	if off < 0 {
+		return 0, fmt.Errorf("read layer %s at %d: negative offset", l.store.dgst, off)
+	}
+	rest := l.store.index.TarSize - off
+	if rest <= 0 {
+		return 0, io.EOF
+	}
+	if int64(len(p)) > rest {
+		p, err = p[:rest], io.EOF
+	}
+	if len(p) == 0 {
+		return 0, err
+	}
+	if !l.enter() {
+		return 0, fmt.Errorf("read layer %s: %w", l.store.dgst, os.ErrClosed)
+	}
+	defer l.running.Done()
+
+	lo, hi := l.store.index.Find(off), l.store.index.Find(off+int64(len(p))-1)+1
+	for {
+		again, err := l.read(ctx, p, off, lo, hi)
+		if err != nil {
+			return 0, fmt.Errorf("read layer %s at %d: %w", l.store.dgst, off, err)
+		}
+		if !again {
+			break
+		}
+	}
+	return len(p), err
+}
+
+// enter counts a caller in, unless the layer is closed.
+func (l *Layer) enter() bool {
+	l.store.mu.Lock()
+	defer l.store.mu.Unlock()
+	if l.closed {
+		return false
+	}
+	l.running.Add(1)
+	return true
+}
+
+// read fills p, which lies in chunks [lo, hi). It says again if something that it counted on went away: the disk lost a chunk,
+// or another handle's fetch failed. The next round then has fewer to count on.
+func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int) (again bool, err error) {
+	s := l.store
+	if s.verified.hasAll(lo, hi) { // the common case, without a lock
+		l.ahead.read(off, off+int64(len(p)))
+		s.cache.stats.hits.Add(int64(hi - lo))
+		return !l.pread(p, off, lo, hi), nil
+	}
+	if err := ctx.Err(); err != nil {
+		return false, err
+	}
+	flights := l.claim(lo, hi)
+	defer s.release(flights)
+	l.ahead.read(off, off+int64(len(p)))
+
+	for i := lo; i < hi; {
+		if flights[i-lo] == nil { // on disk, with its neighbours
+			j := i + 1
+			for j < hi && flights[j-lo] == nil {
+				j++
+			}
+			from, to := l.overlap(p, off, i, j)
+			if !l.pread(p[from-off:to-off], from, i, j) {
+				return true, nil
+			}
+			s.cache.stats.hits.Add(int64(j - i))
+			i = j
+			continue
+		}
+		again, err := l.wait(ctx, flights[i-lo])
+		if again || err != nil {
+			return again, err
+		}
+		from, to := l.overlap(p, off, i, i+1)
+		at := from - l.store.index.Chunk(i).TarOffset
+		copy(p[from-off:to-off], flights[i-lo].buf.b[at:])
+		i++
+	}
+	return false, nil
+}
+
+// overlap returns the tar offsets that p at off and chunks [lo, hi) have in common.
+func (l *Layer) overlap(p []byte, off int64, lo, hi int) (from, to int64) {
+	first, last := l.store.index.Chunk(lo), l.store.index.Chunk(hi-1)
+	return max(off, first.TarOffset), min(off+int64(len(p)), last.TarOffset+last.TarSize)
+}
+
+// pread reads p from disk, all of it in chunks [lo, hi), which were verified. If it cannot, it forgets them and returns false.
+func (l *Layer) pread(p []byte, off int64, lo, hi int) bool {
+	n, err := l.store.data.ReadAt(p, off)
+	if n == len(p) {
+		return true
+	}
+	l.store.cache.stats.readError(err)
+	l.store.forget(lo, hi)
+	return false
+}
+
+// wait waits for fl. Again says that another handle's fetch failed: ours may do better.
+func (l *Layer) wait(ctx context.Context, fl *flight) (again bool, err error) {
+	select {
+	case <-fl.done:
+	default:
+		select {
+		case <-fl.done:
+		case <-ctx.Done():
+			return false, ctx.Err()
+		case <-l.closing:
+			return false, os.ErrClosed
+		}
+	}
+	if fl.err != nil && fl.fill.layer != l {
+		return true, nil
+	}
+	return false, fl.err
+}
+
+// Usage returns the bytes on disk.
+func (l *Layer) Usage() (int64, error) { return l.store.usage() }
+
+// Close ends the use of the layer. Its chunks stay. It ends reads and fetches that go on, and waits for them.
+func (l *Layer) Close() error {
+	s := l.store
+	s.mu.Lock()
+	if l.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	l.closed = true
+	close(l.closing)
+	for f := range l.fills {
+		f.cancel()
+	}
+	s.mu.Unlock()
+	l.running.Wait()
+
+	c := s.cache
+	c.mu.Lock()
+	delete(c.handles, l)
+	c.mu.Unlock()
+	if err := c.release(s.dgst); err != nil {
+		return fmt.Errorf("close layer %s in the cache: %w", s.dgst, err)
+	}
+	return nil
+}

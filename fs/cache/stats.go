@@ -1,0 +1,63 @@
+package cache
+
+import (
+	"io"
+	"sync"
+	"sync/atomic"
+)
+
+// Stats are counts since Open.
+type Stats struct {
+	Hits          int64 // chunks served from memory that was verified before, of reads
+	Verified      int64 // chunks found on disk and verified at their first use
+	Misses        int64 // chunks fetched because a read waited for them
+	ReadAhead     int64 // chunks fetched before a read asked for them
+	Requests      int64 // calls of Blob.ReadRange
+	FetchedBytes  int64 // bytes asked of Blob.ReadRange
+	CorruptChunks int64 // chunks from a Blob that did not verify
+	DamagedChunks int64 // chunks on disk that did not verify
+	DiskErrors    int64 // operations on the cache's disk that failed
+}
+
+// counters are the live Stats.
+type counters struct {
+	hits, verified, misses, readAhead, requests, fetchedBytes, corrupt, damaged, diskErrors atomic.Int64
+
+	// suspended: a write failed, so do not write before the next flush.
+	suspended atomic.Bool
+
+	mu  sync.Mutex
+	err error // the last failure of the disk
+}
+
+// Stats returns the counts since Open.
+func (c *Cache) Stats() Stats {
+	s := &c.stats
+	return Stats{
+		Hits: s.hits.Load(), Verified: s.verified.Load(), Misses: s.misses.Load(), ReadAhead: s.readAhead.Load(),
+		Requests: s.requests.Load(), FetchedBytes: s.fetchedBytes.Load(),
+		CorruptChunks: s.corrupt.Load(), DamagedChunks: s.damaged.Load(), DiskErrors: s.diskErrors.Load(),
+	}
+}
+
+// Err returns the last failure of the cache's disk, or nil. Reads go on without caching meanwhile.
+func (c *Cache) Err() error {
+	c.stats.mu.Lock()
+	defer c.stats.mu.Unlock()
+	return c.stats.err
+}
+
+// diskError notes a failure of the disk.
+func (c *counters) diskError(err error) {
+	c.diskErrors.Add(1)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.err = err
+}
+
+// readError notes why a read from disk was short. A file that was cut is damaged, but the disk is well.
+func (c *counters) readError(err error) {
+	if err != io.EOF {
+		c.diskError(err)
+	}
+}
