@@ -1,0 +1,284 @@
+package registryclient
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	"github.com/opencontainers/go-digest"
+)
+
+const (
+	firstPause = 100 * time.Millisecond // between two questions to one host; doubles
+	maxPause   = 3 * time.Second
+	maxHold    = 20 * time.Second // a Retry-After beyond this is cut: registries ask for minutes
+	renewBytes = 64 << 10         // so much progress makes the budget whole again; less would let a host that drips keep us for ever
+)
+
+// call is one operation: the hosts it may ask and what is left of its budget. It belongs to one goroutine.
+type call struct {
+	c      *Client
+	ctx    context.Context
+	cancel context.CancelFunc
+	repo   Repository
+	name   string       // of the repository below the registry
+	asked  []*candidate // in order of preference
+	left   time.Duration
+	gained int64 // bytes since the budget was last whole
+}
+
+// candidate is a host and how it has done in this call.
+type candidate struct {
+	*host
+	err   error // the last one
+	out   bool  // not to be asked again
+	fails int
+	next  time.Time // not before
+}
+
+// question is a GET below a repository.
+type question struct {
+	path   string // "manifests/latest"
+	query  string
+	accept string
+	rng    string        // Range
+	blob   digest.Digest // set if it is for a blob: then the place it is redirected to is remembered
+}
+
+func (c *Client) newCall(ctx context.Context, repo Repository, need docker.HostCapabilities) (*call, error) {
+	hosts, name, err := c.hostsOf(repo, need)
+	if err != nil {
+		return nil, err
+	}
+	k := &call{c: c, repo: repo, name: name, left: c.o.Budget}
+	for _, h := range hosts {
+		k.asked = append(k.asked, &candidate{host: h})
+	}
+	k.ctx, k.cancel = context.WithCancel(ctx)
+	return k, nil
+}
+
+// end frees what the call holds. Bodies it gave out fail from then on.
+func (k *call) end() { k.cancel() }
+
+// ask puts a question to the hosts until one answers it: f returns nil. A host that fails for good is asked once, one that fails in a
+// way that may pass is asked again, after the others and after a pause. What the last host of the list, which is the registry itself, has
+// not, nobody has. The error is ErrNotFound if that is the answer, the context's if it ended, and else the most telling host's.
+func (k *call) ask(f func(*host) error) error {
+	authority := k.asked[len(k.asked)-1]
+	for {
+		for _, c := range k.round() {
+			err := f(c.host)
+			if cerr := k.ctx.Err(); cerr != nil {
+				return cerr
+			}
+			if err == nil {
+				return nil
+			}
+			c.failed(err)
+			if c == authority && errors.Is(err, ErrNotFound) {
+				return k.verdict()
+			}
+			if k.left <= 0 {
+				return k.verdict()
+			}
+		}
+		next, ok := k.next()
+		if !ok {
+			return k.verdict()
+		}
+		if d := time.Until(next); d >= k.left {
+			return k.verdict()
+		} else if err := k.pause(d); err != nil {
+			return err
+		}
+	}
+}
+
+// failed notes a failure for this call and, if it says something of the host's health, for all.
+func (c *candidate) failed(err error) {
+	c.err = err
+	c.fails++
+	if !temporary(err) {
+		c.out = true
+		c.worked() // an answer all the same
+		return
+	}
+	pause := min(firstPause<<min(c.fails-1, 10), maxPause)
+	pause += rand.N(pause/4 + 1) // so that a node's readers do not come back all at once
+	var status *StatusError
+	var hold time.Duration
+	if errors.As(err, &status) {
+		hold = min(status.retryAfter, maxHold)
+	}
+	c.next = time.Now().Add(max(pause, hold))
+	c.host.failed(hold)
+}
+
+// round returns who may be asked now: healthy hosts first, each in order.
+func (k *call) round() []*candidate {
+	var up, down []*candidate
+	now := time.Now()
+	for _, c := range k.asked {
+		isDown, hold := c.state(now)
+		switch {
+		case c.out || hold > 0 || now.Before(c.next):
+		case isDown:
+			down = append(down, c)
+		default:
+			up = append(up, c)
+		}
+	}
+	return append(up, down...)
+}
+
+// next returns when somebody may be asked again; false if nobody is left.
+func (k *call) next() (t time.Time, ok bool) {
+	now := time.Now()
+	for _, c := range k.asked {
+		if c.out {
+			continue
+		}
+		at := now
+		if _, hold := c.state(now); hold > 0 {
+			at = now.Add(hold)
+		}
+		if c.next.After(at) {
+			at = c.next
+		}
+		if !ok || at.Before(t) {
+			t, ok = at, true
+		}
+	}
+	return t, ok
+}
+
+func (k *call) pause(d time.Duration) error {
+	t := time.NewTimer(max(d, 0))
+	defer t.Stop()
+	k.left -= d
+	select {
+	case <-t.C:
+		return nil
+	case <-k.ctx.Done():
+		return k.ctx.Err()
+	}
+}
+
+// verdict makes one error of the hosts'. It wraps one of them: the last host's that failed otherwise than by not having it.
+func (k *call) verdict() error {
+	var told error
+	var others []string
+	for _, c := range k.asked {
+		if c.err != nil && (told == nil || !errors.Is(c.err, ErrNotFound)) {
+			told = c.err
+		}
+	}
+	if authority := k.asked[len(k.asked)-1]; errors.Is(authority.err, ErrNotFound) {
+		told = authority.err
+	}
+	for _, c := range k.asked {
+		if c.err != nil && c.err != told {
+			others = append(others, c.err.Error())
+		}
+	}
+	switch {
+	case told == nil: // all were on hold
+		return fmt.Errorf("no host of %s may be asked again within %v: they asked to wait", k.repo, k.c.o.Budget)
+	case len(others) > 0:
+		return fmt.Errorf("%w (before: %s)", told, strings.Join(others, "; "))
+	}
+	return told
+}
+
+// get sends q to h. The caller closes the body.
+func (k *call) get(h *host, q question) (*http.Response, error) {
+	a := &attempt{k: k}
+	a.ctx, a.cancel = context.WithCancelCause(k.ctx)
+	a.timer = time.AfterFunc(k.left, func() { a.cancel(errSilent) })
+	start := time.Now()
+	resp, err := h.do(a.ctx, k.c, k.name, q)
+	a.timer.Stop()
+	k.left -= time.Since(start)
+	if err != nil {
+		err = a.explain(err)
+		a.cancel(nil)
+		return nil, err
+	}
+	a.body = resp.Body
+	resp.Body = a
+	return resp, nil
+}
+
+// read sends q to h and reads the whole answer, of at most max bytes.
+func (k *call) read(h *host, q question, max int64) (http.Header, []byte, error) {
+	resp, err := k.get(h, q)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, nil, refused("host %s: status %d in answer to a plain GET", h.Host, resp.StatusCode)
+	}
+	if resp.ContentLength > max {
+		return nil, nil, refused("host %s: %d bytes are more than the limit of %d", h.Host, resp.ContentLength, max)
+	}
+	b, err := io.ReadAll(io.LimitReader(resp.Body, max+1))
+	if err != nil {
+		return nil, nil, fmt.Errorf("host %s: read %s: %w", h.Host, q.path, err)
+	}
+	if int64(len(b)) > max {
+		return nil, nil, refused("host %s: more than the limit of %d bytes", h.Host, max)
+	}
+	h.worked()
+	return resp.Header, b, nil
+}
+
+// attempt is the body of one answer, read within the limits of its call: no read is silent for longer than Stall, and all that time counts
+// against the budget. Time between reads is the caller's own. The timer is set for each read, so that watching costs no goroutine.
+type attempt struct {
+	k      *call
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	timer  *time.Timer
+	body   io.ReadCloser
+}
+
+func (a *attempt) Read(p []byte) (int, error) {
+	k := a.k
+	start := time.Now()
+	a.timer.Reset(max(min(k.c.o.Stall, k.left), 0))
+	n, err := a.body.Read(p)
+	a.timer.Stop()
+	k.left -= time.Since(start)
+	if k.gained += int64(n); k.gained >= renewBytes {
+		k.gained, k.left = 0, k.c.o.Budget
+		for _, c := range k.asked {
+			c.fails = 0
+		}
+	}
+	if err != nil && err != io.EOF {
+		err = a.explain(err)
+	}
+	return n, err
+}
+
+func (a *attempt) Close() error {
+	a.timer.Stop()
+	a.cancel(nil)
+	return a.body.Close()
+}
+
+// explain returns why a request of this attempt failed, where the cause is ours and not the connection's.
+func (a *attempt) explain(err error) error {
+	if context.Cause(a.ctx) == errSilent {
+		return errSilent
+	}
+	return err
+}

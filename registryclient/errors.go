@@ -1,0 +1,128 @@
+package registryclient
+
+import (
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// StatusError is an answer of a host that is no success. errors.Is(err, ErrNotFound) holds for 404.
+type StatusError struct {
+	StatusCode int
+	Host       string // host:port that answered; not always the registry
+	URL        string // without what may hold secrets: user and query, and the path where a redirect led elsewhere
+	Message    string // the first error of the body, if it is one of the distribution specification's
+
+	code       string        // of that error: "NAME_UNKNOWN"
+	retryAfter time.Duration // what the answer asks for; 0 is nothing
+}
+
+func (e *StatusError) Error() string {
+	s := fmt.Sprintf("GET %s: %d %s", e.URL, e.StatusCode, http.StatusText(e.StatusCode))
+	if e.Message != "" {
+		s += fmt.Sprintf(" (%s)", e.Message)
+	}
+	return s
+}
+
+// Is makes 404 an ErrNotFound.
+func (e *StatusError) Is(target error) bool {
+	return target == ErrNotFound && e.StatusCode == http.StatusNotFound
+}
+
+// Temporary reports whether the same request may succeed a little later.
+func (e *StatusError) Temporary() bool {
+	switch e.StatusCode {
+	case http.StatusRequestTimeout, http.StatusTooManyRequests:
+		return true
+	case http.StatusNotImplemented, http.StatusHTTPVersionNotSupported:
+		return false
+	}
+	return e.StatusCode >= 500
+}
+
+const (
+	maxErrorBody    = 8 << 10
+	maxErrorMessage = 200
+)
+
+// newStatusError reads the beginning of the answer's body; it does not close it.
+func newStatusError(resp *http.Response, host, shown string) *StatusError {
+	e := &StatusError{StatusCode: resp.StatusCode, Host: host, URL: shown}
+	e.retryAfter = parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())
+	var body struct {
+		Errors []struct{ Code, Message string }
+	}
+	b, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // an error in an error adds nothing
+	if json.Unmarshal(b, &body) == nil && len(body.Errors) > 0 {
+		e.code = body.Errors[0].Code
+		m := strings.Trim(e.code+": "+body.Errors[0].Message, ": ")
+		if m = strings.Trim(strconv.Quote(m), `"`); len(m) > maxErrorMessage { // quoted, because it ends up in logs
+			m = strings.ToValidUTF8(m[:maxErrorMessage], "") + "..."
+		}
+		e.Message = m
+	}
+	return e
+}
+
+// parseRetryAfter reads a Retry-After header, in seconds or as a date. 0 is none.
+func parseRetryAfter(s string, now time.Time) time.Duration {
+	if n, err := strconv.ParseUint(s, 10, 31); err == nil {
+		return time.Duration(n) * time.Second
+	}
+	if t, err := http.ParseTime(s); err == nil {
+		return max(t.Sub(now), 0)
+	}
+	return 0
+}
+
+// redact returns u without user, query and fragment.
+func redact(u *url.URL) string {
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path}).String()
+}
+
+// refusedError is an answer that was understood and is wrong: asking the same host again is of no use.
+type refusedError struct{ msg string }
+
+func (e *refusedError) Error() string { return e.msg }
+
+func refused(format string, a ...any) error { return &refusedError{fmt.Sprintf(format, a...)} }
+
+// errSilent is the cause of a request that was given up because nothing came.
+var errSilent = errors.New("nothing received for too long")
+
+// temporary reports whether asking the same host again may help. In doubt it may.
+func temporary(err error) bool {
+	var (
+		status *StatusError
+		wrong  *refusedError
+		cert   *tls.CertificateVerificationError
+		record tls.RecordHeaderError
+		alert  tls.AlertError
+	)
+	switch {
+	case errors.As(err, &status):
+		return status.Temporary()
+	case errors.Is(err, ErrNotFound), errors.Is(err, http.ErrSchemeMismatch):
+		return false
+	case errors.As(err, &wrong), errors.As(err, &cert), errors.As(err, &record), errors.As(err, &alert):
+		return false
+	}
+	return true
+}
+
+// withoutURL takes the *url.Error off err: it prints the whole URL, the query with its signatures included.
+func withoutURL(err error) error {
+	var u *url.Error
+	if errors.As(err, &u) {
+		return u.Err
+	}
+	return err
+}

@@ -1,0 +1,142 @@
+package registryclient
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"net/url"
+	"path"
+)
+
+const maxHops = 5 // redirects of one request; blob stores take one or two
+
+// do sends q for repository name to h: authorized if it must be, and on along redirects. The answer is a success, or there is an error.
+func (h *host) do(ctx context.Context, c *Client, name string, q question) (*http.Response, error) {
+	key := redirectKey{h, name, q.blob}
+	if to := c.redirects.get(key); to != nil {
+		resp, err := h.send(ctx, c, to, q, "")
+		if err == nil && resp.StatusCode/100 == 2 {
+			return resp, nil
+		}
+		// Expired, most likely: the registry gives a new one.
+		c.redirects.forget(key, to)
+		if err == nil {
+			resp.Body.Close()
+		} else if ctx.Err() != nil {
+			return nil, err
+		}
+	}
+	token, err := h.auth.known(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	resp, at, err := h.follow(ctx, c, name, q, token)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode == http.StatusUnauthorized && h.owns(at) {
+		challenge := newStatusError(resp, at.Host, h.show(at))
+		resp.Body.Close()
+		if token, err = h.auth.renew(ctx, name, token, resp.Header); err != nil {
+			return nil, err
+		}
+		if token == "" {
+			return nil, challenge
+		}
+		if resp, at, err = h.follow(ctx, c, name, q, token); err != nil {
+			return nil, err
+		}
+	}
+	if resp.StatusCode/100 != 2 {
+		err := newStatusError(resp, at.Host, h.show(at))
+		resp.Body.Close()
+		return nil, err
+	}
+	if q.blob != "" && !h.owns(at) {
+		c.redirects.put(key, at)
+	}
+	return resp, nil
+}
+
+// follow sends q to the host itself and goes where it is sent. The token goes nowhere but to the host, and not there either once it has been left.
+func (h *host) follow(ctx context.Context, c *Client, name string, q question, token string) (resp *http.Response, at *url.URL, err error) {
+	to := &url.URL{Scheme: h.Scheme, Host: h.Host, Path: path.Join("/", h.Path, name, q.path), RawQuery: q.query}
+	if h.ns != "" {
+		v := to.Query()
+		v.Set("ns", h.ns)
+		to.RawQuery = v.Encode()
+	}
+	for hops := 0; ; hops++ {
+		resp, err := h.send(ctx, c, to, q, token)
+		if err != nil {
+			return nil, nil, err
+		}
+		location := resp.Header.Get("Location")
+		switch resp.StatusCode {
+		case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		default:
+			return resp, to, nil
+		}
+		resp.Body.Close()
+		next, err := to.Parse(location)
+		switch {
+		case err != nil || location == "" || next.Host == "":
+			return nil, nil, refused("GET %s: redirect to nowhere", h.show(to))
+		case next.Scheme != "https" && next.Scheme != "http":
+			return nil, nil, refused("GET %s: redirect to scheme %q", h.show(to), next.Scheme)
+		case to.Scheme == "https" && next.Scheme == "http":
+			return nil, nil, refused("GET %s: redirect from https to http", h.show(to))
+		case hops == maxHops:
+			return nil, nil, refused("GET %s: more than %d redirects", h.show(to), maxHops)
+		}
+		if !h.owns(next) {
+			token = ""
+		}
+		to = next
+	}
+}
+
+// owns reports whether u is on the host itself, and so may see its credentials and headers.
+func (h *host) owns(u *url.URL) bool { return u.Scheme == h.Scheme && u.Host == h.Host }
+
+// show returns u for an error: without user and query, which may hold secrets, and of foreign places without the path, which may be one.
+func (h *host) show(u *url.URL) string {
+	if h.owns(u) {
+		return redact(u)
+	}
+	return u.Scheme + "://" + u.Host + "/..."
+}
+
+// send sends one request and returns any answer to it.
+func (h *host) send(ctx context.Context, c *Client, to *url.URL, q question, token string) (*http.Response, error) {
+	req := (&http.Request{Method: http.MethodGet, URL: to, Host: to.Host, Header: http.Header{}}).WithContext(ctx)
+	if h.owns(to) {
+		for k, values := range h.Header {
+			for _, v := range values {
+				req.Header.Add(k, v)
+			}
+		}
+	}
+	if token != "" {
+		req.Header.Set("Authorization", token)
+	}
+	req.Header.Set("Accept-Encoding", "identity")
+	if req.Header.Get("User-Agent") == "" {
+		req.Header.Set("User-Agent", c.o.UserAgent)
+	}
+	if q.accept != "" {
+		req.Header.Set("Accept", q.accept)
+	}
+	if q.rng != "" {
+		req.Header.Set("Range", q.rng)
+	}
+	resp, err := h.client.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("GET %s: %w", h.show(to), withoutURL(err))
+	}
+	if e := resp.Header.Get("Content-Encoding"); e != "" && e != "identity" {
+		resp.Body.Close()
+		return nil, refused("GET %s: content encoding %q where none was asked for", h.show(to), e)
+	}
+	return resp, nil
+}

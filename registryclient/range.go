@@ -1,0 +1,192 @@
+package registryclient
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// maxSkip is how much of a blob is read to get at a range of it, from a host that sends all of it whatever it is asked.
+const maxSkip = 1 << 20
+
+// ReadRange returns exactly n bytes at off of blob dgst (not verified). The range must lie inside the blob. See cache.Blob for try.
+//
+// One ranged GET, as a rule; a body that breaks off is continued where it ended, from this host or the next, while the budget lasts. try
+// leaves out the first hosts; a registry with a single host is asked a second time, anew from the redirect on, before there is no other.
+func (c *Client) ReadRange(ctx context.Context, repo Repository, dgst digest.Digest, off, n int64, try int) (io.ReadCloser, error) {
+	r, err := c.readRange(ctx, repo, dgst, off, n, try)
+	if err != nil {
+		return nil, fmt.Errorf("read %d bytes at %d of blob %s@%s: %w", n, off, repo, dgst, err)
+	}
+	return r, nil
+}
+
+func (c *Client) readRange(ctx context.Context, repo Repository, dgst digest.Digest, off, n int64, try int) (io.ReadCloser, error) {
+	if err := dgst.Validate(); err != nil {
+		return nil, err
+	}
+	if off < 0 || n < 0 || off+n < off || try < 0 {
+		return nil, fmt.Errorf("no such range")
+	}
+	k, err := c.newCall(ctx, repo, canPull)
+	if err != nil {
+		return nil, err
+	}
+	if try > 0 {
+		if try >= max(len(k.asked), 2) {
+			k.end()
+			return nil, fmt.Errorf("no other host to ask: %d tried", len(k.asked))
+		}
+		k.asked = k.asked[min(try, len(k.asked)-1):]
+		for _, h := range k.asked {
+			c.redirects.forget(redirectKey{h.host, k.name, dgst}, nil)
+		}
+	}
+	r := &rangeReader{k: k, dgst: dgst, off: off, left: n}
+	if n > 0 {
+		if err := r.open(); err != nil {
+			k.end()
+			return nil, err
+		}
+	}
+	return r, nil
+}
+
+// rangeReader reads a range through as many answers as it takes.
+type rangeReader struct {
+	k    *call
+	dgst digest.Digest
+	off  int64
+	left int64
+	from *host
+	body io.ReadCloser
+	err  error
+}
+
+func (r *rangeReader) Read(p []byte) (int, error) {
+	for {
+		switch {
+		case r.err != nil:
+			return 0, r.err
+		case r.left == 0:
+			return 0, io.EOF
+		case len(p) == 0:
+			return 0, nil
+		}
+		n, err := r.body.Read(p[:min(int64(len(p)), r.left)])
+		r.off += int64(n)
+		r.left -= int64(n)
+		if r.left == 0 {
+			r.from.worked()
+		} else if err != nil {
+			r.err = r.resume(err)
+		}
+		if n > 0 {
+			return n, nil
+		}
+	}
+}
+
+// resume opens the rest of the range after its body ended early.
+func (r *rangeReader) resume(err error) error {
+	if err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	r.body.Close()
+	if cerr := r.k.ctx.Err(); cerr != nil {
+		return cerr
+	}
+	r.k.c.redirects.forget(redirectKey{r.from, r.k.name, r.dgst}, nil)
+	for _, c := range r.k.asked {
+		if c.host == r.from {
+			c.failed(fmt.Errorf("host %s: blob breaks off at %d: %w", c.Host, r.off, err))
+		}
+	}
+	return r.open()
+}
+
+func (r *rangeReader) open() error {
+	q := question{path: "blobs/" + r.dgst.String(), blob: r.dgst, rng: fmt.Sprintf("bytes=%d-%d", r.off, r.off+r.left-1)}
+	return r.k.ask(func(h *host) error {
+		resp, err := r.k.get(h, q)
+		if err != nil {
+			return err
+		}
+		if err := r.check(resp); err != nil {
+			resp.Body.Close()
+			r.k.c.redirects.forget(redirectKey{h, r.k.name, r.dgst}, nil)
+			return fmt.Errorf("host %s: %w", h.Host, err)
+		}
+		r.from, r.body = h, resp.Body
+		return nil
+	})
+}
+
+// check makes sure that the body begins at off and is not known to be short.
+func (r *rangeReader) check(resp *http.Response) error {
+	switch resp.StatusCode {
+	case http.StatusPartialContent:
+		first, last, err := parseContentRange(resp.Header.Get("Content-Range"))
+		if err != nil {
+			return refused("%v", err)
+		}
+		if first != r.off || last != r.off+r.left-1 {
+			return refused("sent bytes %d-%d where %d-%d were asked for", first, last, r.off, r.off+r.left-1)
+		}
+		if resp.ContentLength >= 0 && resp.ContentLength != r.left {
+			return refused("content length %d of a range of %d bytes", resp.ContentLength, r.left)
+		}
+		return nil
+	case http.StatusOK:
+		if resp.ContentLength >= 0 && resp.ContentLength < r.off+r.left {
+			return refused("the blob has %d bytes and the range ends at %d", resp.ContentLength, r.off+r.left)
+		}
+		if r.off > maxSkip {
+			return refused("the host ignores ranges, and %d bytes to skip are too many", r.off)
+		}
+		_, err := io.CopyN(io.Discard, resp.Body, r.off)
+		if err == io.EOF {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
+	}
+	return refused("status %d in answer to a range", resp.StatusCode)
+}
+
+// Close ends the read. It may be called before the end.
+func (r *rangeReader) Close() error {
+	if r.body != nil {
+		r.body.Close() // what was not read may well not come: no error of the caller's
+	}
+	r.k.end()
+	if r.err == nil && r.left > 0 {
+		r.err = io.ErrClosedPipe
+	}
+	return nil
+}
+
+// parseContentRange reads "bytes FIRST-LAST/SIZE", where SIZE may be "*" (RFC 9110, 14.4).
+func parseContentRange(s string) (first, last int64, err error) {
+	rest, ok := strings.CutPrefix(s, "bytes ")
+	rng, size, ok2 := strings.Cut(rest, "/")
+	a, b, ok3 := strings.Cut(rng, "-")
+	if !ok || !ok2 || !ok3 {
+		return 0, 0, fmt.Errorf("content range %.80q is malformed", s)
+	}
+	f, err1 := strconv.ParseUint(a, 10, 63)
+	l, err2 := strconv.ParseUint(b, 10, 63)
+	if err1 != nil || err2 != nil || f > l {
+		return 0, 0, fmt.Errorf("content range %.80q is malformed", s)
+	}
+	if size != "*" {
+		if n, err := strconv.ParseUint(size, 10, 63); err != nil || l >= n {
+			return 0, 0, fmt.Errorf("content range %.80q is malformed", s)
+		}
+	}
+	return int64(f), int64(l), nil
+}
