@@ -1,0 +1,125 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+)
+
+// createResult is what create prints with -o json.
+type createResult struct {
+	Image     string              `json:"image"`
+	Status    string              `json:"status"` // Succeeded or Failed, as in Azure's operations
+	Artifacts []converter.Created `json:"artifacts"`
+	ErrorCode converter.Code      `json:"errorCode,omitempty"`
+	Message   string              `json:"message,omitempty"`
+	Seconds   float64             `json:"seconds"`
+}
+
+func newCreate() *cobra.Command {
+	var (
+		image  imageFlags
+		conv   convertFlags
+		output outputFlag
+		force  bool
+	)
+	cmd := &cobra.Command{
+		Use:   "create REF",
+		Short: "Convert an image and attach its streaming artifact",
+		Long: `Convert an image and attach its streaming artifact.
+
+REF is an image of a registry (HOST/REPO:TAG or HOST/REPO@DIGEST) or of an OCI layout (oci:DIR:TAG). Of an index, every
+Linux platform is converted. The image itself is not changed. An image that has its artifact already is left alone.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			p, ref, platforms, err := image.open(args)
+			if err != nil {
+				return err
+			}
+			started := time.Now()
+			progress := newProgress(cmd.ErrOrStderr(), "converted")
+			o := converter.CreateOptions{Options: conv.options(), Platforms: platforms, Force: force}
+			o.Progress = progress.report
+			done, err := converter.Create(cmd.Context(), p, ref, o)
+			progress.stop()
+			res := createResult{Image: image.ref(args), Status: "Succeeded", Artifacts: done, Seconds: time.Since(started).Seconds()}
+			if res.Artifacts == nil {
+				res.Artifacts = []converter.Created{}
+			}
+			warnCreated(cmd.ErrOrStderr(), res)
+			if err != nil {
+				res.Status, res.ErrorCode, res.Message = "Failed", converter.CodeOf(err), err.Error()
+			}
+			if output.json() {
+				if werr := writeJSON(cmd.OutOrStdout(), res); err == nil {
+					err = werr
+				}
+			} else if werr := printCreated(cmd.OutOrStdout(), res); err == nil {
+				err = werr
+			}
+			return err
+		},
+	}
+	image.add(cmd)
+	conv.add(cmd)
+	output.add(cmd)
+	cmd.Flags().BoolVar(&force, "force", false, "convert all layers again, attach the new artifact, then delete the one before")
+	return cmd
+}
+
+// warnCreated says what was not done: once for an image that has all its artifacts.
+func warnCreated(w io.Writer, res createResult) {
+	exist := 0
+	for _, c := range res.Artifacts {
+		if c.Status == converter.StatusExists {
+			exist++
+		}
+	}
+	for _, c := range res.Artifacts {
+		for _, warning := range c.Warnings {
+			fmt.Fprintf(w, "streamctl: warning: %s\n", warning)
+		}
+		if c.Status != converter.StatusExists {
+			continue
+		}
+		name := res.Image
+		if exist < len(res.Artifacts) {
+			name += " (" + c.Platform + ")"
+		}
+		fmt.Fprintf(w, "The streaming artifact for image '%s' already exists. Skipping request.\n", name)
+		if exist == len(res.Artifacts) {
+			return
+		}
+	}
+}
+
+func printCreated(w io.Writer, res createResult) error {
+	for _, c := range res.Artifacts {
+		if c.Status != converter.StatusCreated {
+			continue
+		}
+		fmt.Fprintf(w, "%s %s\n", c.Platform, c.Artifact.Digest)
+		t := newTable(w)
+		fmt.Fprintln(t, "LAYER\tSOURCE\tSIZE\tARTIFACT\tSIZE\tRATIO\tTAR\tCHUNKS\tTIME")
+		var src, out, tar int64
+		var chunks int
+		for i, l := range c.Layers {
+			took := seconds(time.Duration(l.Seconds * float64(time.Second)))
+			if l.Reused {
+				took = "before"
+			}
+			fmt.Fprintf(t, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%s\n", i, short(l.Source), size(l.SourceSize), short(l.Digest), size(l.Size),
+				ratio(l.Size, l.SourceSize), size(l.TarSize), l.Chunks, took)
+			src, out, tar, chunks = src+l.SourceSize, out+l.Size, tar+l.TarSize, chunks+l.Chunks
+		}
+		fmt.Fprintf(t, "all\t\t%s\t\t%s\t%s\t%s\t%d\t%s\n", size(src), size(out), ratio(out, src), size(tar), chunks,
+			seconds(time.Duration(res.Seconds*float64(time.Second))))
+		if err := t.Flush(); err != nil {
+			return err
+		}
+	}
+	return nil
+}

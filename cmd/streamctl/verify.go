@@ -1,0 +1,47 @@
+package main
+
+import (
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+)
+
+func newVerify() *cobra.Command {
+	var (
+		image  imageFlags
+		output outputFlag
+		jobs   jobsFlag
+	)
+	cmd := &cobra.Command{
+		Use:   "verify REF",
+		Short: "Prove that the streaming artifacts of an image are that image",
+		Long: `Prove that the streaming artifacts of an image are that image, by reading them whole.
+
+The first difference is named on standard error, and the exit status is 1.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			p, ref, platforms, err := image.open(args)
+			if err != nil {
+				return err
+			}
+			progress := newProgress(cmd.ErrOrStderr(), "verified")
+			done, err := converter.Verify(cmd.Context(), p, ref, converter.VerifyOptions{Platforms: platforms, Jobs: int(jobs), Progress: progress.report})
+			progress.stop()
+			if err != nil {
+				return err
+			}
+			if output.json() {
+				return writeJSON(cmd.OutOrStdout(), map[string]any{"verified": done})
+			}
+			for _, v := range done {
+				fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %d layers, %s, are those of %s\n", v.Platform, v.Artifact, v.Layers, size(v.Bytes), v.Subject)
+			}
+			return nil
+		},
+	}
+	image.add(cmd)
+	output.add(cmd)
+	jobs.add(cmd)
+	return cmd
+}

@@ -1,0 +1,199 @@
+// Package converter makes streaming artifacts: an image in, its artifact out, attached to the image as a referrer. It also
+// reads them back (Inspect, Verify), lists and deletes them, and copies images together with their referrers.
+//
+// The principle: an image is in a Place, which is a repository of a registry or an OCI layout; both do the same few things,
+// so every operation here works on both. A layer goes from the place through the decompressor and the encoder into a
+// temporary file that has no name any more, and from there to the place; nothing is held in memory but buffers. The
+// manifest is written last, so that a run that was interrupted leaves blobs that nothing refers to, never half an artifact.
+//
+// What it does not do: it never changes an image, knows no snapshotter, and does not judge whether a tar can be streamed
+// (artifact does that while it encodes). It does not log: what happens on the way is told to Options.Progress.
+package converter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// Options say how to convert.
+type Options struct {
+	Encode   artifact.EncodeOptions
+	Jobs     int      // layers converted at once; 0 is one for each processor, two at least
+	TempDir  string   // where converted layers wait for their push; "" is os.TempDir
+	Record   *Record  // of layers converted before; nil is none
+	Progress Progress // nil is silent
+}
+
+func (o Options) jobs() int {
+	if o.Jobs > 0 {
+		return o.Jobs
+	}
+	return max(2, runtime.GOMAXPROCS(0))
+}
+
+// CreateOptions say what Create converts.
+type CreateOptions struct {
+	Options
+	Platforms []ocispec.Platform // none is every Linux platform
+	Force     bool               // convert again what has an artifact already, then delete the artifact that was there
+}
+
+// Status of an artifact after Create.
+const (
+	StatusCreated = "created"
+	StatusExists  = "exists" // it was there before; nothing was done
+)
+
+// Created says what Create did for one platform.
+type Created struct {
+	Platform string             `json:"platform"`
+	Status   string             `json:"status"`
+	Subject  ocispec.Descriptor `json:"subject"`
+	Artifact ocispec.Descriptor `json:"artifact"`
+	Layers   []CreatedLayer     `json:"layers,omitempty"` // none when the artifact was there before
+	Warnings []string           `json:"warnings,omitempty"`
+}
+
+// CreatedLayer is a layer of a new artifact.
+type CreatedLayer struct {
+	Source     digest.Digest `json:"source"`
+	SourceSize int64         `json:"sourceSize"` // bytes
+	Digest     digest.Digest `json:"digest"`
+	Size       int64         `json:"size"`      // of the blob, its index included
+	IndexSize  int64         `json:"indexSize"` // of the index in the blob
+	TarSize    int64         `json:"tarSize"`
+	Chunks     int           `json:"chunks"`
+	Reused     bool          `json:"reused"` // converted before: neither read nor converted now
+	Seconds    float64       `json:"seconds"`
+}
+
+// Create converts the image that ref names ("" is the only image of the place) and attaches an artifact to each of its
+// Linux platform manifests. What it did for the platforms before an error is returned with the error, which is an *Error
+// where the image is the reason.
+func Create(ctx context.Context, p Place, ref string, o CreateOptions) ([]Created, error) {
+	images, err := resolve(ctx, p, ref, o.Platforms)
+	if err != nil {
+		return nil, err
+	}
+	var done []Created
+	for _, img := range images {
+		c, err := create(ctx, p, img, o)
+		if err != nil {
+			return done, err
+		}
+		done = append(done, c)
+	}
+	return done, nil
+}
+
+func create(ctx context.Context, p Place, img *image, o CreateOptions) (Created, error) {
+	c := Created{Platform: platformString(img.platform), Subject: img.desc}
+	old, err := artifactsOf(ctx, p, img.desc.Digest)
+	if err != nil {
+		return c, err
+	}
+	if !o.Force {
+		for _, a := range old {
+			if a.manifest != nil {
+				c.Status, c.Artifact = StatusExists, a.desc
+				return c, nil
+			}
+		}
+	}
+
+	started := time.Now()
+	layers, err := convertLayers(ctx, p, img, o)
+	if err != nil {
+		return c, err
+	}
+	m := &artifact.Manifest{
+		Subject:  bare(img.desc),
+		Config:   img.manifest.Config,
+		Platform: img.platform,
+		Created:  img.created,
+	}
+	for i, l := range layers {
+		l.encoded.Layer.Source = img.manifest.Layers[i].Digest
+		m.Layers = append(m.Layers, l.encoded.Layer)
+		c.Layers = append(c.Layers, l.created(img.manifest.Layers[i]))
+	}
+	raw, err := m.Encode()
+	if err != nil {
+		return c, fmt.Errorf("encode manifest of the artifact: %w", err)
+	}
+	c.Artifact = ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageManifest, ArtifactType: artifact.ArtifactType,
+		Digest: digest.FromBytes(raw), Size: int64(len(raw)),
+	}
+	if err := p.PutManifest(ctx, c.Artifact, raw, ""); err != nil {
+		return c, fmt.Errorf("attach artifact to %s: %w", img.desc.Digest, err)
+	}
+	c.Status = StatusCreated
+	o.Progress.report(Event{Kind: ArtifactAttached, Platform: c.Platform, Digest: c.Artifact.Digest, Elapsed: time.Since(started)})
+
+	for _, a := range old {
+		if a.desc.Digest == c.Artifact.Digest {
+			continue
+		}
+		// The new artifact is attached and good; that an old one stays is no reason to call the conversion failed.
+		if err := p.Delete(ctx, a.desc.Digest, img.desc.Digest); err != nil {
+			if ctx.Err() != nil {
+				return c, err
+			}
+			c.Warnings = append(c.Warnings, fmt.Sprintf("the artifact before, %s, stays: %v", a.desc.Digest, err))
+		}
+	}
+	return c, nil
+}
+
+// attached is a referrer with the artifact's type.
+type attached struct {
+	desc     ocispec.Descriptor
+	raw      []byte
+	manifest *artifact.Manifest // nil if this release cannot read it, which err says
+	err      error
+}
+
+// artifactsOf lists the artifacts attached to the platform manifest subject. Those that this release cannot use are among
+// them, with manifest nil.
+func artifactsOf(ctx context.Context, p Place, subject digest.Digest) ([]attached, error) {
+	referrers, err := p.Referrers(ctx, subject)
+	if err != nil {
+		return nil, fmt.Errorf("list referrers of %s: %w", subject, err)
+	}
+	var list []attached
+	for _, d := range referrers {
+		if d.ArtifactType != artifact.ArtifactType {
+			continue
+		}
+		a := attached{desc: d}
+		_, a.raw, err = p.Manifest(ctx, d.Digest.String())
+		switch {
+		case errors.Is(err, ErrNotFound):
+			// A referrers tag that was not cleaned up lists what is gone. The node skips it, too.
+			a.err = err
+		case err != nil:
+			return nil, fmt.Errorf("fetch artifact %s: %w", d.Digest, err)
+		default:
+			a.manifest, a.err = artifact.DecodeManifest(a.raw)
+		}
+		if a.err == nil && a.manifest.Subject.Digest != subject {
+			a.manifest, a.err = nil, fmt.Errorf("%w: its subject is %s", artifact.ErrInvalid, a.manifest.Subject.Digest)
+		}
+		list = append(list, a)
+	}
+	return list, nil
+}
+
+// bare is d as a subject names it: what it is in every index and without any.
+func bare(d ocispec.Descriptor) ocispec.Descriptor {
+	return ocispec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
+}

@@ -1,0 +1,116 @@
+package converter
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// Inspection describes an artifact. Sizes are bytes.
+type Inspection struct {
+	Platform  string           `json:"platform"`
+	Subject   digest.Digest    `json:"subject"`
+	Artifact  digest.Digest    `json:"artifact"`
+	Config    digest.Digest    `json:"config"`
+	Created   *time.Time       `json:"created,omitempty"`
+	Layers    []InspectedLayer `json:"layers"`
+	Size      int64            `json:"size"`       // of all layers' blobs
+	IndexSize int64            `json:"indexSize"`  // of the indexes in them: what a pull fetches
+	Source    int64            `json:"sourceSize"` // of the image's layers; 0 if the image is not there
+	TarSize   int64            `json:"tarSize"`
+	Chunks    int              `json:"chunks"`
+}
+
+// InspectedLayer describes a layer of an artifact. Sizes are bytes.
+type InspectedLayer struct {
+	Source      digest.Digest `json:"source"`
+	SourceSize  int64         `json:"sourceSize"`
+	Digest      digest.Digest `json:"digest"`
+	Size        int64         `json:"size"`
+	IndexSize   int64         `json:"indexSize"`
+	TarSize     int64         `json:"tarSize"`
+	HeadersSize int64         `json:"headersSize"`
+	DiffID      digest.Digest `json:"diffID"` // as the index says; Verify proves it
+	Chunks      int           `json:"chunks"`
+}
+
+// Inspect describes the artifacts of the image that ref names, or the artifact that it names itself, from their manifests
+// and indexes.
+func Inspect(ctx context.Context, p Place, ref string, platforms []ocispec.Platform) ([]Inspection, error) {
+	list, err := artifactsNamed(ctx, p, ref, platforms)
+	if err != nil {
+		return nil, err
+	}
+	var all []Inspection
+	for _, a := range list {
+		if a.manifest == nil {
+			return all, fmt.Errorf("artifact %s: %w", a.desc.Digest, a.err)
+		}
+		i, err := inspect(ctx, p, a)
+		if err != nil {
+			return all, fmt.Errorf("artifact %s: %w", a.desc.Digest, err)
+		}
+		all = append(all, i)
+	}
+	return all, nil
+}
+
+func inspect(ctx context.Context, p Place, a attached) (Inspection, error) {
+	m := a.manifest
+	res := Inspection{
+		Platform: platformString(m.Platform), Subject: m.Subject.Digest, Artifact: a.desc.Digest, Config: m.Config.Digest,
+	}
+	if !m.Created.IsZero() {
+		res.Created = &m.Created
+	}
+	sizes := map[digest.Digest]int64{}
+	if _, raw, err := p.Manifest(ctx, m.Subject.Digest.String()); err == nil {
+		c, err := parseContent(raw)
+		if err != nil {
+			return res, fmt.Errorf("subject: %w", err)
+		}
+		for _, l := range c.Layers {
+			sizes[l.Digest] = l.Size
+		}
+	}
+	for i, l := range m.Layers {
+		raw, err := readIndex(ctx, p, l)
+		if err != nil {
+			return res, fmt.Errorf("fetch index of layer %d, %s: %w", i, l.Digest, err)
+		}
+		x, err := l.Index(raw)
+		if err != nil {
+			return res, fmt.Errorf("index of layer %d, %s: %w", i, l.Digest, err)
+		}
+		res.Layers = append(res.Layers, InspectedLayer{
+			Source: l.Source, SourceSize: sizes[l.Source], Digest: l.Digest, Size: l.Size, IndexSize: l.IndexSize,
+			TarSize: x.TarSize, HeadersSize: x.HeadersSize, DiffID: x.DiffID, Chunks: x.NumChunks(),
+		})
+		res.Size += l.Size
+		res.IndexSize += l.IndexSize
+		res.Source += sizes[l.Source]
+		res.TarSize += x.TarSize
+		res.Chunks += x.NumChunks()
+	}
+	return res, nil
+}
+
+// readIndex fetches a layer's index as a node does, verified against the manifest.
+func readIndex(ctx context.Context, p Place, l artifact.Layer) ([]byte, error) {
+	rc, err := p.Blob(ctx, ocispec.Descriptor{Digest: l.Digest, Size: l.Size}, l.IndexOffset)
+	if err != nil {
+		return nil, err
+	}
+	defer rc.Close()
+	v, err := newVerifyReader(io.LimitReader(rc, l.IndexSize), ocispec.Descriptor{Digest: l.IndexDigest, Size: l.IndexSize})
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(v)
+}

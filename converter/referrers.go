@@ -1,0 +1,127 @@
+package converter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// Referrer is a manifest that refers to an image or to one of its platform manifests.
+type Referrer struct {
+	Annotations  map[string]string `json:"annotations"`
+	ArtifactType string            `json:"artifactType"`
+	Digest       digest.Digest     `json:"digest"`
+	MediaType    string            `json:"mediaType"`
+	Size         int64             `json:"size"`
+	Subject      digest.Digest     `json:"subject"`
+	Platform     string            `json:"platform,omitempty"` // of the subject, if it is one of an index's
+}
+
+// ListReferrers lists the referrers of what ref names and, if that is an index, those of its manifests that are for one of
+// the platforms (of all if platforms is empty). artifactType "" is any.
+func ListReferrers(ctx context.Context, p Place, ref string, platforms []ocispec.Platform, artifactType string) ([]Referrer, error) {
+	subjects, err := subjectsOf(ctx, p, ref, platforms)
+	if err != nil {
+		return nil, err
+	}
+	list := []Referrer{}
+	for _, s := range subjects {
+		got, err := p.Referrers(ctx, s.desc.Digest)
+		if err != nil {
+			return nil, fmt.Errorf("list referrers of %s: %w", s.desc.Digest, err)
+		}
+		for _, d := range got {
+			if artifactType != "" && d.ArtifactType != artifactType {
+				continue
+			}
+			r := Referrer{d.Annotations, d.ArtifactType, d.Digest, d.MediaType, d.Size, s.desc.Digest, ""}
+			if s.platform != nil {
+				r.Platform = platformString(*s.platform)
+			}
+			list = append(list, r)
+		}
+	}
+	return list, nil
+}
+
+// subjectsOf returns what ref names and, if that is an index, its manifests for the wanted platforms.
+func subjectsOf(ctx context.Context, p Place, ref string, want []ocispec.Platform) ([]found, error) {
+	d, raw, err := p.Manifest(ctx, ref)
+	if err != nil {
+		return nil, resolveError(p, ref, err)
+	}
+	subjects := []found{{desc: d, raw: raw}}
+	if !isIndex(d.MediaType) {
+		return subjects, nil
+	}
+	all, err := manifestsOf(ctx, p, subjects[0])
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range all {
+		if len(want) == 0 || f.platform != nil && wanted(want, *f.platform) {
+			subjects = append(subjects, f)
+		}
+	}
+	return subjects, nil
+}
+
+// artifactsNamed returns the artifacts of the image that ref names, or the artifact that it names itself. None is an
+// *Error with ResourceNotFound.
+func artifactsNamed(ctx context.Context, p Place, ref string, want []ocispec.Platform) ([]attached, error) {
+	subjects, err := subjectsOf(ctx, p, ref, want)
+	if err != nil {
+		return nil, err
+	}
+	if s := subjects[0]; s.desc.ArtifactType == artifact.ArtifactType {
+		a := attached{desc: s.desc, raw: s.raw}
+		a.manifest, a.err = artifact.DecodeManifest(s.raw)
+		return []attached{a}, nil
+	}
+	var list []attached
+	for _, s := range subjects {
+		got, err := artifactsOf(ctx, p, s.desc.Digest)
+		if err != nil {
+			return nil, err
+		}
+		for _, a := range got {
+			if len(want) == 0 || a.manifest != nil && wanted(want, a.manifest.Platform) {
+				list = append(list, a)
+			}
+		}
+	}
+	if len(list) == 0 {
+		return nil, &Error{ResourceNotFound, fmt.Errorf("%s in %s has no streaming artifact", subjects[0].desc.Digest, p)}
+	}
+	return list, nil
+}
+
+// DeleteArtifacts deletes the artifacts of the image that ref names, or the artifact that it names itself, and nothing
+// else. It returns what it deleted, also with an error.
+func DeleteArtifacts(ctx context.Context, p Place, ref string, platforms []ocispec.Platform) ([]digest.Digest, error) {
+	list, err := artifactsNamed(ctx, p, ref, platforms)
+	if err != nil {
+		return nil, err
+	}
+	var deleted []digest.Digest
+	for _, a := range list {
+		c, err := parseContent(a.raw)
+		if a.raw != nil && err != nil {
+			return deleted, fmt.Errorf("artifact %s: %w", a.desc.Digest, err)
+		}
+		var subject digest.Digest
+		if c.Subject != nil {
+			subject = c.Subject.Digest
+		}
+		if err := p.Delete(ctx, a.desc.Digest, subject); err != nil && !errors.Is(err, ErrNotFound) {
+			return deleted, fmt.Errorf("delete artifact %s: %w", a.desc.Digest, err)
+		}
+		deleted = append(deleted, a.desc.Digest)
+	}
+	return deleted, nil
+}

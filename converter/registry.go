@@ -1,0 +1,412 @@
+package converter
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"sync"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// RegistryOptions say how to reach registries.
+type RegistryOptions struct {
+	PlainHTTP bool // HTTP to every registry; loopback and private addresses are tried with HTTPS and HTTP in any case
+	Insecure  bool // HTTPS without verifying certificates
+	UserAgent string
+	Keychain  authn.Keychain    // nil is docker's config.json with its credential helpers, anonymous where that says nothing
+	Transport http.RoundTripper // nil is go-containerregistry's; Insecure applies to an *http.Transport
+}
+
+// registry is a repository of a registry. go-containerregistry does manifests, referrers and pushes, with its tokens and
+// retries; what it lacks is a read from the middle of a blob, and the way back out of the referrers tag.
+type registry struct {
+	repo   name.Repository
+	opts   []name.Option
+	puller *remote.Puller
+	pusher *remote.Pusher
+
+	base     http.RoundTripper
+	keychain authn.Keychain
+
+	mu     sync.Mutex
+	client *http.Client // nil until the first request that needs it
+	hasAPI *bool        // whether the registry has the referrers API; nil until asked
+}
+
+// streams is how many blobs may be open at once on one registry: more than any number of jobs that makes sense.
+const streams = 64
+
+func openRegistry(image string, o RegistryOptions) (Place, string, error) {
+	var opts []name.Option
+	if o.PlainHTTP {
+		opts = append(opts, name.Insecure)
+	}
+	ref, err := name.ParseReference(image, opts...)
+	if err != nil {
+		return nil, "", fmt.Errorf("image name %q: %w", image, err)
+	}
+	r := &registry{repo: ref.Context(), opts: opts, base: o.Transport, keychain: o.Keychain}
+	if r.base == nil {
+		r.base = remote.DefaultTransport
+	}
+	if t, ok := r.base.(*http.Transport); ok && o.Insecure {
+		t = t.Clone()
+		if t.TLSClientConfig == nil {
+			t.TLSClientConfig = &tls.Config{}
+		}
+		t.TLSClientConfig.InsecureSkipVerify = true
+		r.base = t
+	}
+	if r.keychain == nil {
+		r.keychain = authn.DefaultKeychain
+	}
+	ro := []remote.Option{
+		remote.WithAuthFromKeychain(r.keychain), remote.WithTransport(r.base),
+		remote.WithUserAgent(o.UserAgent), remote.WithJobs(streams),
+	}
+	if r.puller, err = remote.NewPuller(ro...); err != nil {
+		return nil, "", err
+	}
+	if r.pusher, err = remote.NewPusher(ro...); err != nil {
+		return nil, "", err
+	}
+	return r, ref.Identifier(), nil
+}
+
+func (r *registry) String() string { return r.repo.Name() }
+
+func (r *registry) reference(ref string) name.Reference {
+	if strings.Contains(ref, ":") {
+		return r.repo.Digest(ref)
+	}
+	return r.repo.Tag(ref)
+}
+
+// registryError makes a 404 ErrNotFound, and says the way out of what an operator can mend.
+func (r *registry) registryError(err error) error {
+	var te *transport.Error
+	if !errors.As(err, &te) {
+		return err
+	}
+	switch te.StatusCode {
+	case http.StatusNotFound:
+		return fmt.Errorf("%w: %w", ErrNotFound, err)
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return fmt.Errorf("%w (no such repository, or `docker login %s` is needed)", err, r.repo.RegistryStr())
+	}
+	return err
+}
+
+func (r *registry) Manifest(ctx context.Context, ref string) (ocispec.Descriptor, []byte, error) {
+	got, err := r.puller.Get(ctx, r.reference(ref))
+	if err != nil {
+		return ocispec.Descriptor{}, nil, r.registryError(err)
+	}
+	c, err := parseContent(got.Manifest)
+	if err != nil {
+		return ocispec.Descriptor{}, nil, fmt.Errorf("%s: %w", r.reference(ref), err)
+	}
+	if c.MediaType == "" {
+		c.MediaType = string(got.MediaType)
+	}
+	d := c.descriptor(got.Manifest)
+	d.Digest = digest.Digest(got.Digest.String())
+	return d, got.Manifest, nil
+}
+
+// httpClient returns a client that is logged in for reading.
+func (r *registry) httpClient(ctx context.Context) (*http.Client, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.client != nil {
+		return r.client, nil
+	}
+	auth, err := authn.Resolve(ctx, r.keychain, r.repo)
+	if err != nil {
+		return nil, err
+	}
+	rt, err := transport.NewWithContext(ctx, r.repo.Registry, auth, transport.NewRetry(r.base), []string{r.repo.Scope(transport.PullScope)})
+	if err != nil {
+		return nil, err
+	}
+	r.client = &http.Client{Transport: rt}
+	return r.client, nil
+}
+
+// get sends a GET below the repository. The caller closes the body.
+func (r *registry) get(ctx context.Context, path string, header http.Header, allowed ...int) (*http.Response, error) {
+	client, err := r.httpClient(ctx)
+	if err != nil {
+		return nil, r.registryError(err)
+	}
+	url := r.repo.Scheme() + "://" + r.repo.RegistryStr() + "/v2/" + r.repo.RepositoryStr() + "/" + path
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return nil, err
+	}
+	req.Header = header
+	resp, err := client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := transport.CheckError(resp, allowed...); err != nil {
+		resp.Body.Close()
+		return nil, r.registryError(err)
+	}
+	return resp, nil
+}
+
+func (r *registry) Blob(ctx context.Context, d ocispec.Descriptor, off int64) (io.ReadCloser, error) {
+	// Anything but identity would let a proxy compress what is compressed, and Go undo it unasked.
+	h := http.Header{"Accept-Encoding": {"identity"}}
+	if off > 0 {
+		// Some registries know no open ranges.
+		h.Set("Range", fmt.Sprintf("bytes=%d-%d", off, d.Size-1))
+	}
+	resp, err := r.get(ctx, "blobs/"+d.Digest.String(), h, http.StatusOK, http.StatusPartialContent)
+	if err != nil {
+		return nil, err
+	}
+	if off > 0 && resp.StatusCode == http.StatusOK {
+		if _, err := io.CopyN(io.Discard, resp.Body, off); err != nil {
+			resp.Body.Close()
+			return nil, fmt.Errorf("skip to %d of blob %s: %w", off, d.Digest, err)
+		}
+	}
+	return resp.Body, nil
+}
+
+func (r *registry) HasBlob(ctx context.Context, dgst digest.Digest) (bool, error) {
+	l, err := r.puller.Layer(ctx, r.repo.Digest(dgst.String()))
+	if err != nil {
+		return false, r.registryError(err)
+	}
+	e, ok := l.(interface{ Exists() (bool, error) })
+	if !ok {
+		return false, fmt.Errorf("look for blob %s: %T cannot tell", dgst, l)
+	}
+	has, err := e.Exists()
+	return has, r.registryError(err)
+}
+
+func (r *registry) PutBlob(ctx context.Context, d ocispec.Descriptor, open func() (io.ReadCloser, error)) error {
+	h, err := v1.NewHash(d.Digest.String())
+	if err != nil {
+		return err
+	}
+	return r.registryError(r.pusher.Upload(ctx, r.repo, blob{h: h, size: d.Size, open: open}))
+}
+
+func (r *registry) Mount(ctx context.Context, d ocispec.Descriptor, from string) (bool, error) {
+	if strings.HasPrefix(from, "oci:") {
+		return false, nil
+	}
+	repo, err := name.NewRepository(from, r.opts...)
+	if err != nil || repo.Registry.Name() != r.repo.Registry.Name() {
+		return false, nil
+	}
+	h, err := v1.NewHash(d.Digest.String())
+	if err != nil {
+		return false, err
+	}
+	// A registry that does not mount asks for the bytes instead, which are not here.
+	b := blob{h: h, size: d.Size, open: func() (io.ReadCloser, error) { return nil, errors.New("not mounted") }}
+	err = r.pusher.Upload(ctx, r.repo, &remote.MountableLayer{Layer: b, Reference: repo.Digest(d.Digest.String())})
+	if err != nil && ctx.Err() != nil {
+		return false, err
+	}
+	return err == nil, nil
+}
+
+// blob is a v1.Layer with what an upload asks of it.
+type blob struct {
+	h    v1.Hash
+	size int64
+	open func() (io.ReadCloser, error)
+}
+
+func (b blob) Digest() (v1.Hash, error)             { return b.h, nil }
+func (b blob) DiffID() (v1.Hash, error)             { return b.h, nil }
+func (b blob) Size() (int64, error)                 { return b.size, nil }
+func (b blob) Compressed() (io.ReadCloser, error)   { return b.open() }
+func (b blob) Uncompressed() (io.ReadCloser, error) { return b.open() }
+
+// MediaType is one that is not foreign, or the upload would be left out.
+func (b blob) MediaType() (types.MediaType, error) { return types.OCILayerZStd, nil }
+
+// manifest is a remote.Taggable.
+type manifest struct {
+	raw       []byte
+	mediaType string
+}
+
+func (m manifest) RawManifest() ([]byte, error)        { return m.raw, nil }
+func (m manifest) MediaType() (types.MediaType, error) { return types.MediaType(m.mediaType), nil }
+
+// attachTries is how often the referrers tag is written anew when others who write it at the same time lose our entry:
+// the tag is read, changed and written, and no registry we know makes that one step.
+const attachTries = 5
+
+func (r *registry) PutManifest(ctx context.Context, d ocispec.Descriptor, raw []byte, tag string) error {
+	c, err := parseContent(raw)
+	if err != nil {
+		return err
+	}
+	ref := r.reference(d.Digest.String())
+	if tag != "" {
+		ref = r.repo.Tag(tag)
+	}
+	put := func() error { return r.registryError(r.pusher.Put(ctx, ref, manifest{raw, d.MediaType})) }
+	if c.Subject == nil {
+		return put()
+	}
+	api, err := r.referrersAPI(ctx, c.Subject.Digest)
+	if err != nil {
+		return err
+	}
+	if api {
+		return put()
+	}
+	if err := put(); err != nil {
+		// Registries refuse an index of manifests that are not there, so one manifest deleted without its entry in the
+		// referrers tag would keep all others out for ever.
+		if err := r.rewriteReferrersTag(ctx, c.Subject.Digest, ""); err != nil {
+			return err
+		}
+		if err := put(); err != nil {
+			return err
+		}
+	}
+	for range attachTries {
+		list, err := r.Referrers(ctx, c.Subject.Digest)
+		if err != nil {
+			return err
+		}
+		for _, l := range list {
+			if l.Digest == d.Digest {
+				return nil
+			}
+		}
+		if err := put(); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("referrers tag of %s: another writer removed our entry %d times; try again", c.Subject.Digest, attachTries)
+}
+
+// referrersAPI says whether the registry has the referrers API.
+func (r *registry) referrersAPI(ctx context.Context, subject digest.Digest) (bool, error) {
+	r.mu.Lock()
+	known := r.hasAPI
+	r.mu.Unlock()
+	if known != nil {
+		return *known, nil
+	}
+	resp, err := r.get(ctx, "referrers/"+subject.String(), http.Header{"Accept": {ocispec.MediaTypeImageIndex}},
+		http.StatusOK, http.StatusNotFound, http.StatusBadRequest, http.StatusNotAcceptable, http.StatusMethodNotAllowed)
+	if err != nil {
+		return false, err
+	}
+	resp.Body.Close()
+	has := resp.StatusCode == http.StatusOK
+	r.mu.Lock()
+	r.hasAPI = &has
+	r.mu.Unlock()
+	return has, nil
+}
+
+func (r *registry) Referrers(ctx context.Context, subject digest.Digest) ([]ocispec.Descriptor, error) {
+	index, err := remote.Referrers(r.repo.Digest(subject.String()), remote.WithContext(ctx), remote.Reuse(r.puller))
+	if err != nil {
+		return nil, r.registryError(err)
+	}
+	raw, err := index.RawManifest()
+	if err != nil {
+		return nil, err
+	}
+	var i ocispec.Index
+	if err := json.Unmarshal(raw, &i); err != nil {
+		return nil, fmt.Errorf("parse referrers of %s: %w", subject, err)
+	}
+	return i.Manifests, nil
+}
+
+// referrersTag is the tag that lists the referrers of subject where the API is missing (OCI distribution specification,
+// "Referrers Tag Schema").
+func referrersTag(subject digest.Digest) string {
+	return strings.Replace(subject.String(), ":", "-", 1)
+}
+
+// rewriteReferrersTag takes drop, and all that is gone from the repository, out of the referrers tag of subject.
+func (r *registry) rewriteReferrersTag(ctx context.Context, subject, drop digest.Digest) error {
+	tag := r.repo.Tag(referrersTag(subject))
+	got, err := r.puller.Get(ctx, tag)
+	if err := r.registryError(err); err != nil {
+		if errors.Is(err, ErrNotFound) {
+			return nil
+		}
+		return err
+	}
+	var index ocispec.Index
+	if err := json.Unmarshal(got.Manifest, &index); err != nil {
+		return fmt.Errorf("parse %s: %w", tag, err)
+	}
+	keep := []ocispec.Descriptor{}
+	for _, d := range index.Manifests {
+		if d.Digest == drop {
+			continue
+		}
+		if _, err := r.puller.Head(ctx, r.repo.Digest(d.Digest.String())); err != nil {
+			if err = r.registryError(err); errors.Is(err, ErrNotFound) {
+				continue
+			}
+			return err
+		}
+		keep = append(keep, d)
+	}
+	index.Manifests = keep
+	raw, err := json.Marshal(index)
+	if err != nil {
+		return err
+	}
+	if bytes.Equal(raw, got.Manifest) {
+		return nil
+	}
+	return r.registryError(r.pusher.Put(ctx, tag, manifest{raw, string(got.MediaType)}))
+}
+
+func (r *registry) Delete(ctx context.Context, dgst, subject digest.Digest) error {
+	if subject != "" {
+		api, err := r.referrersAPI(ctx, subject)
+		if err != nil {
+			return err
+		}
+		if !api {
+			// The list first: an entry without a manifest costs every node a request in vain, a manifest without an
+			// entry costs nothing.
+			if err := r.rewriteReferrersTag(ctx, subject, dgst); err != nil {
+				return fmt.Errorf("take %s out of the referrers tag: %w", dgst, err)
+			}
+		}
+	}
+	err := r.pusher.Delete(ctx, r.repo.Digest(dgst.String()))
+	var te *transport.Error
+	if errors.As(err, &te) && te.StatusCode == http.StatusMethodNotAllowed {
+		return fmt.Errorf("%s does not delete manifests (docker-registry does with REGISTRY_STORAGE_DELETE_ENABLED=true): %w", r.repo.RegistryStr(), err)
+	}
+	return r.registryError(err)
+}
