@@ -1,6 +1,7 @@
 package artifact
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -18,12 +19,12 @@ import (
 
 const (
 	defaultChunkSize = 128 << 10
-	// encoderVersion names what decides the bytes of the frames, and with chunkerVersion those of the blob. golden_test fails when it must change.
+	// encoderVersion names what decides the bytes of the frames, and with chunkerVersion those of the blob. TestGolden fails when it must change.
 	encoderVersion = "klauspost-1.20.4"
 	chunkerVersion = 1
 
 	// maxPending bounds the bytes of tar that are in the pipeline at once, in chunks of the largest size too.
-	maxPending = 16 << 20
+	maxPending = 8 << 20
 )
 
 // EncodeOptions are the parameters that decide a blob's bytes (but for Workers, which does not).
@@ -71,7 +72,7 @@ func EncodeLayer(ctx context.Context, w io.Writer, tar io.Reader, o EncodeOption
 		return EncodedLayer{}, err
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	r := &tarReader{ctx: ctx, tar: tar, diffID: sha256.New(), chunks: chunker{size: o.ChunkSize, pipe: p}}
+	r := &tarReader{ctx: ctx, tar: bufio.NewReaderSize(tar, 64<<10), diffID: sha256.New(), chunks: chunker{size: o.ChunkSize, pipe: p}}
 	g.Go(func() error { return r.run() })
 	for range o.Workers {
 		g.Go(func() error { return p.compress(ctx) })
@@ -213,17 +214,7 @@ func (p *pipeline) finish(r *tarReader) (EncodedLayer, error) {
 	if size > MaxIndexSize {
 		return EncodedLayer{}, errIndexSize
 	}
-	le := binary.LittleEndian
-	h := make([]byte, indexHeaderSize)
-	le.PutUint32(h[offSkippableMagic:], skippableMagic)
-	le.PutUint32(h[offSkippableSize:], uint32(size-offIndexMagic))
-	copy(h[offIndexMagic:], indexMagic)
-	le.PutUint32(h[offVersion:], indexVersion)
-	le.PutUint32(h[offChunks:], uint32(len(p.table)/tableEntrySize))
-	le.PutUint64(h[offTarSize:], uint64(r.size))
-	le.PutUint64(h[offHeadersSize:], uint64(r.headersSize))
-	r.diffID.Sum(h[:offDiffID])
-
+	h := appendIndexHeader(nil, &Index{TarSize: r.size, HeadersSize: r.headersSize, table: p.table, headers: r.headers.Bytes()}, r.diffID.Sum(nil))
 	offset, index := p.size, sha256.New()
 	for _, b := range [][]byte{h, p.table, r.headers.Bytes()} {
 		index.Write(b)
@@ -244,4 +235,17 @@ func (p *pipeline) finish(r *tarReader) (EncodedLayer, error) {
 		HeadersSize: r.headersSize,
 		Chunks:      len(p.table) / tableEntrySize,
 	}, nil
+}
+
+// appendIndexHeader appends what comes before the chunk table in the index.
+func appendIndexHeader(b []byte, x *Index, diffID []byte) []byte {
+	le := binary.LittleEndian
+	b = le.AppendUint32(b, skippableMagic)
+	b = le.AppendUint32(b, uint32(indexHeaderSize-offIndexMagic+len(x.table)+len(x.headers)))
+	b = append(b, indexMagic...)
+	b = le.AppendUint32(b, indexVersion)
+	b = le.AppendUint32(b, uint32(x.NumChunks()))
+	b = le.AppendUint64(b, uint64(x.TarSize))
+	b = le.AppendUint64(b, uint64(x.HeadersSize))
+	return append(b, diffID...)
 }

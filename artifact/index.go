@@ -20,6 +20,9 @@ const (
 	MaxManifestSize = 4 << 20   // bytes of an artifact's manifest
 	MaxLayers       = 4096
 
+	// maxBlobSize is more than a full chunk table can describe. It keeps sums over all layers far from overflow.
+	maxBlobSize = 1 << 46
+
 	maxWindow = 8 << 20 // of every zstd frame, bytes: what RFC 8878 asks every decoder to support
 )
 

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"hash"
 	"io"
+	"math/bits"
 
 	"github.com/klauspost/compress/zstd"
 )
@@ -35,7 +36,9 @@ type job struct {
 }
 
 func newPipeline(w io.Writer, o EncodeOptions) (*pipeline, error) {
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(o.Workers), zstd.WithEncoderCRC(false), zstd.WithZeroFrames(true))
+	window := 1 << bits.Len(uint(o.ChunkSize-1)) // no match is farther away
+	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(o.Workers), zstd.WithEncoderCRC(false), zstd.WithZeroFrames(true),
+		zstd.WithWindowSize(max(window, zstd.MinWindowSize)), zstd.WithLowerEncoderMem(true))
 	if err != nil {
 		return nil, err
 	}
@@ -49,7 +52,11 @@ func newPipeline(w io.Writer, o EncodeOptions) (*pipeline, error) {
 		blob:  sha256.New(),
 	}
 	for range jobs {
-		p.free <- &job{tar: make([]byte, 0, o.ChunkSize), done: make(chan struct{}, 1)}
+		p.free <- &job{
+			tar:   make([]byte, 0, o.ChunkSize),
+			frame: make([]byte, 0, maxFrameSize(uint64(o.ChunkSize))),
+			done:  make(chan struct{}, 1),
+		}
 	}
 	return p, nil
 }

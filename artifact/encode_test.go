@@ -1,0 +1,489 @@
+package artifact
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"runtime"
+	"strings"
+	"testing"
+	"testing/iotest"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"github.com/opencontainers/go-digest"
+)
+
+// encoded is a layer in memory.
+type encoded struct {
+	EncodedLayer
+	tar, blob []byte
+	index     *Index
+}
+
+func (e *encoded) indexBytes() []byte { return e.blob[e.IndexOffset:] }
+
+func (e *encoded) frame(i int) []byte {
+	c := e.index.Chunk(i)
+	return e.blob[c.BlobOffset:][:c.BlobSize]
+}
+
+func encode(t testing.TB, tar []byte, o EncodeOptions) *encoded {
+	t.Helper()
+	var blob bytes.Buffer
+	l, err := EncodeLayer(t.Context(), &blob, bytes.NewReader(tar), o)
+	if err != nil {
+		t.Fatalf("encode: %v", err)
+	}
+	l.Source = digest.FromBytes(tar)
+	e := &encoded{EncodedLayer: l, tar: tar, blob: blob.Bytes()}
+	if e.index, err = l.Index(e.indexBytes()); err != nil {
+		t.Fatalf("decode what was encoded: %v", err)
+	}
+	return e
+}
+
+func TestRoundTrip(t *testing.T) {
+	for name, tar := range corpus(t) {
+		t.Run(name, func(t *testing.T) {
+			for _, size := range []int{0, blockSize, 1000, MaxChunkSize} {
+				checkLayer(t, encode(t, tar, EncodeOptions{ChunkSize: size}))
+			}
+		})
+	}
+}
+
+// checkLayer checks everything that is promised of an encoded layer.
+func checkLayer(t testing.TB, e *encoded) {
+	t.Helper()
+	if got := decodeAll(t, e.blob); !bytes.Equal(got, e.tar) {
+		t.Fatalf("the blob decodes to %d other bytes than the tar's %d", len(got), len(e.tar))
+	}
+	if e.Digest != digest.FromBytes(e.blob) || e.Size != int64(len(e.blob)) || e.DiffID != digest.FromBytes(e.tar) {
+		t.Fatalf("wrong digest or size: %+v", e.EncodedLayer)
+	}
+	x := e.index
+	if x.DiffID != e.DiffID || x.TarSize != int64(len(e.tar)) || x.TarSize != e.TarSize || x.HeadersSize != e.HeadersSize || x.NumChunks() != e.Chunks {
+		t.Fatalf("index %d %d %s, encoded %+v", x.TarSize, x.HeadersSize, x.DiffID, e.EncodedLayer)
+	}
+	layout, err := x.Layout()
+	if err != nil {
+		t.Fatalf("layout: %v", err)
+	}
+	checkChunks(t, e, layout)
+	checkEntries(t, e, layout)
+	if err := VerifyLayer(t.Context(), iotest.HalfReader(bytes.NewReader(e.blob)), e.indexBytes(), e.Layer, e.DiffID); err != nil {
+		t.Fatalf("verify: %v", err)
+	}
+}
+
+func checkChunks(t testing.TB, e *encoded, layout *Layout) {
+	t.Helper()
+	end := int64(0)
+	for i := range e.index.NumChunks() {
+		c := e.index.Chunk(i)
+		if c.TarOffset != end {
+			t.Fatalf("chunk %d begins at %d, want %d", i, c.TarOffset, end)
+		}
+		end += c.TarSize
+		b, err := e.index.Decompress(i, e.frame(i), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(b, e.tar[c.TarOffset:end]) {
+			t.Fatalf("chunk %d: wrong bytes", i)
+		}
+		if err := layout.Check(i, b); err != nil {
+			t.Fatal(err)
+		}
+		for _, off := range []int64{c.TarOffset, end - 1} {
+			if off >= 0 && off < e.TarSize && e.index.Find(off) != i {
+				t.Fatalf("offset %d: found in chunk %d, want %d", off, e.index.Find(off), i)
+			}
+		}
+	}
+}
+
+// checkEntries compares the entries with what archive/tar reads from the tar itself.
+func checkEntries(t testing.TB, e *encoded, layout *Layout) {
+	t.Helper()
+	want, err := readTar(e.tar)
+	if err != nil {
+		t.Fatalf("archive/tar: %v", err)
+	}
+	headers := bytes.Clone(e.tar)
+	removed := int64(0)
+	r := e.index.Entries()
+	defer r.Close()
+	end := int64(0)
+	for i := 0; ; i++ {
+		got, err := r.Next()
+		if err == io.EOF && i == len(want) {
+			break
+		}
+		if err != nil {
+			t.Fatalf("entry %d: %v", i, err)
+		}
+		if !reflect.DeepEqual(got.Header, want[i].Header) {
+			t.Fatalf("entry %d: got %+v, want %+v", i, got.Header, want[i].Header)
+		}
+		if data := got.read(e.tar); !bytes.Equal(data, want[i].data) {
+			t.Fatalf("entry %q: wrong data: %d bytes, want %d", got.Name, len(data), len(want[i].data))
+		}
+		if got.Offset != alignBlock(end) || got.DataOffset < got.Offset+blockSize {
+			t.Fatalf("entry %q begins at %d, its data at %d; the data before ends at %d", got.Name, got.Offset, got.DataOffset, end)
+		}
+		end = got.DataOffset + got.DataSize
+		for _, off := range []int64{got.DataOffset - 1, got.DataOffset, end - 1, end} {
+			wantEnd := off
+			if off >= got.DataOffset && off < end {
+				wantEnd = end
+			}
+			if d := layout.DataEnd(off); d != wantEnd {
+				t.Fatalf("entry %q: data end of %d is %d, want %d", got.Name, off, d, wantEnd)
+			}
+		}
+		headers = append(headers[:got.DataOffset-removed], headers[end-removed:]...)
+		removed += got.DataSize
+	}
+	if got := decodeAll(t, e.index.headers); !bytes.Equal(got, headers) {
+		t.Fatalf("headers are %d other bytes than the %d of the tar without data", len(got), len(headers))
+	}
+}
+
+// read returns the file's bytes, holes as zeros.
+func (e *Entry) read(tar []byte) []byte {
+	if e.Sparse == nil {
+		return tar[e.DataOffset:][:e.DataSize]
+	}
+	b := make([]byte, e.Size)
+	for _, r := range e.Sparse {
+		copy(b[r.FileOffset:][:r.Size], tar[r.TarOffset:])
+	}
+	return b
+}
+
+type readEntry struct {
+	*tar.Header
+	data []byte
+}
+
+var errHuge = errors.New("more bytes than a test wants to read")
+
+// readTar reads a tar as containerd does: every file to its end.
+func readTar(b []byte) ([]readEntry, error) {
+	var entries []readEntry
+	r := tar.NewReader(bytes.NewReader(b))
+	for {
+		h, err := r.Next()
+		if err == io.EOF {
+			return entries, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		const limit = 8 << 20
+		data, err := io.ReadAll(io.LimitReader(r, limit))
+		if err != nil {
+			return nil, err
+		}
+		if len(data) == limit {
+			return nil, errHuge
+		}
+		entries = append(entries, readEntry{h, data})
+	}
+}
+
+func decodeAll(t testing.TB, b []byte) []byte {
+	t.Helper()
+	d, err := zstd.NewReader(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Close()
+	got, err := d.DecodeAll(b, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return got
+}
+
+func TestRefused(t *testing.T) {
+	for name, tar := range refused(t) {
+		t.Run(name, func(t *testing.T) {
+			if _, err := readTar(tar); err == nil {
+				t.Fatal("archive/tar reads it")
+			}
+			if _, err := EncodeLayer(t.Context(), io.Discard, bytes.NewReader(tar), EncodeOptions{}); !errors.Is(err, ErrInvalid) {
+				t.Fatalf("got %v, want %v", err, ErrInvalid)
+			}
+		})
+	}
+}
+
+// TestGNUTar reads what GNU tar writes, sparse files first of all.
+func TestGNUTar(t *testing.T) {
+	gnutar, err := exec.LookPath("tar")
+	if err != nil {
+		t.Skip("no tar command: nothing to compare with")
+	}
+	dir := sparseFiles(t)
+	for _, args := range []string{"--format=gnu", "--format=posix --sparse-version=0.0", "--format=posix --sparse-version=0.1", "--format=posix --sparse-version=1.0"} {
+		t.Run(args, func(t *testing.T) {
+			cmd := exec.Command(gnutar, append(strings.Fields(args), "--sparse", "-cf", "-", "-C", dir, ".")...)
+			out, err := cmd.Output()
+			if err != nil {
+				t.Fatalf("%v: %v", cmd, err)
+			}
+			e := encode(t, out, EncodeOptions{ChunkSize: 64 << 10})
+			checkLayer(t, e)
+			sparse := 0
+			if _, err := e.index.Walk(func(e *Entry) error {
+				if e.Sparse != nil {
+					sparse++
+				}
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if sparse != 3 {
+				t.Fatalf("%d sparse members, want 3", sparse)
+			}
+		})
+	}
+}
+
+// sparseFiles makes a directory with sparse files.
+func sparseFiles(t *testing.T) string {
+	dir := t.TempDir()
+	many := make([]int64, 50)
+	for i := range many {
+		many[i] = int64(i) * 65536
+	}
+	for name, offs := range map[string][]int64{"few": {0, 100000, 1 << 20}, "many": many, "hole": nil} {
+		writeSparse(t, filepath.Join(dir, name), 4<<20, offs)
+	}
+	return dir
+}
+
+// TestZstdCommand decodes a blob with the reference implementation.
+func TestZstdCommand(t *testing.T) {
+	path, err := exec.LookPath("zstd")
+	if err != nil {
+		t.Skip("no zstd command: nothing to compare with")
+	}
+	for name, tar := range corpus(t) {
+		cmd := exec.Command(path, "-dc")
+		cmd.Stdin = bytes.NewReader(encode(t, tar, EncodeOptions{}).blob)
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if !bytes.Equal(out, tar) {
+			t.Errorf("%s: zstd -d gives other bytes than the tar", name)
+		}
+	}
+}
+
+func TestDeterministic(t *testing.T) {
+	tar := append(sizesTar(t), filesTar(t, 100, 1)...)
+	want := encode(t, tar, EncodeOptions{Workers: 1})
+	for workers := range 5 {
+		for name, r := range map[string]io.Reader{"all": bytes.NewReader(tar), "bytes": iotest.OneByteReader(bytes.NewReader(tar)), "eof with data": iotest.DataErrReader(bytes.NewReader(tar))} {
+			var b bytes.Buffer
+			got, err := EncodeLayer(t.Context(), &b, r, EncodeOptions{Workers: workers})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(b.Bytes(), want.blob) || got.Digest != want.Digest {
+				t.Errorf("%d workers, %s: another blob", workers, name)
+			}
+		}
+	}
+}
+
+// TestChunkBounds pins what a change of a layer does to its chunks: little.
+func TestChunkBounds(t *testing.T) {
+	chunks := func(tar []byte) (sums map[[32]byte]bool, n int) {
+		e := encode(t, tar, EncodeOptions{})
+		sums = map[[32]byte]bool{}
+		for i := range e.Chunks {
+			c := e.index.Chunk(i)
+			if c.TarSize > defaultChunkSize {
+				t.Fatalf("chunk %d has %d bytes", i, c.TarSize)
+			}
+			sums[c.Digest] = true
+		}
+		return sums, e.Chunks
+	}
+	var files []file
+	r := rand.New(rand.NewPCG(11, 12))
+	for i := range 1000 {
+		files = append(files, file{fmt.Sprintf("usr/share/doc/%d/readme", i), text(r, 100+r.IntN(10000))})
+	}
+	big := file{"usr/lib/big.so", text(r, 1<<20+12345)}
+	files = append(files, big)
+	old, n := chunks(tarOf(t, files))
+	if mean := 5000 * 1000 / n; mean < defaultChunkSize/3 {
+		t.Errorf("chunks have %d bytes on average", mean)
+	}
+	for name, change := range map[string]func(fs []file) []file{
+		"grow": func(fs []file) []file {
+			fs[500].data = append(bytes.Clone(fs[500].data), text(r, 100)...)
+			return fs
+		},
+		"remove":          func(fs []file) []file { return append(fs[:500], fs[501:]...) },
+		"insert at front": func(fs []file) []file { return append([]file{{"new", text(r, 700)}}, fs...) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			changed, n := chunks(tarOf(t, change(append([]file{}, files...))))
+			fresh := 0
+			for sum := range changed {
+				if !old[sum] {
+					fresh++
+				}
+			}
+			if fresh > 5 {
+				t.Errorf("%d of %d chunks are new", fresh, n)
+			}
+		})
+	}
+	t.Run("large file elsewhere", func(t *testing.T) {
+		elsewhere, _ := chunks(tarOf(t, []file{{"x", text(r, 5000)}, {"opt/copy.so", big.data}, {"y", text(r, 5000)}}))
+		for off := 0; off < len(big.data); off += defaultChunkSize {
+			sum := sha256.Sum256(big.data[off:min(off+defaultChunkSize, len(big.data))])
+			if !elsewhere[sum] || !old[sum] {
+				t.Fatalf("no chunk of its own for the file's bytes from %d", off)
+			}
+		}
+	})
+}
+
+type file struct {
+	name string
+	data []byte
+}
+
+func tarOf(t testing.TB, files []file) []byte {
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, f := range files {
+		addFile(t, w, f.name, f.data)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+func TestEncodeErrors(t *testing.T) {
+	tar := filesTar(t, 200, 3)
+	errBroken := errors.New("broken")
+	before := runtime.NumGoroutine()
+	for _, o := range []EncodeOptions{{ChunkSize: -1}, {ChunkSize: 511}, {ChunkSize: MaxChunkSize + 1}} {
+		if _, err := EncodeLayer(t.Context(), io.Discard, bytes.NewReader(tar), o); err == nil {
+			t.Errorf("%+v is accepted", o)
+		}
+	}
+	for n := range int64(20) {
+		r := io.MultiReader(io.LimitReader(bytes.NewReader(tar), n*10001), iotest.ErrReader(errBroken))
+		if _, err := EncodeLayer(t.Context(), io.Discard, r, EncodeOptions{}); !errors.Is(err, errBroken) || errors.Is(err, ErrInvalid) {
+			t.Errorf("read error: got %v", err)
+		}
+		w := &limitedWriter{left: n * 10001, err: errBroken}
+		if _, err := EncodeLayer(t.Context(), w, bytes.NewReader(tar), EncodeOptions{}); !errors.Is(err, errBroken) {
+			t.Errorf("write error: got %v", err)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		r = io.TeeReader(bytes.NewReader(tar), &limitedWriter{left: n * 10001, err: errBroken, call: cancel})
+		if _, err := EncodeLayer(ctx, io.Discard, r, EncodeOptions{}); !errors.Is(err, context.Canceled) {
+			t.Errorf("cancelled: got %v", err)
+		}
+		cancel()
+	}
+	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d goroutines, %d before", runtime.NumGoroutine(), before)
+		}
+	}
+}
+
+// limitedWriter takes a number of bytes. Then it fails, or if there is a function calls it and goes on.
+type limitedWriter struct {
+	left int64
+	err  error
+	call func()
+}
+
+func (w *limitedWriter) Write(p []byte) (int, error) {
+	if w.left -= int64(len(p)); w.left > 0 {
+		return len(p), nil
+	}
+	if w.call != nil {
+		w.call()
+		return len(p), nil
+	}
+	return 0, w.err
+}
+
+// TestEncodeMemory encodes a layer much larger than the memory that encoding may take.
+func TestEncodeMemory(t *testing.T) {
+	for _, size := range []int{0, MaxChunkSize} {
+		pr, pw := io.Pipe()
+		done := make(chan error, 1)
+		go func() { done <- writeLargeTar(pw, 20, 8<<20) }()
+		var base runtime.MemStats
+		runtime.GC()
+		runtime.ReadMemStats(&base)
+		peak := &heapPeak{}
+		if _, err := EncodeLayer(t.Context(), peak, pr, EncodeOptions{ChunkSize: size}); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		used := int64(peak.max) - int64(base.HeapInuse)
+		t.Logf("chunks of %d: %d MiB", size, used>>20)
+		if used > 64<<20 {
+			t.Errorf("chunks of %d: encoding takes %d MiB of memory", size, used>>20)
+		}
+	}
+}
+
+// heapPeak watches the heap while it is written to.
+type heapPeak struct {
+	writes int
+	max    uint64
+}
+
+func (p *heapPeak) Write(b []byte) (int, error) {
+	if p.writes++; p.writes%16 == 0 {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		p.max = max(p.max, m.HeapInuse)
+	}
+	return len(b), nil
+}
+
+// writeLargeTar writes n files of size bytes each.
+func writeLargeTar(w *io.PipeWriter, n, size int) error {
+	data := text(rand.New(rand.NewPCG(13, 14)), size)
+	tw := tar.NewWriter(w)
+	for i := range n {
+		if err := tw.WriteHeader(&tar.Header{Name: fmt.Sprint(i), Typeflag: tar.TypeReg, Size: int64(size)}); err != nil {
+			return w.CloseWithError(err)
+		}
+		if _, err := tw.Write(data); err != nil {
+			return w.CloseWithError(err)
+		}
+	}
+	return w.CloseWithError(tw.Close())
+}
