@@ -1,6 +1,7 @@
 package tree
 
 import (
+	"bytes"
 	"encoding/binary"
 
 	"golang.org/x/sys/unix"
@@ -46,29 +47,31 @@ func (a acl) isExtended() bool {
 
 // checkACL returns the ACL that setting an ACL xattr stores, as checkXattr; nil if that removes it.
 func (n *node) checkACL(name string, value []byte) ([]byte, bool, error) {
-	if n.is(unix.S_IFLNK) {
-		return nil, false, nil
-	}
 	a, err := parseACL(value)
-	if err == unix.EOPNOTSUPP {
+	switch {
+	case err == unix.EOPNOTSUPP:
 		return nil, false, nil
-	}
-	if err != nil {
+	case err != nil:
 		return nil, false, err
-	}
-	if name == aclDefault && !n.isDir() {
+	case n.is(unix.S_IFLNK):
+		return nil, false, nil // EOPNOTSUPP too
+	case name == aclDefault && !n.isDir():
 		if a != nil {
 			return nil, false, unix.EACCES
 		}
 		return nil, false, nil
-	}
-	if name == aclAccess && a != nil && !a.isExtended() {
-		a = nil // it becomes the mode, which the entry sets next
+	case a == nil:
+		return nil, true, nil
+	case !a.isValid():
+		return nil, false, unix.EINVAL
+	case name == aclAccess && !a.isExtended():
+		return nil, true, nil // it becomes the mode, which the entry sets next
 	}
 	return a, true, nil
 }
 
-// parseACL checks value as the kernel does and returns it in the form in which it is read back; nil if it has no entries.
+// parseACL reads value as the kernel does (posix_acl_from_xattr) and returns it as it would be read back; nil if it has
+// no entries.
 func parseACL(value []byte) (acl, error) {
 	if len(value) == 0 {
 		return nil, nil
@@ -85,42 +88,46 @@ func parseACL(value []byte) (acl, error) {
 	if len(value) == aclHeader {
 		return nil, nil
 	}
-	a := acl(append([]byte(nil), value...))
-	named, last := false, uint16(0)
+	a := acl(bytes.Clone(value))
 	for i := range a.len() {
-		e, tag := a.entry(i), a.tag(i)
-		id := binary.LittleEndian.Uint32(e[4:])
-		isNamed := tag == aclUser || tag == aclGroup
-		if binary.LittleEndian.Uint16(e[2:])&^7 != 0 || tag < last || tag == last && !isNamed || isNamed && id == ^uint32(0) {
-			return nil, unix.EINVAL
-		}
-		// The three entries of a mode are never left out, and named ones need a mask.
-		switch tag {
-		case aclUserObj:
-		case aclUser, aclGroupObj:
-			if last != aclUserObj && last != aclUser {
-				return nil, unix.EINVAL
-			}
-		case aclGroup, aclMask:
-			if last != aclGroupObj && last != aclGroup {
-				return nil, unix.EINVAL
-			}
-		case aclOther:
-			if last != aclMask && (last != aclGroupObj || named) {
+		const unnamed = ^uint32(0)
+		id := a.entry(i)[4:]
+		switch a.tag(i) {
+		case aclUserObj, aclGroupObj, aclMask, aclOther:
+			binary.LittleEndian.PutUint32(id, unnamed)
+		case aclUser, aclGroup:
+			if binary.LittleEndian.Uint32(id) == unnamed {
 				return nil, unix.EINVAL
 			}
 		default:
 			return nil, unix.EINVAL
 		}
-		if !isNamed {
-			binary.LittleEndian.PutUint32(e[4:], ^uint32(0))
-		}
-		named, last = named || isNamed, tag
-	}
-	if last != aclOther {
-		return nil, unix.EINVAL
 	}
 	return a, nil
+}
+
+// isValid reports whether the entries are in order (posix_acl_valid): user, named users, group, named groups, mask, other,
+// where there must be a mask if anyone is named.
+func (a acl) isValid() bool {
+	named, last := false, uint16(0)
+	for i := range a.len() {
+		tag, ok := a.tag(i), false
+		switch tag {
+		case aclUserObj:
+			ok = last == 0
+		case aclUser, aclGroupObj:
+			ok = last == aclUserObj || last == aclUser
+		case aclGroup, aclMask:
+			ok = last == aclGroupObj || last == aclGroup
+		case aclOther:
+			ok = last == aclMask || last == aclGroupObj && !named
+		}
+		if !ok || binary.LittleEndian.Uint16(a.entry(i)[2:]) > 7 {
+			return false
+		}
+		named, last = named || tag == aclUser || tag == aclGroup, tag
+	}
+	return last == aclOther
 }
 
 // inheritACL gives the new file n what the default ACL of its directory says.
@@ -143,7 +150,7 @@ func (n *node) maskACL() {
 	if old == nil {
 		return
 	}
-	a := acl(append([]byte(nil), old...)) // may be shared
+	a := acl(bytes.Clone(old)) // may be shared
 	group := -1
 	for i := range a.len() {
 		switch a.tag(i) {
