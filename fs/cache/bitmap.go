@@ -4,8 +4,8 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
-	"math/bits"
 	"sync/atomic"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -36,20 +36,15 @@ func (b bitmap) hasAll(lo, hi int) bool {
 	return true
 }
 
-func (b bitmap) count() int {
-	n := 0
-	for i := range b {
-		n += bits.OnesCount64(b[i].Load())
-	}
-	return n
-}
-
 // The map file: see the package doc.
 const (
 	mapMagic      = "SSCHUNKS"
 	mapVersion    = 1
 	mapHeaderSize = 64
 )
+
+// errStale: the files are whole, as far as the disk knows, but not what this version has written for this layer.
+var errStale = errors.New("stale cache file")
 
 // mapSize returns the size of the map of n chunks, bytes.
 func mapSize(n int) int { return mapHeaderSize + (n+7)/8 }
@@ -76,17 +71,17 @@ func encodeMap(header []byte, n int, b bitmap) []byte {
 // decodeMap returns the chunks that map file m claims, or why it is not a map of the layer that header describes.
 func decodeMap(header []byte, n int, m []byte) (bitmap, error) {
 	if len(m) != mapSize(n) {
-		return nil, fmt.Errorf("map of %d bytes, want %d", len(m), mapSize(n))
+		return nil, fmt.Errorf("map of %d bytes, want %d: %w", len(m), mapSize(n), errStale)
 	}
 	if !bytes.HasPrefix(m, header) {
-		return nil, fmt.Errorf("map of another version or layer")
+		return nil, fmt.Errorf("map of another version or layer: %w", errStale)
 	}
 	b := newBitmap(n)
 	for i, octet := range m[mapHeaderSize:] {
 		b[i/8].Or(uint64(octet) << (i % 8 * 8))
 	}
 	if n%64 != 0 && b[n/64].Load()>>(n%64) != 0 {
-		return nil, fmt.Errorf("map has bits beyond chunk %d", n-1)
+		return nil, fmt.Errorf("map with bits beyond chunk %d: %w", n-1, errStale)
 	}
 	return b, nil
 }

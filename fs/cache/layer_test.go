@@ -51,7 +51,7 @@ func newLayer(t testing.TB, chunkSize int, sizes ...int) *layer {
 func encode(t testing.TB, tarBytes []byte, chunkSize int) *layer {
 	t.Helper()
 	var bb bytes.Buffer
-	enc, err := artifact.EncodeLayer(t.Context(), &bb, bytes.NewReader(tarBytes), artifact.EncodeOptions{ChunkSize: chunkSize})
+	enc, err := artifact.EncodeLayer(context.Background(), &bb, bytes.NewReader(tarBytes), artifact.EncodeOptions{ChunkSize: chunkSize})
 	must(t, err)
 	x, err := artifact.DecodeIndex(bb.Bytes()[enc.IndexOffset:])
 	must(t, err)
@@ -73,8 +73,9 @@ type memBlob struct {
 	gate    chan struct{} // if not nil, each request waits for a value or for the closing of it
 	cut     int64         // if not 0, bodies end after so many bytes
 
+	down atomic.Bool // fails
+
 	requests, bytes, cancelled atomic.Int64
-	asked                      chan struct{} // if not nil, gets a value per request, before it waits
 }
 
 var errNoHost = errors.New("no other host")
@@ -82,9 +83,6 @@ var errNoHost = errors.New("no other host")
 func (b *memBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
 	b.requests.Add(1)
 	b.bytes.Add(n)
-	if b.asked != nil {
-		b.asked <- struct{}{}
-	}
 	if try >= len(b.hosts) {
 		return nil, errNoHost
 	}
@@ -100,6 +98,9 @@ func (b *memBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.Read
 			b.cancelled.Add(1)
 			return nil, ctx.Err()
 		}
+	}
+	if b.down.Load() {
+		return nil, errNoHost
 	}
 	body := io.Reader(bytes.NewReader(b.hosts[try][off : off+n]))
 	if b.cut > 0 {

@@ -65,6 +65,9 @@ func (s *store) openFiles(tarSize int64) (err error) {
 	}
 	present, err := readFiles(data, table, tarSize, s.header, s.n)
 	if err != nil {
+		if !errors.Is(err, errStale) {
+			s.cache.stats.diskError(err)
+		}
 		// The map goes first: at no time does it claim chunks of a data file that is not its own.
 		err = errors.Join(table.truncate(0), table.datasync(), data.truncate(0), data.truncate(tarSize))
 		present = newBitmap(s.n)
@@ -83,13 +86,13 @@ func readFiles(data, table file, tarSize int64, header []byte, n int) (bitmap, e
 		return nil, err
 	}
 	if size != tarSize {
-		return nil, fmt.Errorf("data of %d bytes, want %d", size, tarSize)
+		return nil, fmt.Errorf("data of %d bytes, want %d: %w", size, tarSize, errStale)
 	}
 	if size, err = table.size(); err != nil {
 		return nil, err
 	}
 	if size != int64(mapSize(n)) {
-		return nil, fmt.Errorf("map of %d bytes, want %d", size, mapSize(n))
+		return nil, fmt.Errorf("map of %d bytes, want %d: %w", size, mapSize(n), errStale)
 	}
 	m := make([]byte, mapSize(n))
 	if _, err := table.ReadAt(m, 0); err != nil {

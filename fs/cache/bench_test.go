@@ -1,0 +1,131 @@
+package cache
+
+import (
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"testing"
+	"time"
+)
+
+func benchLayer(b *testing.B) *layer { return newLayer(b, 0, 64<<20) }
+
+// Reads of what is on disk and verified.
+func BenchmarkReadWarm(b *testing.B) {
+	ly := benchLayer(b)
+	c := openCache(b, b.TempDir())
+	l := openLayer(b, c, ly, ly.serve())
+	readAll(b, l, ly, 1<<20)
+	for _, n := range []int{4 << 10, 128 << 10, 1 << 20} {
+		b.Run(fmt.Sprintf("%dKiB", n>>10), func(b *testing.B) {
+			b.SetBytes(int64(n))
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				p := make([]byte, n)
+				for pb.Next() {
+					if _, err := l.ReadAt(b.Context(), p, rand.Int64N(64<<20-int64(n))); err != nil {
+						b.Error(err)
+						return
+					}
+				}
+			})
+		})
+	}
+}
+
+// Random reads that miss: the time to decode, verify and write a chunk.
+func BenchmarkReadMiss(b *testing.B) {
+	ly := benchLayer(b)
+	c := openCache(b, b.TempDir())
+	l := openLayer(b, c, ly, ly.serve())
+	p := make([]byte, 128<<10)
+	b.SetBytes(int64(len(p)))
+	b.ReportAllocs()
+	for i := range b.N {
+		if i%500 == 499 {
+			l.store.forget(0, l.store.n)
+		}
+		if _, err := l.ReadAt(b.Context(), p[:1], 512+int64(i*7919%500)*int64(len(p))); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// The first use of a chunk after a restart: read whole and verified.
+func BenchmarkReadFirstUse(b *testing.B) {
+	ly := benchLayer(b)
+	c := openCache(b, b.TempDir())
+	l := openLayer(b, c, ly, ly.serve())
+	readAll(b, l, ly, 1<<20)
+	p := make([]byte, 128<<10)
+	b.SetBytes(int64(len(p)))
+	for i := range b.N {
+		if i%500 == 499 {
+			l.store.verified.clearAll()
+		}
+		if _, err := l.ReadAt(b.Context(), p[:1], 512+int64(i*7919%500)*int64(len(p))); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// A 64 MiB file read once from start to end, one read at a time, 5 ms away.
+func BenchmarkReadColdSequential(b *testing.B) {
+	ly := benchLayer(b)
+	for _, n := range []int{128 << 10, 1 << 20} {
+		b.Run(fmt.Sprintf("%dKiB", n>>10), func(b *testing.B) {
+			b.SetBytes(64 << 20)
+			var requests, bytes int64
+			for range b.N {
+				b.StopTimer()
+				c := openCache(b, b.TempDir())
+				blob := ly.serve()
+				blob.latency = 5 * time.Millisecond
+				l := openLayer(b, c, ly, blob)
+				p := make([]byte, n)
+				b.StartTimer()
+				for off := int64(512); off < 512+64<<20; off += int64(n) {
+					if _, err := l.ReadAt(b.Context(), p, off); err != nil && err != io.EOF {
+						b.Fatal(err)
+					}
+				}
+				b.StopTimer()
+				requests += blob.requests.Load()
+				bytes += blob.bytes.Load()
+				must(b, c.Close())
+			}
+			b.ReportMetric(float64(requests)/float64(b.N), "requests/op")
+			b.ReportMetric(float64(bytes)/float64(b.N)/float64(ly.frames(512, 64<<20)), "fetched/needed")
+		})
+	}
+}
+
+// Random 4 KiB reads of a 64 MiB file, 5 ms away: what is fetched against the frames of the chunks touched.
+func BenchmarkReadColdRandom(b *testing.B) {
+	ly := benchLayer(b)
+	for range b.N {
+		c := openCache(b, b.TempDir())
+		blob := ly.serve()
+		l := openLayer(b, c, ly, blob)
+		touched := newBitmap(ly.index.NumChunks())
+		p := make([]byte, 4<<10)
+		for range 300 {
+			off := 512 + rand.Int64N(64<<20-4<<10)
+			if _, err := l.ReadAt(b.Context(), p, off); err != nil {
+				b.Fatal(err)
+			}
+			for i := ly.index.Find(off); i <= ly.index.Find(off+4<<10-1); i++ {
+				touched.set(i)
+			}
+		}
+		must(b, c.Close())
+		var needed int64
+		for i := range ly.index.NumChunks() {
+			if touched.has(i) {
+				needed += ly.index.Chunk(i).BlobSize
+			}
+		}
+		b.ReportMetric(float64(blob.bytes.Load())/float64(needed), "fetched/needed")
+		b.ReportMetric(float64(blob.requests.Load()), "requests/op")
+	}
+}

@@ -1,0 +1,244 @@
+package cache
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"testing"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// Each byte of a blob's frames is changed in turn. Nobody may see wrong bytes, and a second host heals them all.
+func TestCorruptBlobNeverReachesAReader(t *testing.T) {
+	ly := newLayer(t, 1<<10, 700, 5000, 30)
+	l := openLayer(t, openCache(t, t.TempDir()), ly, nil)
+	bad := slices.Clone(ly.blob)
+	for at := range ly.index.FramesSize() {
+		bad[at] ^= 0x40
+		for _, hosts := range [][][]byte{{bad}, {bad, ly.blob}, {bad, bad, ly.blob}} {
+			l.blob = &memBlob{hosts: hosts}
+			p := make([]byte, len(ly.tar))
+			_, err := l.ReadAt(t.Context(), p, 0)
+			if len(hosts) > 1 {
+				must(t, err)
+			}
+			// A change that zstd does not mind (an unused bit) gives the right bytes.
+			if err == nil && !bytes.Equal(p, ly.tar) {
+				t.Fatalf("byte %d changed: wrong bytes reached the reader", at)
+			}
+			if err != nil && (!errors.Is(err, artifact.ErrInvalid) || !errors.Is(err, errNoHost)) {
+				t.Fatalf("byte %d changed: error %v, want both ErrInvalid and the Blob's", at, err)
+			}
+			// Nor may they be on disk.
+			poll(t, "end of the fills", func() bool { return l.store.idle() })
+			for i := range ly.index.NumChunks() {
+				if !l.store.present.has(i) {
+					continue
+				}
+				ch := ly.index.Chunk(i)
+				_, err := l.store.data.ReadAt(p[:ch.TarSize], ch.TarOffset)
+				must(t, err)
+				if !bytes.Equal(p[:ch.TarSize], ly.tar[ch.TarOffset:][:ch.TarSize]) {
+					t.Fatalf("byte %d changed: wrong bytes in chunk %d on disk", at, i)
+				}
+			}
+			l.store.forget(0, l.store.n)
+		}
+		bad[at] ^= 0x40
+	}
+}
+
+// One bad chunk costs one more request of its frame, and its neighbours nothing.
+func TestOnlyTheCorruptChunkIsAskedForAgain(t *testing.T) {
+	ly := newLayer(t, 4<<10, 100_000)
+	bad := slices.Clone(ly.blob)
+	for _, i := range []int{5, 9, 10} {
+		ch := ly.index.Chunk(i)
+		clear(bad[ch.BlobOffset:][:ch.BlobSize])
+	}
+	c := openCache(t, t.TempDir())
+	b := &memBlob{hosts: [][]byte{bad, ly.blob}}
+	l := openLayer(t, c, ly, b)
+	off := ly.index.Chunk(3).TarOffset
+	n := ly.index.Chunk(13).TarOffset - off
+	readRange(t, l, ly, make([]byte, n), off)
+	if got := b.requests.Load(); got != 3 {
+		t.Errorf("%d requests, want 3: all, chunk 5, chunks 9 and 10", got)
+	}
+	want := ly.frames(off, n) + ly.index.Chunk(5).BlobSize + ly.index.Chunk(9).BlobSize + ly.index.Chunk(10).BlobSize
+	if got := b.bytes.Load(); got != want {
+		t.Errorf("%d bytes fetched, want %d", got, want)
+	}
+	if got := c.Stats().CorruptChunks; got != 3 {
+		t.Errorf("%d corrupt chunks, want 3", got)
+	}
+}
+
+// A Blob that has wrong bytes for ever is not asked for ever.
+func TestTriesAreBounded(t *testing.T) {
+	ly := newLayer(t, 4<<10, 10_000)
+	b := &memBlob{hosts: slices.Repeat([][]byte{make([]byte, len(ly.blob))}, 100)}
+	l := openLayer(t, openCache(t, t.TempDir()), ly, b)
+	if _, err := l.ReadAt(t.Context(), make([]byte, 10), 5000); !errors.Is(err, artifact.ErrInvalid) {
+		t.Errorf("error %v, want ErrInvalid", err)
+	}
+	if n := b.requests.Load(); n != maxTries {
+		t.Errorf("%d requests, want %d", n, maxTries)
+	}
+}
+
+// Headers that the index claims otherwise are corruption, though every chunk's digest is right.
+func TestLyingIndexIsRefused(t *testing.T) {
+	ly := newLayer(t, 4<<10, 3000, 50_000)
+	other := slices.Clone(ly.tar)
+	// A header field and its checksum that say another mode: the tar that the index lies about.
+	copy(other[100:], "0000755\x00")
+	sum := 0
+	for i, b := range other[:512] {
+		if i >= 148 && i < 156 {
+			b = ' '
+		}
+		sum += int(b)
+	}
+	copy(other[148:], fmt.Sprintf("%06o\x00 ", sum))
+	truth := encode(t, other, 4<<10)
+
+	// The index: the headers of ly, the chunk table of truth.
+	const tableStart, entry = 72, 48
+	frame := slices.Clone(ly.blob[ly.index.FramesSize():])
+	table := tableStart + entry*ly.index.NumChunks()
+	if ly.index.NumChunks() != truth.index.NumChunks() {
+		t.Fatal("the tars differ in their chunks")
+	}
+	copy(frame[tableStart:table], truth.blob[truth.index.FramesSize():][tableStart:table])
+	x, err := artifact.DecodeIndex(frame)
+	must(t, err)
+	lie := &layer{tar: other, blob: truth.blob, dgst: truth.dgst, index: x}
+
+	l := openLayer(t, openCache(t, t.TempDir()), lie, truth.serve())
+	if _, err := l.ReadAt(t.Context(), make([]byte, 1), 0); !errors.Is(err, artifact.ErrInvalid) {
+		t.Errorf("chunk with other headers: error %v, want ErrInvalid", err)
+	}
+	readRange(t, l, lie, make([]byte, 1000), 40_000) // a chunk without headers
+}
+
+func TestShortBodyIsAnError(t *testing.T) {
+	ly := newLayer(t, 4<<10, 50_000)
+	for _, cut := range []int64{1, ly.index.Chunk(0).BlobSize, ly.index.Chunk(0).BlobSize + 1, ly.index.FramesSize() - 1} {
+		b := ly.serve()
+		b.cut = cut
+		l := openLayer(t, openCache(t, t.TempDir()), ly, b)
+		n, err := l.ReadAt(t.Context(), make([]byte, len(ly.tar)), 0)
+		if n != 0 || err == io.EOF || !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("body of %d bytes: got %d, %v, want io.ErrUnexpectedEOF", cut, n, err)
+		}
+		b.cut = 0
+		readAll(t, l, ly, 7000)
+	}
+}
+
+// Whatever happens to the files of a layer between two processes costs fetches, never wrong bytes.
+func TestDamagedFilesAreMisses(t *testing.T) {
+	ly := newLayer(t, 4<<10, 60_000, 100, 9000)
+	n := ly.index.NumChunks()
+	flip := func(off int64) func(t *testing.T, path string) {
+		return func(t *testing.T, path string) {
+			b, err := os.ReadFile(path)
+			must(t, err)
+			b[off] ^= 1
+			must(t, os.WriteFile(path, b, 0o600))
+		}
+	}
+	put := func(b []byte) func(t *testing.T, path string) {
+		return func(t *testing.T, path string) { must(t, os.WriteFile(path, b, 0o600)) }
+	}
+	remove := func(t *testing.T, path string) { must(t, os.Remove(path)) }
+	cut := func(size int64) func(t *testing.T, path string) {
+		return func(t *testing.T, path string) { must(t, os.Truncate(path, size)) }
+	}
+	all := append(encodeMapHeader(ly.index, identity(ly.index)), bytes.Repeat([]byte{0xff}, (n+7)/8)...)
+	for _, c := range []struct {
+		name   string
+		file   string
+		damage func(t *testing.T, path string)
+		misses int // chunks fetched again
+	}{
+		{"nothing", "map", func(*testing.T, string) {}, 0},
+		{"data: flipped bit", "data", flip(30_000), 1},
+		{"data: first byte", "data", flip(0), 1},
+		{"data: deleted", "data", remove, n},
+		{"data: empty", "data", put(nil), n},
+		{"data: cut", "data", cut(int64(len(ly.tar)) - 1), n},
+		{"data: longer", "data", cut(int64(len(ly.tar)) + 1), n},
+		{"data: garbage", "data", put(bytes.Repeat([]byte{0xa5}, len(ly.tar))), n},
+		{"map: deleted", "map", remove, n},
+		{"map: empty", "map", put(nil), n},
+		{"map: cut", "map", cut(mapHeaderSize), n},
+		{"map: longer", "map", cut(int64(mapSize(n)) + 1), n},
+		{"map: garbage", "map", put(bytes.Repeat([]byte{0xa5}, mapSize(n))), n},
+		{"map: magic", "map", flip(0), n},
+		{"map: version", "map", flip(8), n},
+		{"map: reserved", "map", flip(12), n},
+		{"map: tar size", "map", flip(16), n},
+		{"map: chunks", "map", flip(24), n},
+		{"map: index", "map", flip(63), n},
+		{"map: one bit less", "map", flip(64), 1},
+		{"map: bits beyond the last chunk", "map", put(all), n},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			dir := t.TempDir()
+			cache := openCache(t, dir)
+			readAll(t, openLayer(t, cache, ly, ly.serve()), ly, len(ly.tar))
+			path := cache.layerDir(ly.dgst) + "/" + c.file
+			must(t, cache.Close())
+
+			c.damage(t, path)
+			cache = openCache(t, dir)
+			readAll(t, openLayer(t, cache, ly, ly.serve()), ly, 5000)
+			if got := cache.Stats().Misses + cache.Stats().ReadAhead; got != int64(c.misses) {
+				t.Errorf("%d chunks fetched again, want %d", got, c.misses)
+			}
+			must(t, cache.Close())
+
+			cache = openCache(t, dir)
+			b := ly.serve()
+			readAll(t, openLayer(t, cache, ly, b), ly, 5000)
+			if b.requests.Load() != 0 {
+				t.Error("the damage was not healed")
+			}
+		})
+	}
+}
+
+// The map claims all, the data is garbage: each chunk is found wrong at its first use.
+func TestMapThatClaimsTooMuch(t *testing.T) {
+	ly := newLayer(t, 4<<10, 60_000)
+	c := openCache(t, t.TempDir())
+	must(t, os.MkdirAll(c.layerDir(ly.dgst), 0o700))
+	all := newBitmap(ly.index.NumChunks())
+	for i := range ly.index.NumChunks() {
+		all.set(i)
+	}
+	must(t, os.WriteFile(c.mapPath(ly.dgst), encodeMap(encodeMapHeader(ly.index, identity(ly.index)), ly.index.NumChunks(), all), 0o600))
+	must(t, os.WriteFile(c.dataPath(ly.dgst), bytes.Repeat([]byte{0xa5}, len(ly.tar)), 0o600))
+	l := openLayer(t, c, ly, ly.serve())
+	readAll(t, l, ly, 3000)
+	if got, want := c.Stats().DamagedChunks, int64(ly.index.NumChunks()); got != want {
+		t.Errorf("%d damaged chunks, want %d", got, want)
+	}
+}
+
+// The data file is cut under a running process.
+func TestDataCutWhileOpen(t *testing.T) {
+	ly := newLayer(t, 4<<10, 60_000)
+	c := openCache(t, t.TempDir())
+	l := openLayer(t, c, ly, ly.serve())
+	readAll(t, l, ly, len(ly.tar))
+	must(t, os.Truncate(c.dataPath(ly.dgst), 20_000))
+	readAll(t, l, ly, 3000)
+	readAll(t, l, ly, len(ly.tar))
+}

@@ -1,0 +1,372 @@
+package cache
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+)
+
+// TestMain runs the child of TestKilledProcessLeavesAGoodCache, if this is it.
+func TestMain(m *testing.M) {
+	if dir := os.Getenv("CACHE_TEST_FILL"); dir != "" {
+		fillUntilKilled(dir)
+	}
+	os.Exit(m.Run())
+}
+
+// unsynced is a disk that syncs nothing, for the time it takes.
+type unsynced struct{ osDisk }
+
+type unsyncedFile struct{ file }
+
+func (d unsynced) open(path string) (file, error) {
+	f, err := d.osDisk.open(path)
+	return unsyncedFile{f}, err
+}
+
+func (unsyncedFile) datasync() error { return nil }
+
+// faultyDisk fails operation number at, counted from 0, and all after it if forever.
+type faultyDisk struct {
+	disk
+	err     error
+	at      int64
+	forever bool
+	ops     atomic.Int64
+}
+
+func (d *faultyDisk) fault() error {
+	if n := d.ops.Add(1) - 1; n == d.at || d.forever && n > d.at {
+		return d.err
+	}
+	return nil
+}
+
+func (d *faultyDisk) open(path string) (file, error) {
+	if err := d.fault(); err != nil {
+		return nil, err
+	}
+	f, err := d.disk.open(path)
+	return &faultyFile{f, d}, err
+}
+
+type faultyFile struct {
+	file
+	disk *faultyDisk
+}
+
+func (f *faultyFile) ReadAt(p []byte, off int64) (int, error) {
+	if err := f.disk.fault(); err != nil {
+		return 0, err
+	}
+	return f.file.ReadAt(p, off)
+}
+
+func (f *faultyFile) WriteAt(p []byte, off int64) (int, error) {
+	if err := f.disk.fault(); err != nil {
+		n, _ := f.file.WriteAt(p[:len(p)/2], off) // a full disk takes a part
+		return n, err
+	}
+	return f.file.WriteAt(p, off)
+}
+
+func (f *faultyFile) size() (int64, error) {
+	if err := f.disk.fault(); err != nil {
+		return 0, err
+	}
+	return f.file.size()
+}
+
+func (f *faultyFile) truncate(size int64) error {
+	if err := f.disk.fault(); err != nil {
+		return err
+	}
+	return f.file.truncate(size)
+}
+
+func (f *faultyFile) datasync() error {
+	if err := f.disk.fault(); err != nil {
+		return err
+	}
+	return f.file.datasync()
+}
+
+// Every operation on the disk fails in turn, once or from there on. Reads never notice; what is left on disk is true.
+func TestFailingDiskCostsOnlyTheCaching(t *testing.T) {
+	ly := newLayer(t, 4<<10, 40_000, 100, 9000)
+	for _, errno := range []syscall.Errno{syscall.ENOSPC, syscall.EIO, syscall.EROFS} {
+		for _, forever := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v/forever=%v", errno, forever), func(t *testing.T) {
+				for at := int64(0); ; at++ {
+					dir := t.TempDir()
+					d := &faultyDisk{disk: unsynced{}, err: errno, at: at, forever: forever}
+					c, err := open(dir, d)
+					must(t, err)
+					scenario(t, c, ly)
+					failed := d.ops.Load() > at
+					if failed != (c.Err() != nil) || failed && !errors.Is(c.Err(), errno) {
+						t.Errorf("operation %d: Err is %v", at, c.Err())
+					}
+					if failed != (c.Stats().DiskErrors > 0) {
+						t.Errorf("operation %d: %d disk errors counted", at, c.Stats().DiskErrors)
+					}
+					checkMap(t, c.layerDir(ly.dgst), ly)
+					must(t, c.Close())
+					c = openCache(t, dir)
+					readAll(t, openLayer(t, c, ly, ly.serve()), ly, 6000)
+					must(t, c.Close())
+					if !failed {
+						if at < 10 {
+							t.Fatalf("the scenario has only %d operations", at)
+						}
+						break
+					}
+				}
+			})
+		}
+	}
+}
+
+// scenario opens a layer twice, reads all of it both times, and flushes in between. Closing may fail with the disk.
+func scenario(t *testing.T, c *Cache, ly *layer) {
+	t.Helper()
+	for range 2 {
+		l := openLayer(t, c, ly, ly.serve())
+		readAll(t, l, ly, 10_000)
+		poll(t, "end of the fills", l.store.idle)
+		c.flush()
+		readAll(t, l, ly, 10_000)
+		poll(t, "end of the fills", l.store.idle)
+		if err := l.Close(); err != nil && c.Err() == nil {
+			t.Errorf("Close: %v, and Err is nil", err)
+		}
+	}
+}
+
+// checkMap compares each chunk that the map in dir claims, if it is one, with the tar.
+func checkMap(t *testing.T, dir string, ly *layer) (claimed int) {
+	t.Helper()
+	m, err := os.ReadFile(filepath.Join(dir, "map"))
+	if errors.Is(err, os.ErrNotExist) || len(m) == 0 {
+		return 0
+	}
+	must(t, err)
+	present, err := decodeMap(encodeMapHeader(ly.index, identity(ly.index)), ly.index.NumChunks(), m)
+	if err != nil {
+		return 0
+	}
+	data, err := os.ReadFile(filepath.Join(dir, "data"))
+	must(t, err)
+	for i := range ly.index.NumChunks() {
+		if !present.has(i) {
+			continue
+		}
+		claimed++
+		c := ly.index.Chunk(i)
+		if !slices.Equal(data[c.TarOffset:][:c.TarSize], ly.tar[c.TarOffset:][:c.TarSize]) {
+			t.Errorf("the map claims chunk %d, whose bytes are wrong", i)
+		}
+	}
+	return claimed
+}
+
+// A disk that was full is tried again with the next flush.
+func TestCachingResumesWhenTheDiskHasRoom(t *testing.T) {
+	ly := newLayer(t, 4<<10, 100_000)
+	d := &faultyDisk{disk: osDisk{}, err: syscall.ENOSPC, at: 1 << 40}
+	c, err := open(t.TempDir(), d)
+	must(t, err)
+	t.Cleanup(func() { must(t, c.Close()) })
+	b := ly.serve()
+	l := openLayer(t, c, ly, b)
+	p := make([]byte, 10)
+	d.at = d.ops.Load() // the write of the first chunk
+	readRange(t, l, ly, p, 50_000)
+	poll(t, "end of the fill", l.store.idle)
+	readRange(t, l, ly, p, 50_000)
+	poll(t, "end of the fill", l.store.idle)
+	if n := b.requests.Load(); n != 2 {
+		t.Errorf("%d requests while the disk was full, want 2", n)
+	}
+	c.flush()
+	for range 2 {
+		readRange(t, l, ly, p, 50_000)
+		poll(t, "end of the fill", l.store.idle)
+	}
+	if n := b.requests.Load(); n != 3 {
+		t.Errorf("%d requests after the disk had room, want 3", n)
+	}
+}
+
+// volatileDisk remembers what was written since the last sync, to tell what a power loss may leave.
+type volatileDisk struct {
+	disk
+	mu    sync.Mutex
+	files map[string]*volatileFile
+}
+
+type volatileFile struct {
+	file
+	disk *volatileDisk
+	undo []undo // since the last datasync; guarded by disk.mu
+}
+
+type undo struct {
+	off int64
+	old []byte
+}
+
+func (d *volatileDisk) open(path string) (file, error) {
+	f, err := d.disk.open(path)
+	if err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.files[path] = &volatileFile{file: f, disk: d}
+	return d.files[path], nil
+}
+
+func (f *volatileFile) WriteAt(p []byte, off int64) (int, error) {
+	f.disk.mu.Lock()
+	defer f.disk.mu.Unlock()
+	old := make([]byte, len(p))
+	if _, err := f.file.ReadAt(old, off); err != nil && err != io.EOF {
+		return 0, err
+	}
+	f.undo = append(f.undo, undo{off, old})
+	return f.file.WriteAt(p, off)
+}
+
+func (f *volatileFile) datasync() error {
+	f.disk.mu.Lock()
+	defer f.disk.mu.Unlock()
+	f.undo = nil
+	return nil
+}
+
+// crash writes to dir what a power loss now might leave: of each sector written since the last sync, either the old or the new.
+func (d *volatileDisk) crash(t *testing.T, dir string, rnd *rand.Rand) {
+	t.Helper()
+	must(t, os.MkdirAll(dir, 0o700))
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for path, f := range d.files {
+		b, err := os.ReadFile(path)
+		must(t, err)
+		for _, u := range slices.Backward(f.undo) {
+			for s := 0; s < len(u.old); s += 512 {
+				if rnd.IntN(2) == 0 {
+					copy(b[u.off+int64(s):], u.old[s:min(s+512, len(u.old))])
+				}
+			}
+		}
+		must(t, os.WriteFile(filepath.Join(dir, filepath.Base(path)), b, 0o600))
+	}
+}
+
+func TestPowerLossLeavesNoFalseClaim(t *testing.T) {
+	ly := newLayer(t, 4<<10, 300_000)
+	claimed := 0
+	for seed := range uint64(20) {
+		rnd := rand.New(rand.NewPCG(seed, 3))
+		root := t.TempDir()
+		d := &volatileDisk{disk: unsynced{}, files: make(map[string]*volatileFile)}
+		c, err := open(filepath.Join(root, "cache"), d)
+		must(t, err)
+		l := openLayer(t, c, ly, ly.serve())
+		for i := range 40 {
+			off := rnd.Int64N(int64(len(ly.tar)) - 10_000)
+			readRange(t, l, ly, make([]byte, 10_000), off)
+			if rnd.IntN(4) == 0 {
+				c.flush()
+			}
+			if i%8 == 7 {
+				lost := filepath.Join(root, fmt.Sprint(i), filepath.Base(c.layerDir(ly.dgst)))
+				d.crash(t, lost, rnd)
+				claimed += checkMap(t, lost, ly)
+				after := openCache(t, filepath.Dir(lost))
+				readAll(t, openLayer(t, after, ly, ly.serve()), ly, 20_000)
+				must(t, after.Close())
+			}
+		}
+		must(t, c.Close())
+	}
+	if claimed == 0 {
+		t.Error("no map claimed anything: the test has tested nothing")
+	}
+}
+
+// fillUntilKilled is the child of TestKilledProcessLeavesAGoodCache: it reads and flushes without end, and says so.
+func fillUntilKilled(dir string) {
+	t := &testing.T{}
+	ly := killedLayer(t)
+	c, err := Open(dir)
+	if err != nil {
+		panic(err)
+	}
+	l, err := c.Layer(ly.dgst, ly.index, ly.serve())
+	if err != nil {
+		panic(err)
+	}
+	go func() {
+		for {
+			c.flush()
+			fmt.Println("flushed")
+		}
+	}()
+	p := make([]byte, 10_000)
+	for {
+		if _, err := l.ReadAt(context.Background(), p, rand.Int64N(int64(len(ly.tar)-len(p)))); err != nil {
+			panic(err)
+		}
+	}
+}
+
+func killedLayer(t testing.TB) *layer { return newLayer(t, 4<<10, 4<<20) }
+
+func TestKilledProcessLeavesAGoodCache(t *testing.T) {
+	ly := killedLayer(t)
+	dir := t.TempDir()
+	claimed := 0
+	for round := range 5 {
+		cmd := exec.Command(os.Args[0])
+		cmd.Env = append(os.Environ(), "CACHE_TEST_FILL="+dir)
+		cmd.Stderr = os.Stderr
+		out, err := cmd.StdoutPipe()
+		must(t, err)
+		must(t, cmd.Start())
+		t.Cleanup(func() { cmd.Process.Kill() })
+		sc := bufio.NewScanner(out)
+		for n := 0; n <= round && sc.Scan(); {
+			if sc.Text() == "flushed" {
+				n++
+			}
+		}
+		must(t, cmd.Process.Kill())
+		cmd.Wait()
+
+		c := &Cache{dir: dir}
+		claimed += checkMap(t, c.layerDir(ly.dgst), ly)
+		must(t, sc.Err())
+	}
+	if claimed == 0 {
+		t.Error("no map claimed anything: the test has tested nothing")
+	}
+	c := openCache(t, dir)
+	readAll(t, openLayer(t, c, ly, ly.serve()), ly, 100_000)
+	if c.Stats().Verified == 0 || c.Stats().DamagedChunks != 0 {
+		t.Errorf("%d chunks came from the killed processes, %d of them damaged", c.Stats().Verified, c.Stats().DamagedChunks)
+	}
+}

@@ -1,0 +1,192 @@
+package cache
+
+import (
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"testing"
+	"time"
+)
+
+// aheadLayer is a layer with two large files; body returns the data run of each.
+func aheadLayer(t testing.TB) *layer { return newLayer(t, 0, 12<<20, 8<<20) }
+
+func body(ly *layer, file int) (off, end int64) {
+	if file == 0 {
+		return 512, 512 + 12<<20
+	}
+	return 512 + 12<<20 + 512, 512 + 12<<20 + 512 + 8<<20
+}
+
+func TestStreamIsReadAhead(t *testing.T) {
+	ly := aheadLayer(t)
+	c := openCache(t, t.TempDir())
+	b := ly.serve()
+	b.latency = time.Millisecond
+	l := openLayer(t, c, ly, b)
+	p := make([]byte, 128<<10)
+	off, end := body(ly, 0)
+	for o := off; o < end; o += int64(len(p)) {
+		readRange(t, l, ly, p, o)
+	}
+	poll(t, "end of the fills", l.store.idle)
+	s := c.Stats()
+	if s.ReadAhead < s.Misses*4 {
+		t.Errorf("%d chunks were read ahead and %d waited for", s.ReadAhead, s.Misses)
+	}
+	// Nothing twice, and nothing of the next file but what shares the last chunk.
+	if got, want := b.bytes.Load(), ly.frames(off, end-off); got != want {
+		t.Errorf("%d bytes fetched, want %d: the frames of the file", got, want)
+	}
+	if got, most := b.requests.Load(), int64(30); got > most {
+		t.Errorf("%d requests for 96 chunks, want at most %d", got, most)
+	}
+}
+
+// Several streams at once, each by several reads in flight that overtake each other, as the kernel makes them.
+func TestConcurrentStreams(t *testing.T) {
+	ly := aheadLayer(t)
+	c := openCache(t, t.TempDir())
+	b := ly.serve()
+	b.latency = time.Millisecond
+	l := openLayer(t, c, ly, b)
+	var wg sync.WaitGroup
+	for file := range 2 {
+		off, end := body(ly, file)
+		places := make(chan int64)
+		wg.Go(func() {
+			defer close(places)
+			for o := off; o < end; o += 64 << 10 {
+				places <- o
+			}
+		})
+		for range 4 {
+			wg.Go(func() {
+				p := make([]byte, 64<<10)
+				for o := range places {
+					n, err := l.ReadAt(t.Context(), p, o)
+					if err != nil || string(p[:n]) != string(ly.tar[o:o+int64(n)]) {
+						t.Errorf("ReadAt(%d): %v, or wrong bytes", o, err)
+					}
+				}
+			})
+		}
+	}
+	wg.Wait()
+	poll(t, "end of the fills", l.store.idle)
+	if s := c.Stats(); s.ReadAhead < s.Misses {
+		t.Errorf("%d chunks were read ahead and %d waited for", s.ReadAhead, s.Misses)
+	}
+	off, _ := body(ly, 0)
+	_, end := body(ly, 1)
+	if got, want := b.bytes.Load(), ly.frames(off, end-off); got > want {
+		t.Errorf("%d bytes fetched, want at most %d: the frames of both files", got, want)
+	}
+}
+
+// Reads that are no stream fetch what they touch and nothing else.
+func TestOtherReadsAreExact(t *testing.T) {
+	ly := aheadLayer(t)
+	off, end := body(ly, 0)
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for name, next := range map[string]func(i int) (off, n int64){
+		"random 4 KiB":        func(int) (int64, int64) { return off + rnd.Int64N(end-off-4096), 4096 },
+		"random 128 KiB":      func(int) (int64, int64) { return off + rnd.Int64N(end-off-128<<10), 128 << 10 },
+		"backwards":           func(i int) (int64, int64) { return end - int64(i+1)*32<<10, 32 << 10 },
+		"every second 64 KiB": func(i int) (int64, int64) { return off + int64(i)*128<<10, 64 << 10 },
+		"one place":           func(int) (int64, int64) { return off, 300 << 10 },
+		"short streams":       func(i int) (int64, int64) { return off + int64(i/3)<<20 + int64(i%3)*64<<10, 64 << 10 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := openCache(t, t.TempDir())
+			b := ly.serve()
+			l := openLayer(t, c, ly, b)
+			touched := newBitmap(ly.index.NumChunks())
+			for i := range 30 {
+				o, n := next(i)
+				readRange(t, l, ly, make([]byte, n), o)
+				for ch := ly.index.Find(o); ch <= ly.index.Find(o+n-1); ch++ {
+					touched.set(ch)
+				}
+			}
+			poll(t, "end of the fills", l.store.idle)
+			var want int64
+			for ch := range ly.index.NumChunks() {
+				if touched.has(ch) {
+					want += ly.index.Chunk(ch).BlobSize
+				}
+			}
+			if got := b.bytes.Load(); got != want {
+				t.Errorf("%d bytes fetched, want %d: the frames of the chunks touched", got, want)
+			}
+		})
+	}
+}
+
+// A reader that stops has cost at most its share.
+func TestReadAheadIsBounded(t *testing.T) {
+	ly := aheadLayer(t)
+	c := openCache(t, t.TempDir())
+	b := ly.serve()
+	l := openLayer(t, c, ly, b)
+	off, _ := body(ly, 0)
+	const n = 2 << 20
+	for o := off; o < off+n; o += 64 << 10 {
+		readRange(t, l, ly, make([]byte, 64<<10), o)
+	}
+	poll(t, "end of the fills", l.store.idle)
+	if got, most := b.bytes.Load(), ly.frames(off, n+n/windowShare); got > most {
+		t.Errorf("%d bytes fetched for a stream of %d, want at most %d", got, n, most)
+	}
+}
+
+// A source that fails is not asked for what nobody waits for, and Close waits for what is in flight.
+func TestReadAheadEnds(t *testing.T) {
+	ly := aheadLayer(t)
+	b := ly.serve()
+	before := runtime.NumGoroutine()
+	c, err := Open(t.TempDir())
+	must(t, err)
+	l := openLayer(t, c, ly, b)
+	off, _ := body(ly, 0)
+	p := make([]byte, 128<<10)
+	for i := range int64(2) {
+		readRange(t, l, ly, p, off+i*int64(len(p)))
+	}
+	poll(t, "end of the fills", l.store.idle)
+	if n := b.requests.Load(); n != 2 {
+		t.Fatalf("%d requests for two reads, want 2", n)
+	}
+	b.gate = make(chan struct{})
+	done := make(chan error, 1)
+	go func() {
+		_, err := l.ReadAt(t.Context(), make([]byte, 512<<10), off+256<<10)
+		done <- err
+	}()
+	poll(t, "read-ahead", func() bool { return b.requests.Load() > 3 })
+	must(t, c.Close())
+	if <-done == nil {
+		t.Error("the read at Close gave no error")
+	}
+	if got, want := b.cancelled.Load(), b.requests.Load()-2; got != want {
+		t.Errorf("%d requests were cancelled when Close returned, want %d", got, want)
+	}
+	poll(t, "end of all goroutines", func() bool { return runtime.NumGoroutine() <= before })
+
+	c = openCache(t, t.TempDir())
+	b = ly.serve()
+	l = openLayer(t, c, ly, b)
+	for i := range int64(8) {
+		readRange(t, l, ly, p, off+i*int64(len(p)))
+	}
+	poll(t, "end of the fills", l.store.idle)
+	b.down.Store(true)
+	b.requests.Store(0)
+	for range 20 { // each would have been a reason to read ahead
+		l.ahead.read(off+1<<20, off+4<<20)
+		poll(t, "end of the fills", l.store.idle)
+	}
+	if n := b.requests.Load(); n > aheadRequests {
+		t.Errorf("%d requests to a source that fails, want at most %d", n, aheadRequests)
+	}
+}
