@@ -16,7 +16,7 @@ import (
 const (
 	MaxChunkSize    = 4 << 20   // bytes of tar in a chunk
 	MaxIndexSize    = 512 << 20 // bytes of the index's skippable frame
-	MaxHeadersSize  = 4 << 30   // bytes of headers, uncompressed
+	MaxHeadersSize  = 4 << 30   // bytes of headers, uncompressed: so at most 8 Mi entries
 	MaxManifestSize = 4 << 20   // bytes of an artifact's manifest
 	MaxLayers       = 4096
 

@@ -12,8 +12,6 @@ import (
 const (
 	blockSize = 512
 
-	// maxEntries bounds the entries of a layer, and with them what a node keeps for each.
-	maxEntries = 16 << 20
 	// maxEntryHeaders bounds the header bytes before one entry. archive/tar takes at most 1 MiB for each of an entry's
 	// extended headers and sparse map; only headers that override each other can reach this.
 	maxEntryHeaders = 8 << 20
@@ -40,7 +38,6 @@ type scanner struct {
 	tr  *tar.Reader
 	pos int64 // tar offset
 	end int64 // where the data run of the last entry ends: bytes before are data, bytes after headers
-	n   int   // entries returned
 
 	raw []byte // the header bytes before pos, back to the last entry's data run
 }
@@ -59,9 +56,6 @@ func (s *scanner) next() (*Entry, error) {
 	hdr, err := s.tr.Next()
 	if err != nil && !errors.Is(err, tar.ErrInsecurePath) {
 		return nil, err
-	}
-	if s.n++; s.n > maxEntries {
-		return nil, fmt.Errorf("more than %d entries: %w", maxEntries, ErrUnsupported)
 	}
 	e := &Entry{Header: hdr, Offset: offset, DataOffset: s.pos}
 	switch hdr.Typeflag {

@@ -3,6 +3,7 @@ package artifact
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/opencontainers/go-digest"
 )
 
 // corpus returns tars that every test of the format must get right, by name.
@@ -308,4 +311,12 @@ func writeSparse(t testing.TB, path string, n int64, offs []int64) {
 	if err := f.Truncate(n); err != nil {
 		t.Fatal(err)
 	}
+}
+
+func hexBytes(d digest.Digest) []byte {
+	b, err := hex.DecodeString(d.Encoded())
+	if err != nil {
+		panic(err)
+	}
+	return b
 }
