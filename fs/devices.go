@@ -237,7 +237,7 @@ func mountDevices(dir string, d *devices, o sessionOptions) (*session, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := d.provokeFlush(dir); err != nil {
+	if err := d.settle(dir); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
 	return s, nil
@@ -249,17 +249,13 @@ type empty struct{}
 func (empty) ReadAt(context.Context, []byte, int64) (int, error) { return 0, nil }
 func (empty) Size() int64                                        { return 0 }
 
-// provokeFlush has the kernel send its first and last FLUSH, see Flush.
-func (d *devices) provokeFlush(dir string) error {
-	const id = ".flush" // no image has this ID
+// settle has the kernel ask its first and last questions about POLL and FLUSH, see settle.
+func (d *devices) settle(dir string) error {
+	const id = ".settle" // no image has this ID
 	e, err := d.acquire(id, empty{})
 	if err != nil {
 		return err
 	}
 	defer d.release(e)
-	f, err := os.Open(filepath.Join(dir, id))
-	if err != nil {
-		return err
-	}
-	return f.Close()
+	return settle(filepath.Join(dir, id))
 }

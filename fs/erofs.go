@@ -26,6 +26,9 @@ func (s *Server) mountFile(metadata, device, target string) error {
 		}
 	}
 	bdi, err := s.createErofs(c)
+	if errors.Is(err, unix.ENOTBLK) {
+		return fmt.Errorf("%w (file-backed EROFS needs Linux 6.12, and a metadata image on a disk's file system, not on overlayfs)", err)
+	}
 	if err != nil {
 		return err
 	}

@@ -18,9 +18,11 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sync"
 	"time"
 
@@ -52,8 +54,18 @@ type Image struct {
 	Device   Device
 }
 
-// DefaultReadAhead is the read-ahead of a mount, see Options.
-const DefaultReadAhead = 1 << 20
+// DefaultReadAhead is the read-ahead of a mount, see Options. It decides how fast a file is read from a distant registry, and how much
+// is fetched in vain around the page faults of mapped programs. Measured with 5 ms for each read of the device, 64 MiB read from
+// start to end, and a program of 26 MB started that touches 14.0 MB (counted in chunks of 128 KiB):
+//
+//	read-ahead  64 MiB file   program fetches, starts in
+//	   128 KiB      42 MB/s   14.7 MB          750 ms
+//	   512 KiB     160 MB/s   16.4 MB          300 ms
+//	     1 MiB     310 MB/s   19.0 MB          200 ms
+//	     4 MiB     730 MB/s   22.5 MB          100 ms
+//
+// Random reads fetch nothing in vain, whatever it is.
+const DefaultReadAhead = 512 << 10
 
 // Options of a Server.
 type Options struct {
@@ -80,6 +92,7 @@ type Server struct {
 
 	mu     sync.Mutex
 	closed bool
+	busy   sync.WaitGroup    // calls of Mount and Unmount
 	mounts map[string]*mount // by target
 	trees  map[*tree]bool    // sessions of trees that have not ended, mounted or detached
 }
@@ -130,6 +143,12 @@ func (s *Server) startDevices() error {
 	if s.session != nil {
 		return nil
 	}
+	// A mount whose daemon has died is in the way.
+	if _, err := os.Stat(s.dir); errors.Is(err, unix.ENOTCONN) {
+		if err := unmount(s.dir, unix.MNT_DETACH); err != nil {
+			return err
+		}
+	}
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
@@ -175,6 +194,7 @@ func (s *Server) mount(img Image, target string) (err error) {
 	if err := s.reserve(target, m); err != nil {
 		return err
 	}
+	defer s.busy.Done()
 	if s.mode == ModeTree {
 		err = s.mountTree(m, img, target)
 	} else {
@@ -201,6 +221,7 @@ func (s *Server) reserve(target string, m *mount) error {
 		return fmt.Errorf("mount: %s: %w", target, unix.EBUSY)
 	}
 	s.mounts[target] = m
+	s.busy.Add(1)
 	return nil
 }
 
@@ -225,7 +246,7 @@ func (s *Server) mountErofs(m *mount, img Image, target string) error {
 
 // releaseTimeout bounds the wait for the kernel to let go of an unmounted image. It takes a moment, loop devices a few milliseconds,
 // unless somebody still uses it.
-const releaseTimeout = 2 * time.Second
+const releaseTimeout = time.Second
 
 // Unmount undoes Mount. Unmounting what is not mounted is no error. After Unmount has returned nil, the image's Device is not used any
 // more, unless by another mount. A mount that is in use is detached from the directory tree and served until its last user is gone;
@@ -235,6 +256,18 @@ func (s *Server) Unmount(target string) error {
 	if err != nil {
 		return err
 	}
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.busy.Add(1)
+	s.mu.Unlock()
+	defer s.busy.Done()
+	return s.unmount(target)
+}
+
+func (s *Server) unmount(target string) error {
 	s.mu.Lock()
 	m := s.mounts[target]
 	if m != nil && !m.ready {
@@ -246,7 +279,7 @@ func (s *Server) Unmount(target string) error {
 	}
 	s.mu.Unlock()
 
-	err = unmount(target, 0)
+	err := unmount(target, 0)
 	if errors.Is(err, unix.EBUSY) {
 		err = unmount(target, unix.MNT_DETACH)
 	}
@@ -287,26 +320,21 @@ func (s *Server) released(m *mount, target string) error {
 func (s *Server) Close() error {
 	s.mu.Lock()
 	s.closed = true
-	var targets []string
-	for target := range s.mounts {
-		targets = append(targets, target)
-	}
+	s.mu.Unlock()
+	s.busy.Wait()
+	s.mu.Lock()
+	targets := slices.Collect(maps.Keys(s.mounts))
 	s.mu.Unlock()
 	var errs []error
 	for _, target := range targets {
-		errs = append(errs, s.Unmount(target))
+		errs = append(errs, s.unmount(target))
 	}
 	errs = append(errs, s.stopDevices())
 	s.mu.Lock()
-	var trees []*tree
-	for t := range s.trees {
-		trees = append(trees, t)
-	}
+	trees := slices.Collect(maps.Keys(s.trees))
 	s.mu.Unlock()
 	for _, t := range trees {
-		if t.session != nil {
-			errs = append(errs, t.session.abort())
-		}
+		errs = append(errs, t.session.abort())
 	}
 	return errors.Join(errs...)
 }

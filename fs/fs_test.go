@@ -1,20 +1,334 @@
 package fs
 
 import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
 	"testing"
+	"testing/fstest"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
 )
 
-func TestModes(t *testing.T) {
-	for _, mode := range []Mode{ModeAuto, ModeFile, ModeLoop, ModeTree} {
-		t.Run(string(mode), func(t *testing.T) {
-			s, err := New(Options{Dir: t.TempDir() + "/devices", Mode: mode})
-			if err != nil {
+// TestMain lets the test binary be the other process in tests that need one.
+func TestMain(m *testing.M) {
+	if path := os.Getenv("FS_TEST_READ"); path != "" {
+		os.Exit(readInChild(path))
+	}
+	os.Exit(m.Run())
+}
+
+func inModes(t *testing.T, f func(t *testing.T, s *Server)) {
+	for _, mode := range modes {
+		t.Run(string(mode), func(t *testing.T) { f(t, newServer(t, Options{Mode: mode})) })
+	}
+}
+
+func TestTree(t *testing.T) {
+	m := richImage()
+	inModes(t, func(t *testing.T, s *Server) {
+		target := mountImage(t, s, m.write(t, "rich"))
+		m.compare(t, target, m.root, nlinks(m.root), map[*erofs.Inode]uint64{})
+		t.Run("one processor", func(t *testing.T) {
+			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+			target := mountImage(t, s, m.write(t, "rich"))
+			m.compare(t, target, m.root, nlinks(m.root), map[*erofs.Inode]uint64{})
+		})
+		t.Run("statfs", func(t *testing.T) {
+			var st unix.Statfs_t
+			if err := unix.Statfs(target, &st); err != nil {
 				t.Fatal(err)
 			}
-			t.Log(s.Mode())
-			if err := s.Close(); err != nil {
-				t.Fatal(err)
+			size := int64(st.Blocks) * st.Bsize
+			if size < m.dev.Size() || st.Bavail != 0 || st.Namelen != 255 {
+				t.Errorf("statfs: %+v", st)
 			}
 		})
+		t.Run("device opens", func(t *testing.T) {
+			if err := os.WriteFile(filepath.Join(target, "special/null"), []byte("gone"), 0); err != nil {
+				t.Error(err)
+			}
+		})
+		t.Run("read-only", func(t *testing.T) {
+			if err := os.Mkdir(filepath.Join(target, "new"), 0o755); !errors.Is(err, unix.EROFS) {
+				t.Errorf("mkdir: %v", err)
+			}
+		})
+	})
+}
+
+func TestFSTest(t *testing.T) {
+	m := newImage()
+	m.add("a", dir())
+	m.add("a/b", dir())
+	m.file("a/b/c", noise(1, 10_000))
+	m.file("d", []byte("d"))
+	inModes(t, func(t *testing.T, s *Server) {
+		target := mountImage(t, s, m.write(t, "image"))
+		if err := fstest.TestFS(os.DirFS(target), "a/b/c", "d"); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestReadInParallel(t *testing.T) {
+	m := newImage()
+	content := noise(1, 16<<20)
+	m.file("file", content)
+	inModes(t, func(t *testing.T, s *Server) {
+		target := mountImage(t, s, m.write(t, "image"))
+		var group sync.WaitGroup
+		for i := range 16 {
+			group.Go(func() {
+				f, err := os.Open(filepath.Join(target, "file"))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer f.Close()
+				p := make([]byte, 50_000)
+				for off := int64(i * 1000); off < int64(len(content)); off += 777_777 {
+					n, err := f.ReadAt(p, off)
+					if err != nil && err != io.EOF || !bytes.Equal(p[:n], content[off:off+int64(n)]) {
+						t.Errorf("read at %d: %d bytes, %v", off, n, err)
+					}
+				}
+			})
+		}
+		group.Wait()
+	})
+}
+
+func TestConcurrency(t *testing.T) {
+	m := newImage()
+	m.file("file", noise(1, 32<<20))
+	for _, mode := range modes {
+		t.Run(string(mode), func(t *testing.T) {
+			s := newServer(t, Options{Mode: mode, ReadAhead: 4 << 20})
+			target := mountImage(t, s, m.write(t, "image"))
+			release := m.dev.block(t)
+			done := make(chan error, 1)
+			go func() {
+				_, err := os.ReadFile(filepath.Join(target, "file"))
+				done <- err
+			}()
+			eventually(t, "four reads of the device at one time", func() bool {
+				_, running, _ := m.dev.counts()
+				return running >= 4
+			})
+			release()
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestDeviceFails(t *testing.T) {
+	m := newImage()
+	content := noise(1, 1<<20)
+	m.file("file", content)
+	inModes(t, func(t *testing.T, s *Server) {
+		path := filepath.Join(mountImage(t, s, m.write(t, "image")), "file")
+		m.dev.fail(errors.New("the registry is gone"))
+		t.Cleanup(func() { m.dev.fail(nil) })
+		if _, err := os.ReadFile(path); !errors.Is(err, unix.EIO) {
+			t.Errorf("read from a failing device: %v, want EIO", err)
+		}
+		m.dev.fail(nil)
+		got, err := os.ReadFile(path)
+		if err != nil || !bytes.Equal(got, content) {
+			t.Errorf("read from a device that works again: %d bytes, %v", len(got), err)
+		}
+	})
+}
+
+// shortDevice is a Device that breaks its promise.
+type shortDevice struct{ *testDevice }
+
+func (shortDevice) ReadAt(context.Context, []byte, int64) (int, error) { return 100, nil }
+
+func TestDeviceReadsShort(t *testing.T) {
+	m := newImage()
+	m.file("file", noise(1, 1<<20))
+	inModes(t, func(t *testing.T, s *Server) {
+		img := m.write(t, "image")
+		img.Device = shortDevice{m.dev}
+		if got, err := os.ReadFile(filepath.Join(mountImage(t, s, img), "file")); !errors.Is(err, unix.EIO) {
+			t.Errorf("read from a device that reads short: %d bytes, %v, want EIO", len(got), err)
+		}
+	})
+}
+
+func TestSharedDevice(t *testing.T) {
+	m := newImage()
+	m.file("lower", []byte("lower"))
+	inModes(t, func(t *testing.T, s *Server) {
+		lower := t.TempDir()
+		if err := s.Mount(t.Context(), m.write(t, "shared"), lower); err != nil {
+			t.Fatal(err)
+		}
+		upper := newImage()
+		upper.dev = m.dev
+		upper.file("upper", []byte("upper"))
+		target := mountImage(t, s, upper.write(t, "shared"))
+		if err := s.Unmount(lower); err != nil {
+			t.Error(err)
+		}
+		got, err := os.ReadFile(filepath.Join(target, "upper"))
+		if string(got) != "upper" {
+			t.Errorf("read %q, %v", got, err)
+		}
+	})
+}
+
+func TestUnmount(t *testing.T) {
+	m := newImage()
+	content := noise(1, 1<<20)
+	m.file("file", content)
+	inModes(t, func(t *testing.T, s *Server) {
+		img := m.write(t, "image")
+		target := t.TempDir()
+		if err := s.Unmount(target); err != nil {
+			t.Errorf("unmount of what is not mounted: %v", err)
+		}
+		if err := s.Mount(t.Context(), img, target); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Mount(t.Context(), img, target); !errors.Is(err, unix.EBUSY) {
+			t.Errorf("mount over a mount: %v, want EBUSY", err)
+		}
+		f, err := os.Open(filepath.Join(target, "file"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := s.Unmount(target); !errors.Is(err, unix.EBUSY) {
+			t.Errorf("unmount of what is in use: %v, want EBUSY", err)
+		}
+		if _, err := os.Stat(filepath.Join(target, "file")); !os.IsNotExist(err) {
+			t.Errorf("still mounted: %v", err)
+		}
+		if err := s.Unmount(target); err != nil {
+			t.Errorf("second unmount: %v", err)
+		}
+		got, err := io.ReadAll(f)
+		if err != nil || !bytes.Equal(got, content) {
+			t.Errorf("read after the mount was detached: %d bytes, %v", len(got), err)
+		}
+	})
+}
+
+func TestCloseInUse(t *testing.T) {
+	m := newImage()
+	m.file("file", noise(1, 8<<20))
+	inModes(t, func(t *testing.T, s *Server) {
+		target := t.TempDir()
+		if err := s.Mount(t.Context(), m.write(t, "image"), target); err != nil {
+			t.Fatal(err)
+		}
+		f, err := os.Open(filepath.Join(target, "file"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := s.Close(); !errors.Is(err, unix.EBUSY) {
+			t.Errorf("close: %v, want EBUSY", err)
+		}
+		if _, err := f.ReadAt(make([]byte, 4096), 4<<20); err == nil {
+			t.Error("read after close: no error")
+		}
+		if err := s.Mount(t.Context(), m.write(t, "image"), target); err == nil {
+			t.Error("mount after close: no error")
+		}
+	})
+}
+
+func TestMountFails(t *testing.T) {
+	m := newImage()
+	m.file("file", []byte("content"))
+	inModes(t, func(t *testing.T, s *Server) {
+		img := m.write(t, "image")
+		garbage := img
+		garbage.Metadata = filepath.Join(t.TempDir(), "garbage")
+		if err := os.WriteFile(garbage.Metadata, noise(1, 8192), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		absent, badID := img, img
+		absent.Metadata += ".absent"
+		badID.ID = "../image"
+		for name, img := range map[string]Image{"garbage": garbage, "absent": absent, "bad ID": badID} {
+			target := t.TempDir()
+			if err := s.Mount(t.Context(), img, target); err == nil {
+				t.Errorf("%s: mounted", name)
+				s.Unmount(target)
+			}
+		}
+		if err := s.Mount(t.Context(), img, filepath.Join(t.TempDir(), "absent")); !errors.Is(err, unix.ENOENT) {
+			t.Errorf("mount at an absent directory: %v", err)
+		}
+	})
+}
+
+func TestModeFallsBack(t *testing.T) {
+	// EROFS refuses metadata images on a stacked file system, but loop devices do not mind.
+	merged := mountOverlay(t, t.TempDir())
+	s := newServer(t, Options{Dir: filepath.Join(merged, "devices"), Mode: ModeAuto})
+	mode, reason := s.Mode()
+	if mode != ModeLoop || !strings.Contains(reason, "file: ") || !strings.Contains(reason, "overlayfs") {
+		t.Errorf("mode %s, because %q; want loop, because file-backed mounts on overlayfs are refused", mode, reason)
+	}
+	if _, err := New(Options{Dir: filepath.Join(merged, "forced"), Mode: ModeFile}); err == nil {
+		t.Error("forced mode file on overlayfs: no error")
+	}
+}
+
+func TestModeAuto(t *testing.T) {
+	mode, reason := newServer(t, Options{Mode: ModeAuto}).Mode()
+	if mode != ModeFile || reason != "" {
+		t.Errorf("mode %s, because %q", mode, reason)
+	}
+	if _, err := New(Options{Dir: t.TempDir(), Mode: "fast"}); err == nil {
+		t.Error("unknown mode: no error")
+	}
+}
+
+func TestStaleMount(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "devices")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := mountFUSE(dir, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(fd) // as when a daemon dies
+	newServer(t, Options{Dir: dir, Mode: ModeFile})
+}
+
+func TestDevicesDirectory(t *testing.T) {
+	s := newServer(t, Options{Mode: ModeFile})
+	m := newImage()
+	m.file("file", noise(1, 1000))
+	for i := range 300 {
+		mountImage(t, s, m.write(t, fmt.Sprintf("image%03d", i)))
+	}
+	entries, err := os.ReadDir(s.dir)
+	if err != nil || len(entries) != 300 || entries[0].Name() != "image000" {
+		t.Errorf("directory of data devices: %d entries, %v", len(entries), err)
+	}
+	got, err := os.ReadFile(filepath.Join(s.dir, "image042"))
+	want := append(bytes.Clone(m.dev.data), make([]byte, -len(m.dev.data)&4095)...)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("data device: %d bytes, %v; want %d", len(got), err, len(want))
 	}
 }

@@ -16,11 +16,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Opcodes of fuse_kernel.h that the session answers itself.
+// Opcodes of fuse_kernel.h that the session knows itself.
 const (
-	opRead      = 15
-	opInit      = 26
-	opInterrupt = 36
+	opRead        = 15
+	opInit        = 26
+	opReadDir     = 28
+	opInterrupt   = 36
+	opReadDirPlus = 44
 )
 
 const (
@@ -29,13 +31,20 @@ const (
 	// maxBackground bounds the READs that the kernel has in flight on one connection, those of asynchronous direct I/O and of
 	// read-ahead. The kernel's 12 would let one container's read-ahead into a slow registry stop all others, whose data is cached.
 	maxBackground = 4096
-	// replySlack is what a reply needs beyond its payload: the header, and the largest fixed part or symlink target.
-	replySlack = unix.PathMax + 512
+	// maxRequest is the size of a reader's buffer: the least that the kernel takes (FUSE_MIN_READ_BUFFER), as nobody writes.
+	maxRequest = 8 << 10
+	maxWrite   = 4 << 10
+	// maxPayload bounds what an answer of the protocol server holds: a directory listing or an extended attribute, whose limit it is.
+	maxPayload = 64 << 10
+	// maxReply is maxPayload with the header and the largest fixed part.
+	maxReply = maxPayload + 512
 	// resent is set in the unique of a request that the kernel sends again (FUSE_NOTIFY_RESEND).
 	resent = 1 << 63
 	// forever is how long the kernel may keep what cannot change.
 	forever = 10 * 365 * 24 * time.Hour
 )
+
+const outHeaderSize = int(unsafe.Sizeof(fuse.OutHeader{}))
 
 // filesystem is what a session serves. All methods but read answer at once, from memory or a memory map, and are called by go-fuse's
 // protocol server; read may wait for the network.
@@ -161,7 +170,7 @@ func deviceNumber(target string) (uint64, error) {
 
 // handshake answers the kernel's first request, INIT, and keeps it.
 func (s *session) handshake() error {
-	req := make([]byte, maxRead+replySlack)
+	req, reply := make([]byte, maxRequest), make([]byte, maxReply)
 	n, err := readRequest(s.fd, req)
 	if err != nil {
 		return fmt.Errorf("read INIT: %w", err)
@@ -170,16 +179,18 @@ func (s *session) handshake() error {
 		return fmt.Errorf("first request has opcode %d, not INIT", op)
 	}
 	s.init = slices.Clone(req[:n])
-	s.handle(req[:n], make([]byte, replySlack))
+	n, status := s.proto.HandleRequest([][]byte{req[:n]}, [][]byte{reply})
+	if !status.Ok() || n < outHeaderSize+int(unsafe.Sizeof(fuse.InitOut{})) {
+		return fmt.Errorf("answer INIT: %v", status)
+	}
+	(*fuse.InitOut)(unsafe.Pointer(&reply[outHeaderSize])).MaxWrite = maxWrite // go-fuse gives that of READ
+	s.write(reply[:n])
 	return nil
 }
 
 // serve reads requests until the connection ends.
 func (s *session) serve() {
-	// Requests are small, and what the buffers have beyond is never touched, so it costs no memory. Their size is what the kernel
-	// (fuse_dev_do_read) and go-fuse (HandleRequest) insist on.
-	req := make([]byte, maxRead+replySlack)
-	reply := make([]byte, maxRead+replySlack)
+	req, reply := make([]byte, maxRequest), make([]byte, maxReply)
 	for {
 		n, err := readRequest(s.fd, req)
 		if err != nil {
@@ -220,6 +231,10 @@ func (s *session) handle(req, reply []byte) {
 	case h.Opcode == opInterrupt && len(req) >= int(unsafe.Sizeof(fuse.InterruptIn{})):
 		s.interrupt(h.Unique, (*fuse.InterruptIn)(unsafe.Pointer(&req[0])).Unique)
 	default:
+		if (h.Opcode == opReadDir || h.Opcode == opReadDirPlus) && len(req) >= int(unsafe.Sizeof(fuse.ReadIn{})) {
+			in := (*fuse.ReadIn)(unsafe.Pointer(&req[0]))
+			in.Size = min(in.Size, maxPayload) // the kernel asks again for the rest
+		}
 		n, status := s.proto.HandleRequest([][]byte{req}, [][]byte{reply})
 		switch {
 		case n > 0:
@@ -232,8 +247,8 @@ func (s *session) handle(req, reply []byte) {
 
 // reply answers the request unique with an error, or with payload.
 func (s *session) reply(unique uint64, status fuse.Status, payload []byte) {
-	h := fuse.OutHeader{Unique: unique, Status: -int32(status), Length: uint32(unsafe.Sizeof(fuse.OutHeader{})) + uint32(len(payload))}
-	head := unsafe.Slice((*byte)(unsafe.Pointer(&h)), unsafe.Sizeof(h))
+	h := fuse.OutHeader{Unique: unique, Status: -int32(status), Length: uint32(outHeaderSize + len(payload))}
+	head := unsafe.Slice((*byte)(unsafe.Pointer(&h)), outHeaderSize)
 	if len(payload) == 0 {
 		s.write(head)
 		return
@@ -290,6 +305,21 @@ func errno(ctx context.Context, err error) fuse.Status {
 		return fuse.EINTR
 	}
 	return fuse.EIO
+}
+
+// settle opens, polls and closes a file of a session, to which the session answers ENOSYS where it keeps no state, and which the kernel
+// then never asks again. Otherwise a process that closes a file while no daemon serves it would hang in FLUSH; and this process would
+// when os.Open adds the file to the Go runtime's poller: that blocks in POLL without giving the processor to those who answer it.
+func settle(path string) error {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return &os.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != nil {
+		return &os.PathError{Op: "poll", Path: path, Err: err}
+	}
+	return nil
 }
 
 // close ends the session, whoever still uses it, and waits for its goroutines.

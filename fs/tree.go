@@ -2,6 +2,7 @@ package fs
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -49,9 +50,12 @@ func (s *Server) mountTree(m *mount, img Image, target string) error {
 		o.ended()
 		return err
 	}
-	m.tree = t
 	s.setReadAhead(deviceBDI(t.session.dev))
-	return t.settle(target)
+	if err := t.settle(target); err != nil {
+		return errors.Join(err, t.session.close())
+	}
+	m.tree = t
+	return nil
 }
 
 func openTree(img Image) (*tree, error) {
@@ -85,24 +89,16 @@ func openTree(img Image) (*tree, error) {
 // settleEntries bounds the directory entries that settle looks at.
 const settleEntries = 10000
 
-// settle opens and closes the root and a regular file, if one is easily found, so that the kernel learns for good that OPENDIR, OPEN
-// and FLUSH need not be asked. A process that closes a file while no daemon serves it would hang in FLUSH.
+// settle has the kernel ask its first and last questions about OPENDIR, and, if a regular file is easily found, OPEN, POLL and FLUSH.
 func (t *tree) settle(target string) error {
-	root, err := os.Open(target)
-	if err != nil {
+	if err := settle(target); err != nil {
 		return err
 	}
-	root.Close()
 	left := settleEntries
-	name := t.findRegular(t.image.Root(), &left)
-	if name == "" {
-		return nil
+	if name := t.findRegular(t.image.Root(), &left); name != "" {
+		return settle(filepath.Join(target, name))
 	}
-	f, err := os.Open(filepath.Join(target, name))
-	if err != nil {
-		return err
-	}
-	return f.Close()
+	return nil
 }
 
 // findRegular returns the path of a regular file under directory nid, or "" after *left entries without one.
