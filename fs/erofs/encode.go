@@ -108,7 +108,8 @@ func (p *plan) address(n *node) uint32 {
 
 func (e *encoder) chunkIndexes(n *node) {
 	rest := n.ino.Extents
-	for off := int64(0); off < n.size; off += 1 << n.shift {
+	for chunk := range (n.size-1)>>n.shift + 1 {
+		off := chunk << n.shift
 		for len(rest) > 0 && rest[0].FileOffset+rest[0].Size <= off {
 			rest = rest[1:]
 		}
@@ -137,7 +138,8 @@ func (e *encoder) blocks(n *node) {
 		e.write(n.ino.Data[:size])
 		return
 	}
-	for rest := n.dir; e.off < e.blocksOff+n.block<<e.blockBits+size; {
+	rest := n.dir
+	for range (size-1)>>e.blockBits + 1 {
 		e.pad(roundUp(e.off, e.blockSize()))
 		rest = rest[e.dirBlock(rest):]
 	}
