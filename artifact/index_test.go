@@ -112,11 +112,11 @@ func TestLayerIndexRefuses(t *testing.T) {
 	}
 }
 
-// forge returns an index of one chunk for each 4 MiB of a tar of tarSize bytes, with the headers frame.
+// forge returns an index of chunks of 4 MiB of a tar of tarSize bytes, with the headers frame.
 func forge(t testing.TB, tarSize, headersSize int64, frame []byte) *Index {
 	t.Helper()
 	x := &Index{TarSize: tarSize, HeadersSize: headersSize, headers: frame}
-	for end := int64(0); end < tarSize; {
+	for end, more := int64(0), true; more; more = end < tarSize {
 		end = min(end+MaxChunkSize, tarSize)
 		x.table = binary.LittleEndian.AppendUint64(x.table, uint64(end))
 		x.table = binary.LittleEndian.AppendUint64(x.table, uint64(len(x.table)))
