@@ -121,8 +121,8 @@ func open(dir string, d disk) (*Cache, error) {
 
 // Layer opens layer blob dgst, whose index is x, for reading; the data files are shared by all openers of the same dgst. Close it when no mount needs it.
 //
-// The x of the first opener serves all: its bytes must stay readable until every opener of dgst has closed. A chunk is fetched through the blob of the opener that asked first; if that fails, others turn to their own. Errors: artifact.ErrInvalid
-// if x's headers are no tar, or if the layer is open with another index.
+// The x of the first opener serves all: its bytes must stay readable until every opener of dgst has closed. A chunk is fetched through the blob of the opener that
+// asked first; if that fails, others turn to their own. It is artifact.ErrInvalid if dgst is open with another index.
 func (c *Cache) Layer(dgst digest.Digest, x *artifact.Index, blob Blob) (*Layer, error) {
 	if err := dgst.Validate(); err != nil {
 		return nil, fmt.Errorf("open layer %q in the cache: %w", dgst, err)
@@ -168,11 +168,7 @@ func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index) (*store, error) {
 	id := identity(x)
 	switch {
 	case sl.store == nil:
-		s, err := c.openStore(dgst, x, id)
-		if err != nil {
-			c.unuse(dgst, sl, nil)
-			return nil, err
-		}
+		s := c.openStore(dgst, x, id)
 		c.mu.Lock()
 		sl.store = s
 		c.mu.Unlock()

@@ -179,7 +179,16 @@ func (s *store) verify(i int, want [32]byte, b []byte) error {
 	if sha256.Sum256(b) != want {
 		return artifact.ErrInvalid
 	}
-	return s.layout.Check(i, b)
+	return s.check(i, b)
+}
+
+// check compares the headers in b, chunk i, with those of the index.
+func (s *store) check(i int, b []byte) error {
+	layout, err := s.layout()
+	if err != nil {
+		return err
+	}
+	return layout.Check(i, b)
 }
 
 // fetch asks the blob for flights, which are adjacent, in one request, and delivers them as they come. Those whose bytes are wrong are asked for again from
@@ -237,7 +246,7 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 		buf := s.cache.bufs.get(int(c.TarSize))
 		got, err := l.store.index.Decompress(fl.chunk, b, buf.b[:0])
 		if err == nil {
-			err = s.layout.Check(fl.chunk, got)
+			err = s.check(fl.chunk, got)
 		}
 		if err != nil {
 			s.cache.stats.corrupt.Add(1)
@@ -261,15 +270,17 @@ func (f *fill) deliver(fl *flight, buf *buffer, onDisk bool) {
 	s := f.layer.store
 	fl.buf = buf
 	close(fl.done)
-	if !onDisk {
-		s.write(fl.chunk, s.index.Chunk(fl.chunk).TarOffset, buf.b)
-	}
+	written := onDisk || s.write(fl.chunk, s.index.Chunk(fl.chunk).TarOffset, buf.b)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if onDisk && s.present.has(fl.chunk) {
 		s.verified.set(fl.chunk)
 	}
-	s.land(fl)
+	if written {
+		s.land(fl)
+	} else if s.flights[fl.chunk] == fl {
+		s.keep(fl)
+	}
 	s.unref(fl)
 }
 

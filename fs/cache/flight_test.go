@@ -27,7 +27,7 @@ func (s *store) waiting() (n int) {
 func (s *store) idle() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.flights) == 0
+	return len(s.flights) == len(s.kept)
 }
 
 func TestChunkIsFetchedOnce(t *testing.T) {
@@ -68,6 +68,7 @@ func TestReadFetchesWhatIsMissing(t *testing.T) {
 
 	read(4, 5)
 	read(8, 10)
+	poll(t, "end of the fills", l.store.idle)
 	b.requests.Store(0)
 	b.bytes.Store(0)
 	read(2, 12) // 2-3, 5-7, 10-11 are missing

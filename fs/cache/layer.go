@@ -128,20 +128,24 @@ func (l *Layer) pread(p []byte, off int64, lo, hi int) bool {
 	return false
 }
 
-// wait waits for fl. Again says that another handle's fetch failed: ours may do better.
+// wait waits for fl. Again says that a fetch failed on which this reader has only looked on, another handle's or read-ahead:
+// ours may do better.
 func (l *Layer) wait(ctx context.Context, fl *flight) (again bool, err error) {
 	select {
 	case <-fl.done:
-	default:
-		select {
-		case <-fl.done:
-		case <-ctx.Done():
-			return false, ctx.Err()
-		case <-l.closing:
-			return false, os.ErrClosed
+		if fl.err == nil {
+			return false, nil
 		}
+	case <-ctx.Done():
+		return false, ctx.Err()
+	case <-l.closing:
 	}
-	if fl.err != nil && fl.fill.layer != l {
+	select {
+	case <-l.closing: // which is also why the fetch has failed
+		return false, os.ErrClosed
+	default:
+	}
+	if fl.fill.layer != l || fl.fill.ahead {
 		return true, nil
 	}
 	return false, fl.err

@@ -81,39 +81,43 @@ func (r *readAhead) note(off, end int64) *stream {
 
 // pump starts the requests that st calls for, as many as may run.
 func (r *readAhead) pump(st *stream) {
-	l := r.layer
+	l, s := r.layer, r.layer.store
 	length := st.next - st.from
-	if st.reads < streamReads || length < streamBytes || l.store.cache.stats.suspended.Load() {
+	if st.reads < streamReads || length < streamBytes || s.cache.stats.suspended.Load() {
 		return
 	}
 	if st.end < st.next { // the first time, or the stream has gone on into another body
-		st.end = l.store.layout.DataEnd(st.next - 1)
+		layout, err := s.layout()
+		if err != nil {
+			return
+		}
+		st.end = layout.DataEnd(st.next - 1)
 	}
 	window := min(length/windowShare, maxWindow)
 	target := min(st.next+window, st.end)
 	for r.running < aheadRequests {
-		lo, hi, n := l.within(max(st.ahead, st.next), target, target == st.end)
+		lo, hi, n := s.within(max(st.ahead, st.next), target, target == st.end)
 		if n == 0 || n < min(window/2, aheadRequest) && target < st.end {
 			return // not worth a request yet
 		}
 		r.running += l.prefetch(lo, hi)
-		last := l.store.index.Chunk(hi - 1)
+		last := s.index.Chunk(hi - 1)
 		st.ahead = last.TarOffset + last.TarSize
 	}
 }
 
 // within returns the chunks [lo, hi) of n bytes that one request brings: those that begin at off or later and end at target or before, or, if whole, also the one
 // that holds target. A chunk that begins before off was read already.
-func (l *Layer) within(off, target int64, whole bool) (lo, hi int, n int64) {
+func (s *store) within(off, target int64, whole bool) (lo, hi int, n int64) {
 	if off >= target {
 		return 0, 0, 0
 	}
-	lo = l.store.index.Find(off)
-	if l.store.index.Chunk(lo).TarOffset < off {
+	lo = s.index.Find(off)
+	if s.index.Chunk(lo).TarOffset < off {
 		lo++
 	}
-	for hi = lo; hi < l.store.n; hi++ {
-		c := l.store.index.Chunk(hi)
+	for hi = lo; hi < s.n; hi++ {
+		c := s.index.Chunk(hi)
 		end := c.TarOffset + c.TarSize
 		if c.TarOffset >= target || end > target && !whole || hi > lo && n+c.TarSize > aheadRequest {
 			break

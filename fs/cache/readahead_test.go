@@ -9,13 +9,13 @@ import (
 )
 
 // aheadLayer is a layer with two large files; body returns the data run of each.
-func aheadLayer(t testing.TB) *layer { return newLayer(t, 0, 12<<20, 8<<20) }
+func aheadLayer(t testing.TB) *layer { return newLayer(t, 64<<10, 6<<20, 4<<20) }
 
 func body(ly *layer, file int) (off, end int64) {
 	if file == 0 {
-		return 512, 512 + 12<<20
+		return 512, 512 + 6<<20
 	}
-	return 512 + 12<<20 + 512, 512 + 12<<20 + 512 + 8<<20
+	return 512 + 6<<20 + 512, 512 + 6<<20 + 512 + 4<<20
 }
 
 func TestStreamIsReadAhead(t *testing.T) {
@@ -95,7 +95,7 @@ func TestOtherReadsAreExact(t *testing.T) {
 		"backwards":           func(i int) (int64, int64) { return end - int64(i+1)*32<<10, 32 << 10 },
 		"every second 64 KiB": func(i int) (int64, int64) { return off + int64(i)*128<<10, 64 << 10 },
 		"one place":           func(int) (int64, int64) { return off, 300 << 10 },
-		"short streams":       func(i int) (int64, int64) { return off + int64(i/3)<<20 + int64(i%3)*64<<10, 64 << 10 },
+		"short streams":       func(i int) (int64, int64) { return off + int64(i/3)*512<<10 + int64(i%3)*64<<10, 64 << 10 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := openCache(t, t.TempDir())

@@ -3,6 +3,7 @@ package cache
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/opencontainers/go-digest"
@@ -13,11 +14,11 @@ import (
 type store struct {
 	cache  *Cache
 	dgst   digest.Digest
-	id     [32]byte         // of the index
-	index  *artifact.Index  // of the first opener
-	layout *artifact.Layout // of index, decoded once for all
-	n      int              // chunks
-	header []byte           // of the map file
+	id     [32]byte                         // of the index
+	index  *artifact.Index                  // of the first opener
+	layout func() (*artifact.Layout, error) // of index: decoded once for all, at the first fetch and not while a mount waits
+	n      int                              // chunks
+	header []byte                           // of the map file
 
 	data, table file // nil if the disk refused; the layer is then read without caching
 
@@ -31,26 +32,27 @@ type store struct {
 	mu      sync.Mutex
 	present bitmap // chunks in data, as far as we know
 	flights map[int]*flight
-	dirty   bool // present differs from the map file
+	kept    []*flight // delivered, but not on disk; oldest first
+	dirty   bool      // present differs from the map file
 	// epoch counts the times that the disk lost writes (a failed fdatasync): a chunk written in an earlier epoch may be gone.
 	epoch int
 }
 
+// keepBytes bounds what a layer keeps in memory of the chunks that the disk did not take, so that small reads of one chunk
+// do not fetch it over and over.
+const keepBytes = 1 << 20
+
 // openStore opens the files of dgst. Errors of the disk are noted, and cost the caching.
-func (c *Cache) openStore(dgst digest.Digest, x *artifact.Index, id [32]byte) (*store, error) {
-	layout, err := x.Layout()
-	if err != nil {
-		return nil, err
-	}
+func (c *Cache) openStore(dgst digest.Digest, x *artifact.Index, id [32]byte) *store {
 	n := x.NumChunks()
 	s := &store{
-		cache: c, dgst: dgst, id: id, index: x, layout: layout, n: n, header: encodeMapHeader(x, id),
+		cache: c, dgst: dgst, id: id, index: x, layout: sync.OnceValues(x.Layout), n: n, header: encodeMapHeader(x, id),
 		verified: newBitmap(n), present: newBitmap(n), flights: make(map[int]*flight),
 	}
 	if err := s.openFiles(x.TarSize); err != nil {
 		c.stats.diskError(err)
 	}
-	return s, nil
+	return s
 }
 
 // openFiles opens data and map and takes in what the map claims, or makes both anew.
@@ -68,9 +70,8 @@ func (s *store) openFiles(tarSize int64) (err error) {
 		if !errors.Is(err, errStale) {
 			s.cache.stats.diskError(err)
 		}
-		// The map goes first: at no time does it claim chunks of a data file that is not its own.
-		err = errors.Join(table.truncate(0), table.datasync(), data.truncate(0), data.truncate(tarSize))
 		present = newBitmap(s.n)
+		err = reset(data, table, tarSize)
 	}
 	if err != nil {
 		return errors.Join(err, data.Close(), table.Close())
@@ -101,10 +102,22 @@ func readFiles(data, table file, tarSize int64, header []byte, n int) (bitmap, e
 	return decodeMap(header, n, m)
 }
 
-// write puts chunk i, verified, on disk. Its failure costs the caching only.
-func (s *store) write(i int, off int64, b []byte) {
+// reset empties both files. The map goes first: at no time does it claim chunks of a data file that is not its own.
+func reset(data, table file, tarSize int64) error {
+	size, err := table.size()
+	if err == nil && size > 0 { // opening a new layer waits for no sync
+		err = errors.Join(table.truncate(0), table.datasync())
+	}
+	if err != nil {
+		return err
+	}
+	return errors.Join(data.truncate(0), data.truncate(tarSize))
+}
+
+// write puts chunk i, verified, on disk. It reports whether the disk took it: if not, that costs the caching only.
+func (s *store) write(i int, off int64, b []byte) bool {
 	if s.data == nil || s.cache.stats.suspended.Load() {
-		return
+		return false
 	}
 	s.mu.Lock()
 	epoch := s.epoch
@@ -112,7 +125,7 @@ func (s *store) write(i int, off int64, b []byte) {
 	if _, err := s.data.WriteAt(b, off); err != nil {
 		s.cache.stats.suspended.Store(true)
 		s.cache.stats.diskError(err)
-		return
+		return false
 	}
 	s.mu.Lock()
 	if s.epoch == epoch {
@@ -122,6 +135,24 @@ func (s *store) write(i int, off int64, b []byte) {
 	}
 	s.mu.Unlock()
 	s.cache.wrote(len(b))
+	return true
+}
+
+// keep holds on to fl, which the disk did not take, and lets the oldest go. The caller holds mu.
+func (s *store) keep(fl *flight) {
+	fl.refs++
+	s.kept = append(s.kept, fl)
+	total := 0
+	for _, fl := range s.kept {
+		total += len(fl.buf.b)
+	}
+	for len(s.kept) > 1 && total > keepBytes {
+		oldest := s.kept[0]
+		s.kept = slices.Delete(s.kept, 0, 1)
+		total -= len(oldest.buf.b)
+		s.land(oldest)
+		s.unref(oldest)
+	}
 }
 
 // forget makes chunks [lo, hi) misses.
