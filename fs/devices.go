@@ -251,11 +251,10 @@ func (empty) Size() int64                                        { return 0 }
 
 // settle has the kernel ask its first and last questions about POLL and FLUSH, see settle.
 func (d *devices) settle(dir string) error {
-	const id = ".settle" // no image has this ID
-	e, err := d.acquire(id, empty{})
+	e, err := d.acquire(settleName, empty{}) // no image has this ID
 	if err != nil {
 		return err
 	}
 	defer d.release(e)
-	return settle(filepath.Join(dir, id))
+	return settle(filepath.Join(dir, settleName))
 }

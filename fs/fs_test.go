@@ -11,12 +11,14 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/fstest"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs/erofstest"
 )
 
 // TestMain lets the test binary be the other process in tests that need one.
@@ -34,35 +36,73 @@ func inModes(t *testing.T, f func(t *testing.T, s *Server)) {
 }
 
 func TestTree(t *testing.T) {
-	m := richImage()
+	images := map[string]*image{
+		"special": madeImage((*erofstest.Maker).Special),
+		"random":  madeImage(func(m *erofstest.Maker) *erofs.Inode { return m.Tree(2000) }),
+		"wide":    madeImage(func(m *erofstest.Maker) *erofs.Inode { return m.Wide(20_000, 60) }),
+		"empty":   newImage(),
+	}
 	inModes(t, func(t *testing.T, s *Server) {
-		target := mountImage(t, s, m.write(t, "rich"))
-		m.compare(t, target, m.root, nlinks(m.root), map[*erofs.Inode]uint64{})
+		for name, m := range images {
+			t.Run(name, func(t *testing.T) { m.compare(t, mountImage(t, s, m.write(t, name))) })
+		}
 		t.Run("one processor", func(t *testing.T) {
 			defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-			target := mountImage(t, s, m.write(t, "rich"))
-			m.compare(t, target, m.root, nlinks(m.root), map[*erofs.Inode]uint64{})
+			m := images["random"]
+			m.compare(t, mountImage(t, s, m.write(t, "image")))
 		})
-		t.Run("statfs", func(t *testing.T) {
-			var st unix.Statfs_t
-			if err := unix.Statfs(target, &st); err != nil {
-				t.Fatal(err)
-			}
-			size := int64(st.Blocks) * st.Bsize
-			if size < m.dev.Size() || st.Bavail != 0 || st.Namelen != 255 {
-				t.Errorf("statfs: %+v", st)
-			}
-		})
-		t.Run("device opens", func(t *testing.T) {
-			if err := os.WriteFile(filepath.Join(target, "special/null"), []byte("gone"), 0); err != nil {
-				t.Error(err)
-			}
-		})
-		t.Run("read-only", func(t *testing.T) {
-			if err := os.Mkdir(filepath.Join(target, "new"), 0o755); !errors.Is(err, unix.EROFS) {
-				t.Errorf("mkdir: %v", err)
-			}
-		})
+	})
+}
+
+func TestHugeFile(t *testing.T) {
+	m := newImage()
+	content := noise(1, 1<<20)
+	const size, at = 5<<30 + 17, 4<<30 - 512<<10 // a piece across 4 GiB, holes around it
+	huge := m.file("huge", content)
+	huge.Size, huge.Extents[0].FileOffset = size, at
+	inModes(t, func(t *testing.T, s *Server) {
+		f, err := os.Open(filepath.Join(mountImage(t, s, m.write(t, "image")), "huge"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		want := append(append(make([]byte, 4096), content...), make([]byte, 4096)...)
+		got := make([]byte, len(want))
+		if _, err := f.ReadAt(got, at-4096); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("read across 4 GiB differs, %v", err)
+		}
+		if n, err := f.ReadAt(got, size-100); n != 100 || err != io.EOF || !bytes.Equal(got[:n], make([]byte, n)) {
+			t.Errorf("read at the end: %d bytes, %v", n, err)
+		}
+		fi, err := f.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st := fi.Sys().(*syscall.Stat_t); fi.Size() != size || st.Blocks != (size+511)/512 {
+			t.Errorf("%d bytes in %d blocks", fi.Size(), st.Blocks)
+		}
+	})
+}
+
+func TestMountFlags(t *testing.T) {
+	m := newImage()
+	m.add("null", &erofs.Inode{Mode: unix.S_IFCHR | 0o666, Rdev: erofstest.EncodeDev(1, 3)})
+	m.file("file", noise(1, 100_000))
+	inModes(t, func(t *testing.T, s *Server) {
+		target := mountImage(t, s, m.write(t, "image"))
+		if err := os.WriteFile(filepath.Join(target, "null"), []byte("gone"), 0); err != nil {
+			t.Errorf("write to a device: %v", err)
+		}
+		if err := os.Mkdir(filepath.Join(target, "new"), 0o755); !errors.Is(err, unix.EROFS) {
+			t.Errorf("mkdir: %v", err)
+		}
+		var st unix.Statfs_t
+		if err := unix.Statfs(target, &st); err != nil {
+			t.Fatal(err)
+		}
+		if int64(st.Blocks)*st.Bsize < m.dev.Size()&^4095 || st.Bavail != 0 || st.Namelen != 255 {
+			t.Errorf("statfs: %+v", st)
+		}
 	})
 }
 

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs/erofstest"
 )
 
 // mountOverlay mounts an overlay on lower until the end of the test.
@@ -82,7 +83,8 @@ func posixFailures(t *testing.T, dir string) map[string]bool {
 
 func TestPosix(t *testing.T) {
 	plain := posixFailures(t, t.TempDir())
-	m := richImage()
+	m := madeImage(func(m *erofstest.Maker) *erofs.Inode { return m.Tree(300) })
+	m.root.Mode = unix.S_IFDIR | 0o755
 	inModes(t, func(t *testing.T, s *Server) {
 		merged := mountOverlay(t, mountImage(t, s, m.write(t, "image")))
 		for name := range posixFailures(t, merged) {
@@ -93,15 +95,6 @@ func TestPosix(t *testing.T) {
 	})
 }
 
-// aclNobodyReads is system.posix_acl_access of "u::rw- u:65534:r-- g::--- m::r-- o::---".
-var aclNobodyReads = []byte{2, 0, 0, 0,
-	0x01, 0, 6, 0, 0xff, 0xff, 0xff, 0xff,
-	0x02, 0, 4, 0, 0xfe, 0xff, 0, 0,
-	0x04, 0, 0, 0, 0xff, 0xff, 0xff, 0xff,
-	0x10, 0, 4, 0, 0xff, 0xff, 0xff, 0xff,
-	0x20, 0, 0, 0, 0xff, 0xff, 0xff, 0xff,
-}
-
 // asUser runs a program as user and group uid.
 func asUser(uid uint32, name string, args ...string) (string, error) {
 	cmd := exec.Command(name, args...)
@@ -110,17 +103,19 @@ func asUser(uid uint32, name string, args ...string) (string, error) {
 	return string(out), err
 }
 
+const nobody, somebody = 65534, 12345 // users
+
 // TestPermissions checks what programs of users get, on the mount and on an overlay of it.
 func TestPermissions(t *testing.T) {
 	m := newImage()
 	secret := m.file("secret", []byte("for nobody"))
 	secret.Mode = unix.S_IFREG | 0o640
-	secret.Xattrs = []erofs.Xattr{{Name: "system.posix_acl_access", Value: aclNobodyReads}}
+	secret.Xattrs = []erofs.Xattr{{Name: "system.posix_acl_access", Value: erofstest.ACL(nobody)}}
 	private := m.file("private", []byte("for root"))
 	private.Mode = unix.S_IFREG | 0o600
 	cat := readProgram(t, "cat")
 	m.file("cat-with-capability", cat).Mode = unix.S_IFREG | 0o755
-	m.root.Entries[len(m.root.Entries)-1].Inode.Xattrs = []erofs.Xattr{{Name: "security.capability", Value: fileCapability}}
+	m.root.Entries[len(m.root.Entries)-1].Inode.Xattrs = []erofs.Xattr{{Name: "security.capability", Value: erofstest.Capability(1 << unix.CAP_NET_RAW)}}
 	m.file("id-suid", readProgram(t, "id")).Mode = unix.S_IFREG | 0o4755
 	inModes(t, func(t *testing.T, s *Server) {
 		target := mountImage(t, s, m.write(t, "image"))
@@ -159,7 +154,6 @@ func readProgram(t *testing.T, name string) []byte {
 }
 
 func checkPermissions(t *testing.T, dir string) {
-	const nobody, somebody = 65534, 12345
 	if out, err := asUser(nobody, "cat", dir+"/secret"); out != "for nobody" {
 		t.Errorf("the user named in an ACL reads %q, %v", out, err)
 	}
@@ -169,7 +163,7 @@ func checkPermissions(t *testing.T, dir string) {
 	if out, err := asUser(nobody, "cat", dir+"/private"); err == nil {
 		t.Errorf("a user reads %q of a file of mode 0600", out)
 	}
-	if out, err := exec.Command("getfacl", "-nc", dir+"/secret").CombinedOutput(); !strings.Contains(string(out), "user:65534:r--") {
+	if out, err := exec.Command("getfacl", "-nc", dir+"/secret").CombinedOutput(); !strings.Contains(string(out), "user:65534:r-x") {
 		t.Errorf("getfacl: %s, %v", out, err)
 	}
 	out, err := asUser(nobody, dir+"/cat-with-capability", "/proc/self/status")

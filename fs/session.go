@@ -307,6 +307,9 @@ func errno(ctx context.Context, err error) fuse.Status {
 	return fuse.EIO
 }
 
+// settleName is the name of a file for settle.
+const settleName = ".settle"
+
 // settle opens, polls and closes a file of a session, to which the session answers ENOSYS where it keeps no state, and which the kernel
 // then never asks again. Otherwise a process that closes a file while no daemon serves it would hang in FLUSH; and this process would
 // when os.Open adds the file to the Go runtime's poller: that blocks in POLL without giving the processor to those who answer it.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -22,6 +23,8 @@ type tree struct {
 	device  Device
 	xattrs  bool
 	session *session
+
+	settling atomic.Bool // see settle
 }
 
 // mountTree mounts the metadata image at target as a tree.
@@ -86,45 +89,14 @@ func openTree(img Image) (*tree, error) {
 	}, nil
 }
 
-// settleEntries bounds the directory entries that settle looks at.
-const settleEntries = 10000
+// settleNode is the node of a file that is there only while settle opens it. No nid is as large.
+const settleNode = 1 << 62
 
-// settle has the kernel ask its first and last questions about OPENDIR, and, if a regular file is easily found, OPEN, POLL and FLUSH.
+// settle has the kernel ask its first and last questions about OPENDIR, OPEN, POLL and FLUSH.
 func (t *tree) settle(target string) error {
-	if err := settle(target); err != nil {
-		return err
-	}
-	left := settleEntries
-	if name := t.findRegular(t.image.Root(), &left); name != "" {
-		return settle(filepath.Join(target, name))
-	}
-	return nil
-}
-
-// findRegular returns the path of a regular file under directory nid, or "" after *left entries without one.
-func (t *tree) findRegular(nid uint64, left *int) (path string) {
-	var dirs []string
-	var nids []uint64
-	t.image.ReadDir(nid, 0, func(name []byte, child uint64, typ uint8, _ uint64) bool {
-		switch {
-		case typ == unix.DT_REG:
-			path = string(name)
-		case typ == unix.DT_DIR && string(name) != "." && string(name) != "..":
-			dirs = append(dirs, string(name))
-			nids = append(nids, child)
-		}
-		*left--
-		return path == "" && *left > 0
-	})
-	for i, dir := range dirs {
-		if path != "" || *left <= 0 {
-			break
-		}
-		if sub := t.findRegular(nids[i], left); sub != "" {
-			path = filepath.Join(dir, sub)
-		}
-	}
-	return path
+	t.settling.Store(true)
+	defer t.settling.Store(false)
+	return errors.Join(settle(target), settle(filepath.Join(target, settleName)))
 }
 
 // node returns the node id of nid. FUSE wants 1 for the root, and 0 means no node, so the others begin at 2.
@@ -212,6 +184,11 @@ func (t *tree) entry(nid uint64, out *fuse.EntryOut) fuse.Status {
 
 // Lookup answers a name that is not there with node 0, which the kernel remembers, unlike an error.
 func (t *tree) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	if name == settleName && t.settling.Load() {
+		out.NodeId, out.Attr = settleNode, fuse.Attr{Ino: settleNode, Mode: unix.S_IFREG, Nlink: 1}
+		out.SetAttrTimeout(forever) // and none for the entry
+		return fuse.OK
+	}
 	child, found, err := t.image.Lookup(t.nid(h.NodeId), name)
 	if err != nil {
 		return fuse.EIO
