@@ -149,7 +149,7 @@ func (a *authorizer) fetch(ctx context.Context, name string, c auth.Challenge) (
 	if err != nil || (realm.Scheme != "https" && realm.Scheme != "http") || realm.Host == "" {
 		return "", time.Time{}, refused("host %s: token server's address is malformed", a.h.Host)
 	}
-	if secret != "" && a.h.Scheme == "https" && realm.Scheme != "https" {
+	if (secret != "" || len(a.h.Header) > 0) && a.h.Scheme == "https" && realm.Scheme != "https" {
 		return "", time.Time{}, refused("host %s: its token server %s is not https, and credentials would be readable on the way", a.h.Host, redact(realm))
 	}
 	token, life, err := a.token(ctx, to)
@@ -162,7 +162,13 @@ func (a *authorizer) fetch(ctx context.Context, name string, c auth.Challenge) (
 
 // token asks the token server: with POST if there is a secret, which keeps it out of logs, and with GET where POST is not known or there is none.
 func (a *authorizer) token(ctx context.Context, to auth.TokenOptions) (string, time.Duration, error) {
-	header := http.Header{"User-Agent": {a.c.o.UserAgent}}
+	header := a.h.Header.Clone() // as containerd does: the token server is the registry's
+	if header == nil {
+		header = http.Header{}
+	}
+	if header.Get("User-Agent") == "" {
+		header.Set("User-Agent", a.c.o.UserAgent)
+	}
 	if to.Secret != "" {
 		r, err := auth.FetchTokenWithOAuth(ctx, a.client, header, clientID, to)
 		if err == nil {

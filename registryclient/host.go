@@ -130,9 +130,9 @@ func (h *host) send(ctx context.Context, c *Client, to *url.URL, q question, tok
 	if q.rng != "" {
 		req.Header.Set("Range", q.rng)
 	}
-	resp, err := h.client.Do(req)
+	resp, err := h.transport.RoundTrip(req)
 	if err != nil {
-		return nil, fmt.Errorf("GET %s: %w", h.show(to), withoutURL(err))
+		return nil, fmt.Errorf("GET %s: %w", h.show(to), err)
 	}
 	if e := resp.Header.Get("Content-Encoding"); e != "" && e != "identity" {
 		resp.Body.Close()

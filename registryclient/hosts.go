@@ -51,9 +51,9 @@ func (r *registry) closeIdle() {
 // host is one endpoint of a registry and what we know about it.
 type host struct {
 	docker.RegistryHost
-	client *http.Client
-	ns     string // registry that a mirror is asked for (the ns parameter of containerd); "" for the registry itself
-	auth   *authorizer
+	transport http.RoundTripper // not a client: that follows redirects, or stumbles over them
+	ns        string            // registry that a mirror is asked for (the ns parameter of containerd); "" for the registry itself
+	auth      *authorizer
 
 	mu        sync.Mutex
 	fails     int
@@ -171,10 +171,7 @@ func (c *Client) readHosts(domain string) (*registry, error) {
 	for _, f := range found {
 		f.Authorizer = nil
 		h := &host{RegistryHost: f, noAPI: map[string]time.Time{}}
-		h.client = &http.Client{
-			Transport:     &metered{base: f.Client.Transport, m: &c.meter},
-			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
-		}
+		h.transport = &metered{base: f.Client.Transport, m: &c.meter}
 		h.auth = newAuthorizer(h, c)
 		if f.Host != domain && !(domain == "docker.io" && f.Host == "registry-1.docker.io") {
 			h.ns = domain

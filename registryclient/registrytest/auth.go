@@ -33,8 +33,8 @@ type TokenOptions struct {
 
 // RequireBasic asks for user and password from now on.
 func (r *Registry) RequireBasic(user, password string) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.authMu.Lock()
+	defer r.authMu.Unlock()
 	r.auth = authentication{basic: true, o: TokenOptions{User: user, Password: password}}
 }
 
@@ -43,22 +43,22 @@ func (r *Registry) RequireToken(o TokenOptions) {
 	if o.Lifetime == 0 {
 		o.Lifetime = time.Hour
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.authMu.Lock()
+	defer r.authMu.Unlock()
 	r.auth = authentication{bearer: true, o: o, tokens: map[string]grant{}}
 }
 
 // ExpireTokens makes all tokens invalid that were given so far.
 func (r *Registry) ExpireTokens() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.authMu.Lock()
+	defer r.authMu.Unlock()
 	clear(r.auth.tokens)
 }
 
 // authorized lets the request pass or answers it with a challenge.
 func (r *Registry) authorized(w http.ResponseWriter, req *http.Request) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.authMu.Lock()
+	defer r.authMu.Unlock()
 	a := &r.auth
 	switch {
 	case a.basic:
@@ -90,8 +90,8 @@ func (r *Registry) authorized(w http.ResponseWriter, req *http.Request) bool {
 
 // serveToken is the token server (distribution's token specification; POST is its OAuth2 variant).
 func (r *Registry) serveToken(w http.ResponseWriter, req *http.Request) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
+	r.authMu.Lock()
+	defer r.authMu.Unlock()
 	a := &r.auth
 	if !a.bearer {
 		http.NotFound(w, req)

@@ -155,6 +155,9 @@ func Truncate(n int64) Fault {
 		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
 			f := &filter{ResponseWriter: w, header: func(h http.Header) { h.Del("Content-Length") }} // so it becomes a chunked body, well ended
 			f.body = func(at int64, p []byte) (int, error) {
+				if at == 0 {
+					http.NewResponseController(w).Flush() // or a short body is given its length after all
+				}
 				if at < n {
 					w.Write(p[:min(int64(len(p)), n-at)])
 				}

@@ -44,12 +44,15 @@ type Registry struct {
 	front *httptest.Server
 	store *httptest.Server // where blobs are redirected to
 
+	closed chan struct{}
+
+	authMu sync.Mutex // LOCK ORDER: before mu, because answers are recorded
+	auth   authentication
+
 	mu       sync.Mutex
 	requests []*Request
 	faults   []*injection
-	auth     authentication
 	key      string // of the store's signatures: changed, the old ones have expired
-	closed   chan struct{}
 }
 
 // Start runs a Registry until the test ends.
