@@ -1,0 +1,242 @@
+package registryclient
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// wantReferrers asks for the referrers of subject and wants those, in any order, with so many requests.
+func wantReferrers(t testing.TB, c *Client, r *registrytest.Registry, repo Repository, subject digest.Digest, requests int, want ...digest.Digest) {
+	t.Helper()
+	r.Reset()
+	found, err := c.Referrers(t.Context(), repo, subject, artifactType)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[digest.Digest]bool{}
+	for _, d := range found {
+		got[d.Digest] = d.ArtifactType == artifactType
+	}
+	for _, d := range want {
+		if !got[d] {
+			t.Errorf("%s is not among the referrers %v", d, found)
+		}
+	}
+	if len(found) != len(want) {
+		t.Errorf("got %d referrers, want %d", len(found), len(want))
+	}
+	wantRequests(t, r, requests)
+}
+
+func TestReferrersAPI(t *testing.T) {
+	for name, o := range map[string]registrytest.Options{"filtering": {}, "not filtering": {NoFilter: true}} {
+		t.Run(name, func(t *testing.T) {
+			r := registrytest.Start(t, o)
+			subject, artifact := put(t, r, artifactType)
+			_, other := put(t, r, "application/vnd.example.other")
+			c := newClient(t, Options{})
+			wantReferrers(t, c, r, repoOf(r), subject, 1, artifact)
+			if got, want := r.Requests()[0].Query, "artifactType=application%2Fvnd.example.artifact.v1"; got != want {
+				t.Errorf("got query %q, want %q", got, want)
+			}
+			wantReferrers(t, c, r, repoOf(r), other, 1) // none; and that is not remembered:
+			b := mustJSON(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: artifactType,
+				Config: ocispec.DescriptorEmptyJSON, Subject: &ocispec.Descriptor{Digest: other}})
+			late := r.PutManifest("team/app", "", ocispec.MediaTypeImageManifest, b)
+			wantReferrers(t, c, r, repoOf(r), other, 1, late)
+		})
+	}
+}
+
+func TestReferrersPages(t *testing.T) {
+	r := registrytest.Start(t, registrytest.Options{ReferrersPage: 3})
+	subject, artifact := put(t, r, artifactType)
+	want := []digest.Digest{artifact}
+	for i := range 7 {
+		b := mustJSON(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: artifactType,
+			Config: ocispec.DescriptorEmptyJSON, Subject: &ocispec.Descriptor{Digest: subject}, Annotations: map[string]string{"i": fmt.Sprint(i)}})
+		want = append(want, r.PutManifest("team/app", "", ocispec.MediaTypeImageManifest, b))
+	}
+	c := newClient(t, Options{})
+	wantReferrers(t, c, r, repoOf(r), subject, 3, want...)
+
+	// Pages without end and without an entry are an error, not "none".
+	r.Reset()
+	r.Inject(registrytest.Referrers, -1, func(*registrytest.Registry, http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			w.Header().Set("Link", `<?n=1>; rel="next"`)
+			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
+			w.Write([]byte(`{"manifests":[]}`))
+		})
+	})
+	if _, err := c.Referrers(t.Context(), repoOf(r), subject, artifactType); err == nil {
+		t.Error("a list without end: no error")
+	}
+	wantRequests(t, r, maxReferrersPages)
+}
+
+// The first contact with a registry that has only the tag schema costs a second request; whatever is asked later does not, but for
+// repositories that have no tag: one host name may stand for several registries.
+func TestReferrersTagSchema(t *testing.T) {
+	r := registrytest.Start(t, registrytest.Options{NoReferrers: true})
+	subject, artifact := put(t, r, artifactType)
+	c := newClient(t, Options{})
+	repo := repoOf(r)
+	wantReferrers(t, c, r, repo, subject, 2) // none yet; and that is not remembered:
+	putTag(t, r, "team/app", subject, artifact)
+	wantReferrers(t, c, r, repo, subject, 1, artifact)
+	wantReferrers(t, c, r, repo, digest.FromString("x"), 1)
+
+	other := Repository(r.Host() + "/team/other")
+	wantReferrers(t, c, r, other, subject, 2)
+	wantReferrers(t, c, r, other, subject, 1)
+	r.PutManifest("team/third", "", ocispec.MediaTypeImageManifest, []byte("{}"))
+	putTag(t, r, "team/third", subject, artifact)
+	wantReferrers(t, c, r, Repository(r.Host()+"/team/third"), subject, 1, artifact)
+}
+
+func putTag(t testing.TB, r *registrytest.Registry, repo string, subject, artifact digest.Digest) {
+	t.Helper()
+	index := ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: []ocispec.Descriptor{
+		{MediaType: "application/vnd.example", Digest: artifact, ArtifactType: artifactType, Size: 7},
+		{MediaType: "application/vnd.example", Digest: artifact, Size: 7},                                          // does not tell its type
+		{MediaType: "application/vnd.example", Digest: artifact, ArtifactType: artifactType, Size: -1},             // nonsense
+		{MediaType: "application/vnd.example", Digest: artifact, ArtifactType: "application/vnd.other", Size: 100}, // another
+	}}
+	r.PutManifest(repo, strings.Replace(subject.String(), ":", "-", 1), index.MediaType, mustJSON(t, index))
+}
+
+// What else registries without the API have been seen to answer.
+func TestReferrersUnsupported(t *testing.T) {
+	for name, fault := range map[string]registrytest.Fault{
+		"400": registrytest.Status(400), "404": registrytest.Status(404), "405": registrytest.Status(405), "406": registrytest.Status(406),
+		"501": registrytest.Status(501), "front page": registrytest.Answer("text/html", "<html>"),
+		"404 of the manifest": func(*registrytest.Registry, http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(404)
+				w.Write([]byte(`{"errors":[{"code":"MANIFEST_UNKNOWN"}]}`))
+			})
+		},
+	} {
+		r := registrytest.Start(t, registrytest.Options{NoReferrers: true})
+		r.Inject(registrytest.Referrers, -1, fault)
+		subject, artifact := put(t, r, artifactType)
+		putTag(t, r, "team/app", subject, artifact)
+		c := newClient(t, Options{})
+		t.Run(name, func(t *testing.T) {
+			wantReferrers(t, c, r, repoOf(r), subject, 2, artifact)
+			again := 1
+			if name == "404 of the manifest" || name == "front page" {
+				again = 2 // it may have the API for others
+			}
+			wantReferrers(t, c, r, repoOf(r), subject, again, artifact)
+		})
+	}
+}
+
+func TestReferrersFail(t *testing.T) {
+	for name, tc := range map[string]struct {
+		fault registrytest.Fault
+		ok    bool
+	}{
+		"401":       {registrytest.Status(401), false},
+		"403":       {registrytest.Status(403), false},
+		"503":       {registrytest.Status(503), false},
+		"503 once":  {registrytest.Status(503), true},
+		"no JSON":   {registrytest.Answer(ocispec.MediaTypeImageIndex, "<html>"), false},
+		"no index":  {registrytest.Answer(ocispec.MediaTypeImageIndex, `{"mediaType":"application/vnd.oci.image.manifest.v1+json"}`), false},
+		"too large": {registrytest.Answer(ocispec.MediaTypeImageIndex, `{"manifests":[]}`+strings.Repeat(" ", maxReferrersPage)), false},
+	} {
+		r := registrytest.Start(t, registrytest.Options{})
+		subject, _ := put(t, r, artifactType)
+		times := -1
+		if tc.ok {
+			times = 1
+		}
+		r.Inject(registrytest.Any, times, tc.fault)
+		c := newClient(t, Options{Budget: 300 * time.Millisecond})
+		if found, err := c.Referrers(t.Context(), repoOf(r), subject, artifactType); (err == nil) != tc.ok || errors.Is(err, ErrNotFound) {
+			t.Errorf("%s: got %d, %v, want success %v", name, len(found), err, tc.ok)
+		}
+	}
+}
+
+func TestReferrersOfMirrors(t *testing.T) {
+	mirror, origin := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
+	subject, artifact := put(t, origin, artifactType)
+	toml := fmt.Sprintf("server = %q\n[host.%q]\n", origin.URL(), mirror.URL())
+	c := newClient(t, Options{HostsDir: hostsDir(t, domain, toml)})
+	const repo = domain + "/team/app"
+	// The mirror has none, which says nothing.
+	wantReferrers(t, c, origin, repo, subject, 1, artifact)
+	// The mirror is down; the registry itself has none, and that is the answer, at once.
+	mirror.Close()
+	start := time.Now()
+	for range 3 {
+		wantReferrers(t, c, origin, repo, artifact, 1)
+	}
+	if d := time.Since(start); d > time.Second {
+		t.Errorf("took %v", d)
+	}
+}
+
+func FuzzParseReferrers(f *testing.F) {
+	f.Add([]byte(`{"manifests":[{"digest":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","size":1,"artifactType":"` + artifactType + `"}]}`))
+	f.Add([]byte(`{"mediaType":"x","manifests":null}`))
+	f.Add([]byte(`{"manifests":[{"digest":"sha256:xx","size":-1,"artifactType":"` + artifactType + `"}]}`))
+	f.Add([]byte(`[]`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		found, err := parseReferrers(b, artifactType)
+		if err != nil && (found != nil || temporary(err)) {
+			t.Errorf("got %v with %v", found, err)
+		}
+		for _, d := range found {
+			if d.Digest.Validate() != nil || d.Size < 0 || d.ArtifactType != artifactType {
+				t.Errorf("let %+v through", d)
+			}
+		}
+		if err == nil && !json.Valid(b) {
+			t.Error("read what is no JSON")
+		}
+	})
+}
+
+func TestNextPage(t *testing.T) {
+	for link, want := range map[string]string{
+		`</v2/a/referrers/x?n=2&last=y>; rel="next"`:           "n=2&last=y",
+		`<https://h/v2/a?b=c>;rel=next`:                        "b=c",
+		`<?p=1>; rel="prev", <?p=3>; title="a, b"; rel="next"`: "p=3",
+		`<?p=1>; rel="prev",<?p=3>; REL=next`:                  "p=3",
+		`</x>; rel="next"`:                                     "",
+		`<?p=1>`:                                               "",
+		`<?p=1>; rel="last"`:                                   "",
+		`?p=1; rel="next"`:                                     "",
+		`<`:                                                    "",
+		`>?<; rel="next"`:                                      "",
+	} {
+		if got, ok := nextPage(http.Header{"Link": {link}}); got != want || ok != (want != "") {
+			t.Errorf("%s: got %q, %v, want %q", link, got, ok, want)
+		}
+	}
+}
+
+func FuzzNextPage(f *testing.F) {
+	f.Add(`</v2/a/referrers/x?n=2&last=y>; rel="next"`)
+	f.Add(`<?p=1>; rel="prev", <?p=3>; rel="next"`)
+	f.Add(`<a>,<b>,<c?d>;rel=next`)
+	f.Fuzz(func(t *testing.T, s string) {
+		query, ok := nextPage(http.Header{"Link": {s}})
+		if ok && (query == "" || !strings.Contains(s, query)) {
+			t.Errorf("%q: got %q", s, query)
+		}
+	})
+}
