@@ -162,7 +162,7 @@ func decodeLayer(d ocispec.Descriptor) (Layer, error) {
 	if l.IndexSize, err = parseSize(d.Annotations[AnnotationIndexSize]); err != nil {
 		return l, fmt.Errorf("index size: %w", err)
 	}
-	if l.Size > maxBlobSize || l.IndexSize < indexHeaderSize || l.IndexSize > MaxIndexSize || l.IndexOffset == 0 || l.IndexOffset != l.Size-l.IndexSize {
+	if l.Size > maxBlobSize || l.IndexSize < indexHeaderSize+tableEntrySize || l.IndexSize > MaxIndexSize || l.IndexOffset == 0 || l.IndexOffset != l.Size-l.IndexSize {
 		return l, fmt.Errorf("index of %d bytes at %d of %d: %w", l.IndexSize, l.IndexOffset, l.Size, ErrInvalid)
 	}
 	return l, nil

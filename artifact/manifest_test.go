@@ -124,8 +124,8 @@ func TestManifestRefuses(t *testing.T) {
 			layer(m)["size"] = 5000
 		}, ErrInvalid},
 		{"index too small", func(m map[string]any) {
-			annotate(AnnotationIndexSize, "71")(m)
-			annotate(AnnotationIndexOffset, fmt.Sprint(10<<30-71))(m)
+			annotate(AnnotationIndexSize, "119")(m)
+			annotate(AnnotationIndexOffset, fmt.Sprint(10<<30-119))(m)
 		}, ErrInvalid},
 		{"too many layers", func(m map[string]any) {
 			m["layers"] = make([]any, MaxLayers+1)

@@ -161,12 +161,17 @@ func addFile(t testing.TB, w *tar.Writer, name string, data []byte) {
 
 func errOf(_ int, err error) error { return err }
 
-// text returns n bytes that compress as text does, to about a third.
+// text returns n bytes that compress as source code does, to about a third: words of a small vocabulary, often in the phrases just used.
 func text(r *rand.Rand, n int) []byte {
-	b := make([]byte, 0, n+16)
+	words := rand.NewZipf(r, 1.2, 3, 5000)
+	b := make([]byte, 0, n+256)
 	for len(b) < n {
-		word := r.Uint32N(1 << (4 + r.Uint32N(12)))
-		b = strconv.AppendUint(b, uint64(word)*2654435761%100003, 36)
+		if len(b) > 100 && r.IntN(4) == 0 {
+			from := len(b) - 1 - r.IntN(min(len(b)-1, 8000))
+			b = append(b, b[from:min(from+20+r.IntN(60), len(b))]...)
+			continue
+		}
+		b = strconv.AppendUint(b, words.Uint64()*2654435761%1000003, 36)
 		b = append(b, " \n,.("[r.IntN(5)])
 	}
 	return b[:n]
