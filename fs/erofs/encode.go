@@ -1,83 +1,96 @@
 package erofs
 
 import (
-	"bufio"
 	"encoding/binary"
 	"fmt"
 	"io"
+	"slices"
 )
 
-// encoder writes an image front to back. Its errors are the buffered writer's, which keeps the first for Flush.
+// encoder writes an image front to back.
 type encoder struct {
 	*plan
-	w       *bufio.Writer
-	off     int64
-	scratch []byte
+	w   io.Writer
+	err error  // the first of w
+	buf []byte // not yet written
+	off int64  // of the end of buf
 }
 
 // encode writes the image with the given superblock to w.
 func (p *plan) encode(w io.Writer, super []byte) error {
-	e := &encoder{plan: p, w: bufio.NewWriterSize(w, 1<<16)}
+	e := &encoder{plan: p, w: w, buf: make([]byte, 0, 1<<16)}
 	e.pad(superOffset)
 	e.write(super)
-	e.device()
+	binary.LittleEndian.PutUint32(e.next(deviceSize)[64:], uint32(e.deviceSize>>e.blockBits))
 	for i := range p.nodes {
-		e.inode(int32(i))
+		e.inode(i)
 	}
-	e.pad(p.sharedOff)
 	for _, x := range p.xattrs.list {
+		e.pad(p.sharedOff + x.off)
 		e.xattr(x.Xattr)
 	}
 	for i := range p.nodes {
 		e.blocks(&p.nodes[i])
 	}
 	e.pad(p.size)
-	if err := e.w.Flush(); err != nil {
-		return fmt.Errorf("write metadata image: %w", err)
+	if e.flush(); e.err != nil {
+		return fmt.Errorf("write metadata image: %w", e.err)
 	}
 	return nil
 }
 
+func (e *encoder) flush() {
+	if e.err == nil {
+		_, e.err = e.w.Write(e.buf)
+	}
+	e.buf = e.buf[:0]
+}
+
+// next returns the next n bytes of the image, zeros, to be filled at once.
+func (e *encoder) next(n int) []byte {
+	if len(e.buf)+n > cap(e.buf) {
+		e.flush()
+	}
+	e.buf = slices.Grow(e.buf, n)
+	b := e.buf[len(e.buf) : len(e.buf)+n]
+	clear(b)
+	e.buf, e.off = e.buf[:len(e.buf)+n], e.off+int64(n)
+	return b
+}
+
 func (e *encoder) write(b []byte) {
-	e.w.Write(b)
-	e.off += int64(len(b))
+	for len(b) > 0 {
+		b = b[copy(e.next(min(len(b), cap(e.buf))), b):]
+	}
 }
 
 // pad writes zeros up to offset to.
 func (e *encoder) pad(to int64) {
-	for ; e.off < to; e.off++ {
-		e.w.WriteByte(0)
+	for e.off < to {
+		e.next(int(min(to-e.off, int64(cap(e.buf)))))
 	}
-}
-
-func (e *encoder) device() {
-	b := make([]byte, deviceSize)
-	binary.LittleEndian.PutUint32(b[64:], uint32(e.deviceSize>>e.blockBits))
-	e.write(b)
 }
 
 // nid returns the number of node i.
 func (p *plan) nid(i int32) uint64 { return uint64(p.nodes[i].off / slotSize) }
 
-func (e *encoder) inode(i int32) {
+func (e *encoder) inode(i int) {
 	n := &e.nodes[i]
 	e.pad(n.off)
-	var b [inodeSize]byte
-	le := binary.LittleEndian
-	le.PutUint16(b[:], inodeExtended|uint16(n.layout)<<1)
+	b, le := e.next(inodeSize), binary.LittleEndian
+	le.PutUint16(b, inodeExtended|uint16(n.layout)<<1)
 	if body, _ := e.xattrs.bodySize(n.ino.Xattrs); body > 0 {
 		le.PutUint16(b[2:], uint16((body-xattrHeader)/4+1))
 	}
 	le.PutUint16(b[4:], uint16(n.ino.Mode))
 	le.PutUint64(b[8:], uint64(n.size))
 	le.PutUint32(b[16:], e.address(n))
-	le.PutUint32(b[20:], uint32(i)+1) // for 32-bit machines only; distinct
+	le.PutUint32(b[20:], uint32(i)+1) // i_ino, for 32-bit machines only: distinct
 	le.PutUint32(b[24:], n.ino.UID)
 	le.PutUint32(b[28:], n.ino.GID)
 	le.PutUint64(b[32:], uint64(n.ino.Mtime))
 	le.PutUint32(b[40:], n.ino.MtimeNsec)
 	le.PutUint32(b[44:], n.nlink)
-	e.write(b[:])
 	e.xattrBody(n.ino.Xattrs)
 	switch {
 	case n.layout == layoutChunked:
@@ -113,14 +126,12 @@ func (e *encoder) chunkIndexes(n *node) {
 		for len(rest) > 0 && rest[0].FileOffset+rest[0].Size <= off {
 			rest = rest[1:]
 		}
-		var b [indexSize]byte
+		b, block := e.next(indexSize), uint32(nullBlock)
 		if len(rest) > 0 && rest[0].FileOffset <= off {
 			binary.LittleEndian.PutUint16(b[2:], 1) // device
-			binary.LittleEndian.PutUint32(b[4:], uint32((rest[0].DeviceOffset+off-rest[0].FileOffset)>>e.blockBits))
-		} else {
-			binary.LittleEndian.PutUint32(b[4:], nullBlock)
+			block = uint32((rest[0].DeviceOffset + off - rest[0].FileOffset) >> e.blockBits)
 		}
-		e.write(b[:])
+		binary.LittleEndian.PutUint32(b[4:], block)
 	}
 }
 
@@ -147,23 +158,18 @@ func (e *encoder) blocks(n *node) {
 
 // dirBlock writes a directory block of as many entries as fit, and returns their number.
 func (e *encoder) dirBlock(dir []dirent) int {
-	n, used := 0, int64(0)
-	for n < len(dir) && used+int64(direntSize+len(dir[n].name)) <= e.blockSize() {
-		used += int64(direntSize + len(dir[n].name))
+	n, used := 0, 0
+	for n < len(dir) && used+direntSize+len(dir[n].name) <= 1<<e.blockBits {
+		used += direntSize + len(dir[n].name)
 		n++
 	}
-	b := e.scratch[:0]
-	name := n * direntSize
-	for _, d := range dir[:n] {
-		b = binary.LittleEndian.AppendUint64(b, e.nid(d.child))
-		b = binary.LittleEndian.AppendUint16(b, uint16(name))
-		b = append(b, fileType(e.nodes[d.child].ino.Mode), 0)
-		name += len(d.name)
+	b, name := e.next(used), n*direntSize
+	for i, d := range dir[:n] {
+		entry := b[i*direntSize:]
+		binary.LittleEndian.PutUint64(entry, e.nid(d.child))
+		binary.LittleEndian.PutUint16(entry[8:], uint16(name))
+		entry[10] = fileType(e.nodes[d.child].ino.Mode)
+		name += copy(b[name:], d.name)
 	}
-	for _, d := range dir[:n] {
-		b = append(b, d.name...)
-	}
-	e.scratch = b
-	e.write(b)
 	return n
 }

@@ -13,7 +13,7 @@
 //	        ("extended"), its extended attributes follow, then what belongs to it: the chunk indexes of a regular file (8-byte
 //	        aligned), or the last part of a directory, of a symlink's target or of embedded data if that saves space. Such a
 //	        tail is in one block with its inode
-//	        extended attributes that several inodes share, named by offset/4
+//	        blocks: extended attributes that several inodes share, each in one block, named by offset in this area / 4
 //	        blocks: directories, long symlink targets, embedded data
 //	        zeros up to a multiple of 4096
 //

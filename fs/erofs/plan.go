@@ -73,7 +73,7 @@ func (p *plan) discover(root *Inode) error {
 			}
 		}
 	}
-	p.xattrs.layOut()
+	p.xattrs.layOut(p.blockSize())
 	return nil
 }
 
@@ -168,10 +168,10 @@ func (p *plan) place() error {
 			return fmt.Errorf("%s: %w", p.path(int32(i)), err)
 		}
 	}
-	p.sharedOff = roundUp(p.pos, xattrEntry)
+	p.sharedOff = roundUp(p.pos, p.blockSize())
 	p.blocksOff = roundUp(p.sharedOff+p.xattrs.size, p.blockSize())
 	p.size = roundUp(p.blocksOff+p.blocks<<p.blockBits, imageAlign)
-	if p.size>>p.blockBits >= nullBlock || p.sharedOff+p.xattrs.size > xattrEntry<<32 {
+	if p.size>>p.blockBits >= nullBlock || p.xattrs.size > xattrEntry<<32 {
 		return fmt.Errorf("an image of %d bytes is beyond 32-bit addresses", p.size)
 	}
 	return nil

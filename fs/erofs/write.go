@@ -71,7 +71,7 @@ func (p *plan) superblock(id [16]byte) []byte {
 	le.PutUint16(b[14:], uint16(p.nid(0)))
 	le.PutUint64(b[16:], uint64(len(p.nodes)))
 	le.PutUint32(b[36:], uint32(p.size>>p.blockBits))
-	// Inodes and shared attributes are both addressed from block 0: offsets 40 and 44 stay zero.
+	le.PutUint32(b[44:], uint32(p.sharedOff>>p.blockBits)) // inodes are addressed from block 0: offset 40 stays zero
 	copy(b[48:], id[:])
 	if !p.xattrs.any {
 		copy(b[64:], volumePlain)

@@ -15,15 +15,24 @@ type sharedXattrs struct {
 	list []*sharedXattr          // in the order of first sight; after layOut only what is shared
 	size int64                   // of the shared attributes
 
-	key    []byte // scratch space
+	key    []byte // scratch space, as what follows
+	sorted []Xattr
 	inline []Xattr
 	shared []*sharedXattr
 }
 
 type sharedXattr struct {
 	Xattr
-	inodes int   // that have it
-	off    int64 // from the beginning of the shared attributes, if shared
+	inodes int // that have it
+	shared bool
+	off    int64 // from the beginning of the shared attributes
+}
+
+// byName returns the attributes sorted: the order in which they are given must not matter. Valid until the next call.
+func (s *sharedXattrs) byName(xattrs []Xattr) []Xattr {
+	s.sorted = append(s.sorted[:0], xattrs...)
+	slices.SortFunc(s.sorted, func(a, b Xattr) int { return strings.Compare(a.Name, b.Name) })
+	return s.sorted
 }
 
 // lookup returns what is known of x, nil if it was never seen.
@@ -34,6 +43,7 @@ func (s *sharedXattrs) lookup(x Xattr) *sharedXattr {
 
 // add counts the attributes of an inode.
 func (s *sharedXattrs) add(xattrs []Xattr) error {
+	xattrs = s.byName(xattrs)
 	for i, x := range xattrs {
 		if _, _, err := splitXattr(x.Name); err != nil {
 			return fmt.Errorf("extended attribute %q: %w", x.Name, err)
@@ -41,7 +51,7 @@ func (s *sharedXattrs) add(xattrs []Xattr) error {
 		if len(x.Value) > maxXattrValue {
 			return fmt.Errorf("extended attribute %q: a value of %d bytes, more than %d", x.Name, len(x.Value), maxXattrValue)
 		}
-		if slices.ContainsFunc(xattrs[:i], func(y Xattr) bool { return x.Name == y.Name }) {
+		if i > 0 && x.Name == xattrs[i-1].Name {
 			return fmt.Errorf("extended attribute %q is there twice", x.Name)
 		}
 		known := s.lookup(x)
@@ -59,27 +69,29 @@ func (s *sharedXattrs) add(xattrs []Xattr) error {
 	return nil
 }
 
-// layOut places the shared attributes, once all are counted.
-func (s *sharedXattrs) layOut() {
-	s.list = slices.DeleteFunc(s.list, func(x *sharedXattr) bool { return x.inodes < 2 })
+// layOut places the shared attributes, once all are counted. Each is in one block: go-erofs demands it.
+func (s *sharedXattrs) layOut(blockSize int64) {
+	s.list = slices.DeleteFunc(s.list, func(x *sharedXattr) bool { return x.inodes < 2 || entrySize(x.Xattr) > blockSize })
 	for _, x := range s.list {
-		x.off = s.size
-		s.size += entrySize(x.Xattr)
+		n := entrySize(x.Xattr)
+		if s.size&(blockSize-1)+n > blockSize {
+			s.size = roundUp(s.size, blockSize)
+		}
+		x.shared, x.off = true, s.size
+		s.size += n
 	}
 }
 
 // split returns, sorted by name, the attributes that go into the inode and those that it shares. Both are valid until the next call.
 func (s *sharedXattrs) split(xattrs []Xattr) (inline []Xattr, shared []*sharedXattr) {
 	s.inline, s.shared = s.inline[:0], s.shared[:0]
-	for _, x := range xattrs {
-		if known := s.lookup(x); known.inodes > 1 && len(s.shared) < maxShared {
+	for _, x := range s.byName(xattrs) {
+		if known := s.lookup(x); known.shared && len(s.shared) < maxShared {
 			s.shared = append(s.shared, known)
 		} else {
 			s.inline = append(s.inline, x)
 		}
 	}
-	slices.SortFunc(s.inline, func(a, b Xattr) int { return strings.Compare(a.Name, b.Name) })
-	slices.SortFunc(s.shared, func(a, b *sharedXattr) int { return strings.Compare(a.Name, b.Name) })
 	return s.inline, s.shared
 }
 
@@ -111,11 +123,9 @@ func (e *encoder) xattrBody(xattrs []Xattr) {
 		return
 	}
 	inline, shared := e.xattrs.split(xattrs)
-	var header [xattrHeader]byte
-	header[4] = byte(len(shared))
-	e.write(header[:])
+	e.next(xattrHeader)[4] = byte(len(shared))
 	for _, x := range shared {
-		e.write(binary.LittleEndian.AppendUint32(nil, uint32((e.sharedOff+x.off)/xattrEntry)))
+		binary.LittleEndian.PutUint32(e.next(4), uint32(x.off/xattrEntry))
 	}
 	for _, x := range inline {
 		e.xattr(x)
@@ -124,9 +134,9 @@ func (e *encoder) xattrBody(xattrs []Xattr) {
 
 func (e *encoder) xattr(x Xattr) {
 	index, suffix, _ := splitXattr(x.Name)
-	b := append(e.scratch[:0], byte(len(suffix)), index)
-	b = binary.LittleEndian.AppendUint16(b, uint16(len(x.Value)))
-	e.scratch = append(append(b, suffix...), x.Value...)
-	e.write(e.scratch)
-	e.pad(roundUp(e.off, xattrEntry))
+	b := e.next(int(entrySize(x)))
+	b[0], b[1] = byte(len(suffix)), index
+	binary.LittleEndian.PutUint16(b[2:], uint16(len(x.Value)))
+	copy(b[xattrEntry:], suffix)
+	copy(b[xattrEntry+len(suffix):], x.Value)
 }

@@ -37,6 +37,8 @@ type Options struct {
 	MaxContent int64
 	// NoDirNlink lists no link counts of directories, where file systems differ (overlayfs shows 1 for merged directories).
 	NoDirNlink bool
+	// NoGhosts leaves out names that a directory has and that cannot be found there: overlayfs shows a whiteout inside an opaque directory so.
+	NoGhosts bool
 	// NoXattr, if set, says which attributes to leave out.
 	NoXattr func(name string) bool
 }

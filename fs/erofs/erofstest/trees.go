@@ -36,6 +36,7 @@ type Maker struct {
 	Rand       *rand.Rand
 	BlockSize  int64
 	DeviceSize int64
+	NoHoles    bool // random files get none
 }
 
 // Tree makes a random tree with n names: all types, odd names, hard links across directories, sparse files, attributes.
@@ -124,7 +125,7 @@ func (m *Maker) data(ino *erofs.Inode) {
 		ino.Size = m.Rand.Int64N(1 << 20)
 		for off := int64(0); off < ino.Size; {
 			size := (1 + m.Rand.Int64N(8)) * m.BlockSize << m.Rand.IntN(4)
-			if size = min(size, ino.Size-off); m.Rand.IntN(3) > 0 {
+			if size = min(size, ino.Size-off); m.NoHoles || m.Rand.IntN(3) > 0 {
 				ino.Extents = append(ino.Extents, erofs.Extent{FileOffset: off, DeviceOffset: m.deviceOffset(size), Size: size})
 			}
 			off += size

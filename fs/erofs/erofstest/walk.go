@@ -52,7 +52,11 @@ func (w *walker) dir(f *os.File, p string) error {
 	fd := int(f.Fd())
 	for _, c := range children {
 		child := path.Join(p, c.Name())
-		if err := w.entry(fd, c.Name(), child, c.Type()); err != nil {
+		err := w.entry(fd, c.Name(), child, c.Type())
+		if w.options.NoGhosts && errors.Is(err, unix.ENOENT) {
+			continue
+		}
+		if err != nil {
 			return fmt.Errorf("%s: %w", quote(child), err)
 		}
 		if w.entries[len(w.entries)-1].Mode&unix.S_IFMT != unix.S_IFDIR {
