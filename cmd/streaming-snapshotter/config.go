@@ -1,0 +1,161 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/pelletier/go-toml/v2"
+
+	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+// config is the configuration file. It is decoded over the defaults, so a zero can be said; a key that is not here is an error.
+type config struct {
+	Root           string      `toml:"root" comment:"Snapshots, the records of streamed images and the chunk cache. On a local file system."`
+	State          string      `toml:"state" comment:"What does not outlive a reboot: the FUSE mount of the data devices."`
+	Address        string      `toml:"address" comment:"Unix socket of the snapshots service: the address in containerd's proxy_plugins."`
+	MountMode      nodefs.Mode `toml:"mount_mode" comment:"auto (the first that works here), file, loop or tree."`
+	Stream         patterns    `toml:"stream" comment:"Repositories to stream from: HOST/REPOSITORY, each part a glob; a last part of * stands for everything below.\nSnapshots are shared by chain ID: list only what you would let provide the base layers of every image. Nothing is listed by default."`
+	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
+	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
+	LogLevel       slog.Level  `toml:"log_level" comment:"debug, info, warn or error."`
+}
+
+func defaults() config {
+	return config{
+		Root:           "/var/lib/streaming-snapshotter",
+		State:          "/run/streaming-snapshotter",
+		Address:        "/run/streaming-snapshotter/snapshotter.sock",
+		MountMode:      nodefs.ModeAuto,
+		Stream:         patterns{},
+		HostsDir:       "/etc/containerd/certs.d",
+		ResolveTimeout: duration(15 * time.Second),
+		LogLevel:       slog.LevelInfo,
+	}
+}
+
+// loadConfig reads file, or the default file if file is empty, which need not exist then.
+func loadConfig(file string) (config, error) {
+	c := defaults()
+	name := file
+	if name == "" {
+		name = defaultConfig
+	}
+	b, err := os.ReadFile(name)
+	if errors.Is(err, fs.ErrNotExist) && file == "" {
+		return c, nil
+	}
+	if err != nil {
+		return c, err
+	}
+	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
+	if err := d.Decode(&c); err != nil {
+		return c, fmt.Errorf("%s: %s", name, tomlError(err))
+	}
+	if err := c.validate(); err != nil {
+		return c, fmt.Errorf("%s: %w", name, err)
+	}
+	return c, nil
+}
+
+// tomlError says where and what: go-toml's own Error leaves out the place.
+func tomlError(err error) string {
+	var missing *toml.StrictMissingError
+	if errors.As(err, &missing) {
+		var keys []string
+		for _, e := range missing.Errors {
+			row, _ := e.Position()
+			keys = append(keys, fmt.Sprintf("line %d: unknown key %q (`streaming-snapshotter config` prints those there are)", row, strings.Join(e.Key(), ".")))
+		}
+		return strings.Join(keys, "; ")
+	}
+	var at *toml.DecodeError
+	if errors.As(err, &at) {
+		row, col := at.Position()
+		return fmt.Sprintf("line %d, column %d: %v", row, col, err)
+	}
+	return err.Error()
+}
+
+func (c *config) validate() error {
+	for _, p := range []struct{ key, path string }{{"root", c.Root}, {"state", c.State}, {"address", c.Address}} {
+		if !filepath.IsAbs(p.path) {
+			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
+		}
+	}
+	if !slices.Contains([]nodefs.Mode{nodefs.ModeAuto, nodefs.ModeFile, nodefs.ModeLoop, nodefs.ModeTree}, c.MountMode) {
+		return fmt.Errorf("mount_mode = %q: want auto, file, loop or tree", c.MountMode)
+	}
+	if c.ResolveTimeout <= 0 {
+		return fmt.Errorf("resolve_timeout = %q: want more than nothing", time.Duration(c.ResolveTimeout))
+	}
+	return c.Stream.validate()
+}
+
+// write prints c as a configuration file with comments.
+func (c config) write(w io.Writer) error {
+	return toml.NewEncoder(w).Encode(c)
+}
+
+// duration is written as in "15s".
+type duration time.Duration
+
+func (d *duration) UnmarshalText(b []byte) error {
+	v, err := time.ParseDuration(string(b))
+	*d = duration(v)
+	return err
+}
+
+func (d duration) std() time.Duration { return time.Duration(d) }
+
+func (d duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// patterns are repositories in the form HOST/REPOSITORY. Each part between slashes is a glob as of path.Match, which never
+// matches a slash, so that a wildcard in the host's part cannot reach into the repository's; a last part of * stands for everything below.
+type patterns []string
+
+func (ps patterns) validate() error {
+	for _, p := range ps {
+		host, repo, ok := strings.Cut(p, "/")
+		_, err := path.Match(p, "")
+		if !ok || host == "" || repo == "" || err != nil || strings.Contains(p, "://") || strings.HasSuffix(p, "/") {
+			return fmt.Errorf("stream: %q is not of the form HOST/REPOSITORY, as in \"registry.example.com/team/*\"", p)
+		}
+	}
+	return nil
+}
+
+func (ps patterns) allow(repo registryclient.Repository) bool {
+	for _, p := range ps {
+		if matchParts(strings.Split(p, "/"), strings.Split(string(repo), "/")) {
+			return true
+		}
+	}
+	return false
+}
+
+func matchParts(pattern, parts []string) bool {
+	for i, p := range pattern {
+		if i == len(parts) {
+			return false
+		}
+		if p == "*" && i > 0 && i == len(pattern)-1 {
+			return true
+		}
+		if ok, err := path.Match(p, parts[i]); err != nil || !ok {
+			return false
+		}
+	}
+	return len(pattern) == len(parts)
+}

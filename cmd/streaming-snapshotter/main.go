@@ -1,0 +1,107 @@
+// Command streaming-snapshotter is the node daemon: a containerd proxy snapshotter that mounts images from their streaming
+// artifacts. This package is configuration and wiring; the work is done by the packages it plugs together.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+)
+
+// defaultConfig is read if it is there and --config is not given.
+const defaultConfig = "/etc/streaming-snapshotter/config.toml"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	if err := newCommand().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "streaming-snapshotter:", err)
+		os.Exit(1)
+	}
+}
+
+func newCommand() *cobra.Command {
+	var configFile string
+	root := &cobra.Command{
+		Use:           "streaming-snapshotter",
+		Short:         "Streams container images to containerd from their streaming artifacts",
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Version:       version(),
+	}
+	root.PersistentFlags().StringVar(&configFile, "config", "", "configuration file (default "+defaultConfig+" if it exists)")
+	root.AddCommand(
+		&cobra.Command{
+			Use:   "serve",
+			Short: "Serve the snapshots service to containerd",
+			Args:  cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				c, err := loadConfig(configFile)
+				if err != nil {
+					return err
+				}
+				return serve(cmd.Context(), c)
+			},
+		},
+		&cobra.Command{
+			Use:   "config",
+			Short: "Print the effective configuration",
+			Args:  cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				c, err := loadConfig(configFile)
+				if err != nil {
+					return err
+				}
+				return c.write(cmd.OutOrStdout())
+			},
+		},
+		&cobra.Command{
+			Use:   "check",
+			Short: "Check the configuration and say how images would be mounted on this machine",
+			Args:  cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				c, err := loadConfig(configFile)
+				if err != nil {
+					return err
+				}
+				return check(c, cmd.OutOrStdout())
+			},
+		},
+		newMountCommand(&configFile),
+	)
+	return root
+}
+
+func newMountCommand(configFile *string) *cobra.Command {
+	var o mountOptions
+	cmd := &cobra.Command{
+		Use:   "mount REF DIR",
+		Short: "Mount an image's artifact read-only at DIR, without containerd, until interrupted",
+		Args:  cobra.ExactArgs(2),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			c, err := loadConfig(*configFile)
+			if err != nil {
+				return err
+			}
+			o.ref, o.dir, o.out = args[0], args[1], cmd.OutOrStdout()
+			return mountImage(cmd.Context(), c, o)
+		},
+	}
+	cmd.Flags().StringVar(&o.platform, "platform", "", "os/arch[/variant] of an index (default: this machine's)")
+	cmd.Flags().StringVar(&o.cache, "cache", "", "directory that keeps what was fetched (default: a temporary one)")
+	cmd.Flags().StringVar(&o.mode, "mount-mode", "", "auto, file, loop or tree (default: the configuration's)")
+	return cmd
+}
+
+// version is the module's, as the go command recorded it.
+func version() string {
+	if b, ok := debug.ReadBuildInfo(); ok {
+		return b.Main.Version
+	}
+	return "unknown"
+}

@@ -1,0 +1,260 @@
+package snapshot
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
+)
+
+// testNode is a node's parts with real mounts, a real cache and a registry of its own. Its root outlives restart.
+type testNode struct {
+	t      testing.TB
+	reg    *registrytest.Registry
+	root   string
+	mode   fs.Mode
+	images *stream.Store
+	sn     *Snapshotter
+	log    *logBuffer
+	stop   func()
+}
+
+// logBuffer counts the lines that operators would see.
+type logBuffer struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *logBuffer) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *logBuffer) lines() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return bytes.Count(l.b.Bytes(), []byte("\n"))
+}
+
+func newTestNode(t testing.TB) *testNode { return newTestNodeMode(t, fs.ModeFile) }
+
+func newTestNodeMode(t testing.TB, mode fs.Mode) *testNode {
+	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}}
+	n.start()
+	t.Cleanup(func() { n.stop() })
+	return n
+}
+
+// start starts the node's parts, as the daemon does.
+func (n *testNode) start() {
+	n.t.Helper()
+	check := func(err error) {
+		if err != nil {
+			n.t.Helper()
+			n.t.Fatal(err)
+		}
+	}
+	mounts, err := fs.New(fs.Options{Dir: filepath.Join(n.root, "devices"), Mode: n.mode})
+	check(err)
+	chunks, err := cache.Open(filepath.Join(n.root, "cache"))
+	check(err)
+	client, err := registryclient.New(registryclient.Options{Budget: 2 * time.Second})
+	check(err)
+	n.images, err = stream.New(stream.Options{
+		Root: n.root, Registry: client, Cache: chunks, Mounter: mounts,
+		Allow: func(r registryclient.Repository) bool {
+			return r != registryclient.Repository(n.reg.Host()+"/unlisted")
+		},
+		Timeout:    5 * time.Second,
+		RetryAfter: time.Nanosecond,
+	})
+	check(err)
+	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)))
+	check(err)
+	n.stop = func() {
+		n.sn.Close()
+		mounts.Close()
+		if err := chunks.Close(); err != nil {
+			n.t.Error(err)
+		}
+		client.Close()
+	}
+}
+
+// restart ends the parts and starts them again over the same files.
+func (n *testNode) restart() {
+	n.t.Helper()
+	n.stop()
+	n.start()
+}
+
+// testImage is an image in the registry.
+type testImage struct {
+	ref      string
+	manifest digest.Digest
+	chainIDs []digest.Digest
+}
+
+// push pushes an image with the layers' tars as repo:latest.
+func (n *testNode) push(repo string, tars ...[]byte) testImage {
+	n.t.Helper()
+	img := v1.Image(empty.Image)
+	for _, b := range tars {
+		l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil })
+		if err != nil {
+			n.t.Fatal(err)
+		}
+		if img, err = mutate.AppendLayers(img, l); err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	cf, err := img.ConfigFile()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	cf = cf.DeepCopy()
+	cf.OS, cf.Architecture = "linux", "amd64"
+	if img, err = mutate.ConfigFile(img, cf); err != nil {
+		n.t.Fatal(err)
+	}
+	ref := n.reg.Host() + "/" + repo + ":latest"
+	r, err := name.ParseReference(ref)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if err := remote.Write(r, img); err != nil {
+		n.t.Fatal(err)
+	}
+	h, err := img.Digest()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	var diffIDs []digest.Digest
+	for _, d := range cf.RootFS.DiffIDs {
+		diffIDs = append(diffIDs, digest.Digest(d.String()))
+	}
+	return testImage{ref: ref, manifest: digest.Digest(h.String()), chainIDs: identity.ChainIDs(diffIDs)}
+}
+
+// convert attaches the image's artifact.
+func (n *testNode) convert(img testImage) {
+	n.t.Helper()
+	p, ref, err := converter.Open(img.ref, converter.OpenOptions{})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	if _, err := converter.Create(context.Background(), p, ref, converter.CreateOptions{}); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// labels are what containerd passes for layer i.
+func (img testImage) labels(i int) snapshots.Opt {
+	return snapshots.WithLabels(map[string]string{
+		"containerd.io/snapshot.ref":                 img.chainIDs[i].String(),
+		"containerd.io/snapshot/cri.image-ref":       img.ref,
+		"containerd.io/snapshot/cri.manifest-digest": img.manifest.String(),
+	})
+}
+
+// dataRequests counts ranged reads of layer data: indexes lie at their blobs' ends, so what begins at 0 is data.
+func (n *testNode) dataRequests() int {
+	got, _ := n.reg.Count(registrytest.OfBlobs, func(q registrytest.Request) bool {
+		return q.Method == http.MethodGet && len(q.Range) > 8 && q.Range[:8] == "bytes=0-"
+	})
+	return got
+}
+
+type file struct{ name, body string }
+
+// tarOf makes a layer's tar: names that end in / are directories.
+func tarOf(t testing.TB, files ...file) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, f := range files {
+		h := &tar.Header{Name: f.name, Mode: 0o755, Size: int64(len(f.body)), Typeflag: tar.TypeReg, ModTime: time.Unix(1e9, 0)}
+		if f.name[len(f.name)-1] == '/' {
+			h.Typeflag = tar.TypeDir
+		}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, f.body); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// threeLayers are a base, a change with a whiteout, and a top.
+func threeLayers(t testing.TB) [][]byte {
+	return [][]byte{
+		tarOf(t, file{"etc/", ""}, file{"etc/base", "from the base"}, file{"etc/gone", "deleted above"}),
+		tarOf(t, file{"etc/", ""}, file{"etc/.wh.gone", ""}, file{"etc/middle", "from the middle"}),
+		tarOf(t, file{"top", "from the top"}),
+	}
+}
+
+func testContext() context.Context { return namespaces.WithNamespace(context.Background(), "test") }
+
+// prepareAll prepares the image's layers from first on, as containerd does, on top of parent, and returns the name of the top snapshot.
+func (n *testNode) prepareAll(img testImage, first int, parent string) string {
+	n.t.Helper()
+	for i := first; i < len(img.chainIDs); i++ {
+		parent = n.prepareStreamed(img, i, parent)
+	}
+	return parent
+}
+
+func (n *testNode) prepareStreamed(img testImage, i int, parent string) string {
+	n.t.Helper()
+	ctx := testContext()
+	mounts, err := n.sn.Prepare(ctx, fmt.Sprintf("extract-%d %s %d", i, img.chainIDs[i], time.Now().UnixNano()), parent, img.labels(i))
+	if !isAlreadyExists(err) {
+		n.t.Fatalf("Prepare of layer %d: got %v, %v, want ErrAlreadyExists; log:\n%s", i, mounts, err, n.log.b.String())
+	}
+	name := ""
+	filter := fmt.Sprintf(`labels."containerd.io/snapshot.ref"==%s,parent==%q`, img.chainIDs[i], parent)
+	if err := n.sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if info.Kind == snapshots.KindCommitted {
+			name = info.Name
+		}
+		return nil
+	}, filter); err != nil {
+		n.t.Fatal(err)
+	}
+	if name == "" {
+		n.t.Fatalf("layer %d: no committed snapshot answers containerd's filter %s", i, filter)
+	}
+	return name
+}

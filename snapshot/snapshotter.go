@@ -1,0 +1,318 @@
+// Package snapshot is the containerd snapshotter: upstream's overlay snapshotter, decorated so that the layers of an image
+// that has a streaming artifact become streamed snapshots, which are committed without being downloaded.
+//
+// The principle: whatever is not a streamed snapshot is plain overlay, in upstream's own code and in its layout on disk. A
+// streamed snapshot stands alone: its directory is where the merged tree of its whole chain is mounted, so an overlay needs nothing below
+// it, and it does not matter how its parents came about. It is mounted when something is first prepared on top of it. Every failure
+// on the way to a streamed snapshot ends in a plain one, with one log line that says why.
+//
+// What this package does not do: it knows no registries and no artifacts (package stream does), and mounts nothing itself.
+//
+// On disk, below the root:
+//
+//	metadata.db            upstream's, shared with the inner snapshotter
+//	snapshots/<id>/fs      upstream's; of a streamed snapshot, the mount point of its chain
+//	streamed/*.json        which snapshots are streamed, and from which image: one file for each pull
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
+	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+)
+
+// Images are the images that this node can stream. *stream.Store is one.
+type Images interface {
+	// Find says whether the image that ref names, with this platform manifest, can be streamed: under which id, and its
+	// chain IDs, bottom first. An error is the reason why not.
+	Find(ctx context.Context, ref string, manifest digest.Digest) (id string, chainIDs []digest.Digest, err error)
+	// Mount mounts the chain of the first n layers of image id at target. It needs no network for an image that was found
+	// before, in this life of the daemon or an earlier one.
+	Mount(ctx context.Context, id string, n int, target string) error
+	// Unmount undoes Mount; a target that is not mounted is no error.
+	Unmount(target string) error
+	// Forget drops an image that no snapshot uses. Retain drops all of a former life but those in use.
+	Forget(id string) error
+	Retain(used func(id string) bool) error
+}
+
+// Snapshotter implements snapshots.Snapshotter.
+//
+// LOCK ORDER: mountMu before a transaction of ms before mu. No network or mount call is made under a transaction or mu.
+type Snapshotter struct {
+	snapshots.Snapshotter // upstream's overlay, sharing ms
+
+	root   string
+	ms     *storage.MetaStore
+	images Images
+	log    *slog.Logger
+
+	mountMu keyedMutex // by snapshot id: held while its chain is mounted or unmounted
+
+	mu       sync.Mutex
+	streamed map[string]*streamedSnapshot // by snapshot id
+	logged   map[string]time.Time         // fallbacks logged lately, by reference and manifest digest
+	finds    int                          // searches whose snapshots are not made yet
+	unused   map[string]bool              // images of which the last snapshot may be gone
+}
+
+var _ snapshots.Snapshotter = (*Snapshotter)(nil)
+var _ snapshots.Cleaner = (*Snapshotter)(nil)
+
+// New opens or creates the snapshotter's state in root. It detaches what a former life left mounted there, and needs no network.
+func New(root string, images Images, log *slog.Logger) (*Snapshotter, error) {
+	for _, d := range []string{root, filepath.Join(root, "streamed")} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return nil, err
+		}
+	}
+	if err := detachBelow(filepath.Join(root, "snapshots")); err != nil {
+		return nil, err
+	}
+	ms, err := storage.NewMetaStore(filepath.Join(root, "metadata.db"))
+	if err != nil {
+		return nil, err
+	}
+	// Removal is ours: upstream would delete the directory of a streamed snapshot through its mount.
+	inner, err := overlay.NewSnapshotter(root, overlay.WithMetaStore(ms), overlay.AsynchronousRemove)
+	if err != nil {
+		return nil, errors.Join(err, ms.Close())
+	}
+	s := &Snapshotter{
+		Snapshotter: inner, root: root, ms: ms, images: images, log: log,
+		streamed: map[string]*streamedSnapshot{}, logged: map[string]time.Time{}, unused: map[string]bool{},
+	}
+	if err := s.loadStreamed(); err != nil {
+		return nil, errors.Join(err, ms.Close())
+	}
+	if err := s.Cleanup(context.Background()); err != nil {
+		return nil, errors.Join(err, ms.Close())
+	}
+	return s, nil
+}
+
+// Prepare returns ErrAlreadyExists for a layer that is streamed: containerd then finds the snapshot by its chain ID, and skips the download.
+func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	l, err := parseLabels(opts)
+	if err != nil {
+		return nil, err
+	}
+	if l.target != "" && s.stream(ctx, key, parent, l) {
+		return nil, fmt.Errorf("snapshot %s is streamed: %w", l.target, errdefs.ErrAlreadyExists)
+	}
+	return s.create(ctx, parent, func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
+}
+
+// View is upstream's, over mounted parents.
+func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	return s.create(ctx, parent, func() ([]mount.Mount, error) { return s.Snapshotter.View(ctx, key, parent, opts...) })
+}
+
+// Mounts is upstream's, over mounted parents: containers of a former life are mounted again here.
+func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	info, err := s.Stat(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	return s.create(ctx, info.Parent, func() ([]mount.Mount, error) { return s.Snapshotter.Mounts(ctx, key) })
+}
+
+// create runs f, which asks upstream for mounts over parent, once the streamed snapshot that parent stands on is mounted.
+func (s *Snapshotter) create(ctx context.Context, parent string, f func() ([]mount.Mount, error)) ([]mount.Mount, error) {
+	base, err := s.streamedBase(ctx, parent)
+	if err != nil {
+		return nil, err
+	}
+	if base == nil {
+		return f()
+	}
+	if err := s.mount(ctx, base); err != nil {
+		return nil, err
+	}
+	mounts, err := f()
+	if err != nil {
+		return nil, err
+	}
+	return cutBelow(mounts, s.fsPath(base.ID)), nil
+}
+
+// streamedBase returns the topmost streamed snapshot among name and its ancestors, nil if there is none.
+func (s *Snapshotter) streamedBase(ctx context.Context, name string) (base *streamedSnapshot, err error) {
+	if name == "" {
+		return nil, nil
+	}
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		for name != "" && base == nil {
+			id, info, _, err := storage.GetInfo(ctx, name)
+			if errdefs.IsNotFound(err) {
+				return nil // upstream says it in its own words
+			}
+			if err != nil {
+				return err
+			}
+			base, name = s.streamedByID(id), info.Parent
+		}
+		return nil
+	})
+	return base, err
+}
+
+func (s *Snapshotter) streamedByID(id string) *streamedSnapshot {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.streamed[id]
+}
+
+func (s *Snapshotter) mount(ctx context.Context, sn *streamedSnapshot) error {
+	defer s.mountMu.lock(sn.ID)()
+	if sn.mounted {
+		return nil
+	}
+	if err := s.images.Mount(ctx, sn.Image, sn.Layers, s.fsPath(sn.ID)); err != nil {
+		return fmt.Errorf("streamed snapshot %s: %w", sn.Ref, err)
+	}
+	sn.mounted = true
+	return nil
+}
+
+// Remove removes a snapshot. Unlike upstream it unmounts first, and keeps the directory of what cannot be unmounted.
+func (s *Snapshotter) Remove(ctx context.Context, key string) error {
+	var id string
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		id, _, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := s.Snapshotter.Remove(ctx, key); err != nil {
+		return err
+	}
+	if err := s.removeDir(id); err != nil {
+		s.log.Warn("snapshot directory stays until the next cleanup", "key", key, "error", err)
+	}
+	return nil
+}
+
+// removeDir removes the directory of a snapshot whose row is gone, and, with the last snapshot of an image, what was kept for that.
+func (s *Snapshotter) removeDir(id string) error {
+	defer s.mountMu.lock(id)()
+	if err := s.images.Unmount(s.fsPath(id)); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(filepath.Join(s.root, "snapshots", id)); err != nil {
+		return err
+	}
+	return s.dropStreamed(id)
+}
+
+// Cleanup removes directories that belong to no snapshot.
+func (s *Snapshotter) Cleanup(ctx context.Context) error {
+	var orphans []string
+	// Directories are made inside write transactions: within one, there are none in the making.
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if err != nil {
+			if errdefs.IsNotFound(err) {
+				ids = nil // nothing was ever created
+			} else {
+				return err
+			}
+		}
+		dirs, err := os.ReadDir(filepath.Join(s.root, "snapshots"))
+		if err != nil {
+			return err
+		}
+		for _, d := range dirs {
+			if _, ok := ids[d.Name()]; !ok {
+				orphans = append(orphans, d.Name())
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, id := range orphans {
+		if err := s.removeDir(id); err != nil {
+			s.log.Warn("orphan snapshot directory", "dir", id, "error", err)
+		}
+	}
+	return nil
+}
+
+func (s *Snapshotter) fsPath(id string) string { return filepath.Join(s.root, "snapshots", id, "fs") }
+
+// cutBelow removes what lies below base, a mounted chain, from the lower directories of an overlay.
+func cutBelow(mounts []mount.Mount, base string) []mount.Mount {
+	for i, m := range mounts {
+		if m.Type != "overlay" {
+			continue
+		}
+		writable := false
+		lower := -1
+		for j, o := range m.Options {
+			writable = writable || strings.HasPrefix(o, "upperdir=")
+			if strings.HasPrefix(o, "lowerdir=") {
+				lower = j
+			}
+		}
+		if lower < 0 {
+			continue
+		}
+		dirs := strings.Split(strings.TrimPrefix(m.Options[lower], "lowerdir="), ":")
+		for j, d := range dirs {
+			if d == base {
+				dirs = dirs[:j+1]
+				break
+			}
+		}
+		if len(dirs) == 1 && !writable {
+			// overlayfs refuses a single lower directory without an upper one.
+			mounts[i] = mount.Mount{Type: "bind", Source: dirs[0], Options: append(idMaps(m.Options), "ro", "rbind")}
+			continue
+		}
+		m.Options[lower] = "lowerdir=" + strings.Join(dirs, ":")
+	}
+	return mounts
+}
+
+func idMaps(options []string) (maps []string) {
+	for _, o := range options {
+		if strings.HasPrefix(o, "uidmap=") || strings.HasPrefix(o, "gidmap=") {
+			maps = append(maps, o)
+		}
+	}
+	return maps
+}
+
+// detachBelow detaches what is mounted at the fs directories of snapshots: a dead daemon's mounts, which answer only errors.
+func detachBelow(dir string) error {
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir + "/"))
+	if err != nil {
+		return err
+	}
+	for i := len(infos) - 1; i >= 0; i-- {
+		if p := infos[i].Mountpoint; filepath.Base(p) == "fs" {
+			if err := unix.Unmount(p, unix.MNT_DETACH); err != nil {
+				return fmt.Errorf("detach %s: %w", p, err)
+			}
+		}
+	}
+	return nil
+}

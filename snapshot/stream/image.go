@@ -1,0 +1,209 @@
+package stream
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sort"
+	"sync"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/tree"
+)
+
+// blockSize is that of metadata images, bytes: tar aligns file bodies to 512.
+const blockSize = 512
+
+// image is an image that can be streamed.
+type image struct {
+	store *Store
+	id    string
+	rec   *record
+
+	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
+	mu     sync.Mutex
+	mounts int     // targets mounted
+	dev    *device // open while mounts > 0
+}
+
+func (img *image) mount(ctx context.Context, n int, target string) error {
+	if n < 1 || n > len(img.rec.Layers) {
+		return fmt.Errorf("mount %s: no chain of %d layers in an image of %d", target, n, len(img.rec.Layers))
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if img.dev == nil {
+		dev, err := img.open(ctx)
+		if err != nil {
+			return fmt.Errorf("open streamed image %s: %w", img.id, err)
+		}
+		img.dev = dev
+	}
+	meta, err := img.metadata(ctx, n)
+	if err == nil {
+		err = img.store.o.Mounter.Mount(ctx, fs.Image{ID: img.id, Metadata: meta, Device: img.dev}, target)
+	}
+	if err != nil {
+		img.release()
+		return fmt.Errorf("mount %s: %w", target, err)
+	}
+	img.mounts++
+	img.store.mu.Lock()
+	img.store.targets[target] = img
+	img.store.mu.Unlock()
+	return nil
+}
+
+// Unmount undoes Mount. A target that is not mounted is no error.
+func (s *Store) Unmount(target string) error {
+	s.mu.Lock()
+	img := s.targets[target]
+	s.mu.Unlock()
+	if err := s.o.Mounter.Unmount(target); err != nil || img == nil {
+		return err
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	s.mu.Lock()
+	again := s.targets[target] != img
+	delete(s.targets, target)
+	s.mu.Unlock()
+	if !again {
+		img.mounts--
+		img.release()
+	}
+	return nil
+}
+
+// release closes the data device if nothing is mounted. The caller holds mu.
+func (img *image) release() {
+	if img.mounts == 0 && img.dev != nil {
+		img.dev.close()
+		img.dev = nil
+	}
+}
+
+func (img *image) open(ctx context.Context) (_ *device, err error) {
+	d := &device{}
+	defer func() {
+		if err != nil {
+			d.close()
+		}
+	}()
+	for i, l := range img.rec.Layers {
+		x, err := img.store.openIndex(ctx, img.rec.Repository, l)
+		if err != nil {
+			return nil, fmt.Errorf("layer %d: %w", i, err)
+		}
+		d.indexes = append(d.indexes, x)
+		cl, err := img.store.o.Cache.Layer(l.Digest, x, blob{img.store.o.Registry, img.rec.Repository, l.Digest})
+		if err != nil {
+			return nil, fmt.Errorf("layer %d: %w", i, err)
+		}
+		d.layers = append(d.layers, cl)
+		d.bases = append(d.bases, d.size)
+		d.size += (x.TarSize + blockSize - 1) / blockSize * blockSize
+	}
+	return d, nil
+}
+
+// metadata returns the path of the metadata image of the first n layers, and makes it if it is not there. The caller holds mu.
+func (img *image) metadata(ctx context.Context, n int) (string, error) {
+	path := filepath.Join(img.store.imageDir(img.id), fmt.Sprintf("%d.erofs", n))
+	if _, err := os.Stat(path); err == nil {
+		return path, nil
+	}
+	layers := make([]tree.Layer, n)
+	for i := range layers {
+		layers[i] = tree.Layer{Index: img.dev.indexes[i], Base: img.dev.bases[i], ReadAt: img.dev.layers[i].ReadAt}
+	}
+	root, err := tree.Merge(ctx, layers, blockSize)
+	if err != nil {
+		return "", err
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*")
+	if err != nil {
+		return "", err
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	w := bufio.NewWriterSize(f, 1<<20)
+	if err := erofs.Write(w, root, erofs.Options{BlockSize: blockSize, DeviceSize: img.dev.size}); err != nil {
+		return "", err
+	}
+	if err := w.Flush(); err != nil {
+		return "", err
+	}
+	// The file is used as it is after a power loss, so its bytes are durable before its name is.
+	if err := f.Sync(); err != nil {
+		return "", err
+	}
+	if err := os.Rename(f.Name(), path); err != nil {
+		return "", err
+	}
+	// The tree of a large image is garbage by the megabyte now, in a daemon that is idle most of its life.
+	root = nil
+	debug.FreeOSMemory()
+	return path, syncDir(filepath.Dir(path))
+}
+
+// device is an image's data device over the cache: the layers' tars end to end, each at a 512-aligned base, zeros between.
+type device struct {
+	indexes []*artifact.Index
+	layers  []*cache.Layer
+	bases   []int64
+	size    int64
+}
+
+func (d *device) Size() int64 { return d.size }
+
+func (d *device) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	n := 0
+	for n < len(p) && off < d.size {
+		i := sort.Search(len(d.bases), func(i int) bool { return d.bases[i] > off }) - 1
+		// Empty tars share their base with the next layer: the search finds the last of them, which is not empty.
+		end := d.size
+		if i+1 < len(d.bases) {
+			end = d.bases[i+1]
+		}
+		want := p[n:min(int64(len(p)), int64(n)+end-off)]
+		got, err := d.readLayer(ctx, i, want, off-d.bases[i])
+		n += got
+		off += int64(got)
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
+}
+
+// readLayer fills p from tar offset off of layer i, with zeros beyond the tar's end.
+func (d *device) readLayer(ctx context.Context, i int, p []byte, off int64) (int, error) {
+	n := 0
+	if size := d.indexes[i].TarSize; off < size {
+		in := p[:min(int64(len(p)), size-off)]
+		var err error
+		if n, err = d.layers[i].ReadAt(ctx, in, off); n < len(in) {
+			if err == nil || errors.Is(err, io.EOF) {
+				err = io.ErrUnexpectedEOF
+			}
+			return n, err
+		}
+	}
+	clear(p[n:])
+	return len(p), nil
+}
+
+func (d *device) close() {
+	for _, l := range d.layers {
+		l.Close()
+	}
+}

@@ -1,0 +1,250 @@
+package stream
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+// maxConfigSize bounds an image's config, bytes: containerd's own bound for what it reads whole is the same order.
+const maxConfigSize = 8 << 20
+
+// indexFetches is how many indexes are fetched at once: enough that the indexes of an image of 128 layers (the most that
+// overlayfs is used with) are one round trip.
+const indexFetches = 128
+
+// image facts that come from the source alone, never from the artifact.
+type source struct {
+	manifest ocispec.Manifest
+	size     int64
+	chainIDs []digest.Digest
+	diffIDs  []digest.Digest
+}
+
+// lookup finds, checks and records the artifact of an image, in three dependent round trips:
+//
+//  1. referrers of the platform manifest, beside the platform manifest itself
+//  2. the artifact's manifest, beside the image's config
+//  3. the indexes of all layers
+func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, manifest digest.Digest) (*image, error) {
+	var referrers []ocispec.Descriptor
+	var src source
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() (err error) {
+		referrers, err = s.o.Registry.Referrers(gctx, repo, manifest, artifact.ArtifactType)
+		if err == nil && len(referrers) == 0 {
+			err = fmt.Errorf("%s@%s has no streaming artifact (`streamctl create` makes one)", repo, manifest)
+		}
+		return err
+	})
+	g.Go(func() error {
+		b, err := s.o.Registry.Manifest(gctx, repo, manifest, artifact.MaxManifestSize)
+		if err != nil {
+			return err
+		}
+		src.size = int64(len(b))
+		return json.Unmarshal(b, &src.manifest)
+	})
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+
+	// Newest first; an artifact that cannot be used gives way to the next.
+	slices.SortStableFunc(referrers, func(a, b ocispec.Descriptor) int {
+		return cmp.Compare(b.Annotations[ocispec.AnnotationCreated], a.Annotations[ocispec.AnnotationCreated])
+	})
+	config := make(chan error, 1)
+	go func() { config <- s.readConfig(ctx, repo, &src) }()
+	var configErr error
+	configRead := false
+	var errs []error
+	for _, r := range referrers {
+		m, raw, err := s.readArtifact(ctx, repo, r)
+		if !configRead {
+			configErr, configRead = <-config, true
+		}
+		if configErr != nil {
+			return nil, configErr
+		}
+		if err == nil {
+			err = src.check(manifest, m)
+		}
+		if err == nil {
+			var img *image
+			if img, err = s.adopt(ctx, repo, manifest, digest.FromBytes(raw), m, &src); err == nil {
+				return img, nil
+			}
+		}
+		errs = append(errs, fmt.Errorf("artifact %s: %w", r.Digest, err))
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, errors.Join(errs...)
+}
+
+func (s *Store) readArtifact(ctx context.Context, repo registryclient.Repository, r ocispec.Descriptor) (*artifact.Manifest, []byte, error) {
+	raw, err := s.o.Registry.Manifest(ctx, repo, r.Digest, artifact.MaxManifestSize)
+	if err != nil {
+		return nil, nil, err
+	}
+	m, err := artifact.DecodeManifest(raw)
+	return m, raw, err
+}
+
+// readConfig fetches the image's config by the digest that the image's manifest names, and derives the chain IDs.
+func (s *Store) readConfig(ctx context.Context, repo registryclient.Repository, src *source) error {
+	b, err := s.o.Registry.Blob(ctx, repo, src.manifest.Config.Digest, maxConfigSize)
+	if err != nil {
+		return err
+	}
+	var c ocispec.Image
+	if err := json.Unmarshal(b, &c); err != nil {
+		return fmt.Errorf("config %s: %w", src.manifest.Config.Digest, err)
+	}
+	if len(c.RootFS.DiffIDs) != len(src.manifest.Layers) || len(c.RootFS.DiffIDs) == 0 {
+		return fmt.Errorf("config %s has %d diffIDs, the manifest %d layers", src.manifest.Config.Digest, len(c.RootFS.DiffIDs), len(src.manifest.Layers))
+	}
+	src.diffIDs = c.RootFS.DiffIDs
+	src.chainIDs = identity.ChainIDs(slices.Clone(c.RootFS.DiffIDs))
+	return nil
+}
+
+// check compares what the artifact says of the image with the image.
+func (src *source) check(manifest digest.Digest, m *artifact.Manifest) error {
+	if m.Subject.Digest != manifest {
+		return fmt.Errorf("%w: its subject is %s, not the image", artifact.ErrInvalid, m.Subject.Digest)
+	}
+	if m.Config.Digest != src.manifest.Config.Digest {
+		return fmt.Errorf("%w: its config is %s, the image's is %s", artifact.ErrInvalid, m.Config.Digest, src.manifest.Config.Digest)
+	}
+	if len(m.Layers) != len(src.manifest.Layers) {
+		return fmt.Errorf("%w: it has %d layers, the image %d", artifact.ErrInvalid, len(m.Layers), len(src.manifest.Layers))
+	}
+	for i, l := range m.Layers {
+		if l.Source != src.manifest.Layers[i].Digest {
+			return fmt.Errorf("%w: layer %d is made of %s, the image has %s there", artifact.ErrInvalid, i, l.Source, src.manifest.Layers[i].Digest)
+		}
+	}
+	return nil
+}
+
+// adopt fetches the indexes of an artifact, checks them and adds the image to the set.
+func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, m *artifact.Manifest, src *source) (*image, error) {
+	rec := &record{
+		Version: recordVersion, Artifact: dgst, Manifest: manifest, Repository: repo,
+		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers,
+	}
+	unpin := s.pin(rec)
+	defer unpin()
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(indexFetches)
+	fetched := map[digest.Digest]bool{}
+	for i, l := range rec.Layers {
+		if fetched[l.Digest] {
+			continue
+		}
+		fetched[l.Digest] = true
+		g.Go(func() error {
+			x, err := s.openIndex(gctx, repo, l)
+			if err != nil {
+				return fmt.Errorf("index of layer %d: %w", i, err)
+			}
+			if x.DiffID != rec.DiffIDs[i] {
+				return fmt.Errorf("%w: index of layer %d is of tar %s, the image's config lists %s", artifact.ErrInvalid, i, x.DiffID, rec.DiffIDs[i])
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	return s.add(rec)
+}
+
+// pin keeps the indexes of rec from being swept before the record that names them is on disk.
+func (s *Store) pin(rec *record) (unpin func()) {
+	add := func(n int) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for _, l := range rec.Layers {
+			name := l.Digest.Encoded()
+			if s.pins[name] += n; s.pins[name] == 0 {
+				delete(s.pins, name)
+			}
+		}
+	}
+	add(1)
+	return func() { add(-1) }
+}
+
+// openIndex maps the index of layer l, from disk if an intact copy is there, from the registry otherwise.
+func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer) (*artifact.Index, error) {
+	path := s.indexPath(l.Digest)
+	if x, err := mapIndex(path, l); err == nil {
+		return x, nil
+	}
+	var errs []error
+	for try := 0; ; try++ {
+		b, err := s.fetchIndex(ctx, repo, l, try)
+		if err == nil {
+			if err = writeFile(path, b); err != nil {
+				return nil, err
+			}
+			return mapIndex(path, l)
+		}
+		errs = append(errs, err)
+		// Wrong bytes may be one mirror's: the next host is asked. Anything else has been retried below.
+		if !errors.Is(err, artifact.ErrInvalid) || try >= 3 {
+			return nil, errors.Join(errs...)
+		}
+	}
+}
+
+func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer, try int) ([]byte, error) {
+	r, err := s.o.Registry.ReadRange(ctx, repo, l.Digest, l.IndexOffset, l.IndexSize, try)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	// Grows with what arrives: a manifest that claims a large index costs memory only if the registry sends one.
+	var b bytes.Buffer
+	if _, err := io.Copy(&b, io.LimitReader(r, l.IndexSize)); err != nil {
+		return nil, err
+	}
+	if got := digest.FromBytes(b.Bytes()); got != l.IndexDigest {
+		return nil, fmt.Errorf("%w: index hashes to %s, the artifact's manifest says %s", artifact.ErrInvalid, got, l.IndexDigest)
+	}
+	return b.Bytes(), nil
+}
+
+// writeFile replaces path by b. It can be fetched again, so it is not synced: what a crash leaves is verified when opened.
+func writeFile(path string, b []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*")
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(b)
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+	}
+	return err
+}

@@ -1,0 +1,118 @@
+package stream
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+const (
+	recordVersion = 1
+	recordName    = "image.json"
+)
+
+// record is what the node keeps of an image: all that mounting it takes, but for its indexes.
+type record struct {
+	Version    int                       `json:"version"`
+	Artifact   digest.Digest             `json:"artifact"`   // of the artifact's manifest
+	Manifest   digest.Digest             `json:"manifest"`   // of the image's platform manifest
+	Repository registryclient.Repository `json:"repository"` // where its blobs are read
+	ChainIDs   []digest.Digest           `json:"chainIDs"`   // of the image's own config, bottom first
+	DiffIDs    []digest.Digest           `json:"diffIDs"`    // likewise
+	Layers     []artifact.Layer          `json:"layers"`
+}
+
+func loadRecord(dir string) (*record, error) {
+	b, err := os.ReadFile(filepath.Join(dir, recordName))
+	if err != nil {
+		return nil, err
+	}
+	rec := &record{}
+	if err := json.Unmarshal(b, rec); err != nil {
+		return nil, err
+	}
+	if rec.Version != recordVersion {
+		return nil, fmt.Errorf("%s is of version %d, this release knows %d", filepath.Join(dir, recordName), rec.Version, recordVersion)
+	}
+	if n := len(rec.Layers); n == 0 || len(rec.ChainIDs) != n || len(rec.DiffIDs) != n {
+		return nil, fmt.Errorf("%s is damaged", filepath.Join(dir, recordName))
+	}
+	return rec, nil
+}
+
+// save makes the record durable: snapshots refer to it, and a node must be able to mount them again without a registry.
+func (rec *record) save(dir string) error {
+	b, err := json.Marshal(rec)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(dir, recordName+".tmp*")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	if _, err := f.Write(b); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if err := os.Rename(f.Name(), filepath.Join(dir, recordName)); err != nil {
+		return err
+	}
+	for _, d := range []string{dir, filepath.Dir(dir)} {
+		if err := syncDir(d); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// mapIndex maps, verifies and decodes the index file at path against what the artifact's manifest says of layer l. The
+// map lives as long as the Index: a reader that comes late, after an unmount that was only lazy, still finds it.
+func mapIndex(path string, l artifact.Layer) (*artifact.Index, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if st.Size() != l.IndexSize || l.IndexSize == 0 {
+		return nil, fmt.Errorf("%w: %s has %d bytes, want %d", artifact.ErrInvalid, path, st.Size(), l.IndexSize)
+	}
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(l.IndexSize), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", path, err)
+	}
+	x, err := l.Index(mem)
+	if err != nil {
+		unix.Munmap(mem)
+		return nil, err
+	}
+	runtime.AddCleanup(x, func(mem []byte) { unix.Munmap(mem) }, mem)
+	return x, nil
+}

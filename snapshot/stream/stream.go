@@ -1,0 +1,306 @@
+// Package stream holds the images that this node streams: it finds an image's artifact in the registry, keeps what a mount
+// needs (manifests' facts, indexes, metadata images) on disk, and mounts chains of its layers.
+//
+// What was found once needs the registry no more but for chunks: images are loaded and mounted without network after a
+// restart. Indexes are verified against the artifact's manifest whenever they are opened, and fetched again if damaged. It
+// does not decide which snapshot is streamed (package snapshot does) and verifies no chunk (package fs/cache does).
+//
+// On disk, below Options.Root:
+//
+//	images/<hex of the artifact manifest's digest>/
+//	    image.json         record: where the image came from, its chain IDs, the artifact's layers
+//	    <n>.erofs          metadata image of the chain of the first n layers, made when it is first mounted
+//	indexes/<hex of the layer blob's digest>
+//	                       the index's skippable frame as it lies in the blob
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+// ErrNotStreamable: this image is not streamed, for the reason that wraps it. A normal pull is the answer.
+var ErrNotStreamable = errors.New("not streamed")
+
+// Registry is where artifacts are looked for and read from. *registryclient.Client is one.
+type Registry interface {
+	// Referrers lists the referrers of subject of one artifact type; none is no error.
+	Referrers(ctx context.Context, repo registryclient.Repository, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error)
+	// Manifest and Blob return verified bytes, at most max of them.
+	Manifest(ctx context.Context, repo registryclient.Repository, dgst digest.Digest, max int64) ([]byte, error)
+	Blob(ctx context.Context, repo registryclient.Repository, dgst digest.Digest, max int64) ([]byte, error)
+	// ReadRange returns n unverified bytes at off of a blob; a higher try turns to another host.
+	ReadRange(ctx context.Context, repo registryclient.Repository, dgst digest.Digest, off, n int64, try int) (io.ReadCloser, error)
+}
+
+// Mounter mounts metadata images. *fs.Server is one.
+type Mounter interface {
+	Mount(ctx context.Context, img fs.Image, target string) error
+	Unmount(target string) error
+}
+
+// Options of a Store.
+type Options struct {
+	Root     string // directory; created
+	Registry Registry
+	Cache    *cache.Cache
+	Mounter  Mounter
+	// Allow says whether images of a repository may be streamed. Nil allows all.
+	Allow func(repo registryclient.Repository) bool
+	// Timeout bounds a search for an artifact, so that a pull never waits long for what may not be there. 0 is 15 s.
+	Timeout time.Duration
+	// RetryAfter is how long a failed search stands, so that the layers of one normal pull do not ask again. 0 is 10 s.
+	RetryAfter time.Duration
+}
+
+// Store is the set of images. It is safe for concurrent use.
+type Store struct {
+	o Options
+
+	mu       sync.Mutex
+	searches map[digest.Digest]*search // by platform manifest digest
+	images   map[string]*image         // by ID
+	targets  map[string]*image         // mounted, by target
+	pins     map[string]int            // indexes that a search is about to need, by file name
+}
+
+// search is one look for an artifact, shared by all that want it at the same time.
+type search struct {
+	done    chan struct{}
+	image   *image
+	err     error
+	expires time.Time // of a failure
+}
+
+// New creates the directories and returns the Store.
+func New(o Options) (*Store, error) {
+	if o.Timeout == 0 {
+		o.Timeout = 15 * time.Second
+	}
+	if o.RetryAfter == 0 {
+		o.RetryAfter = 10 * time.Second
+	}
+	for _, d := range []string{"images", "indexes"} {
+		if err := os.MkdirAll(filepath.Join(o.Root, d), 0o700); err != nil {
+			return nil, err
+		}
+	}
+	s := &Store{o: o, searches: map[digest.Digest]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}}
+	return s, s.sweep()
+}
+
+// Find looks for the artifact of the image that ref names and whose platform manifest is manifest. The error wraps
+// ErrNotStreamable unless ctx ended. A success stands as long as the image is in use, a failure for seconds.
+//
+// The id names the artifact on this node; chainIDs are those of the image's own config, bottom first.
+func (s *Store) Find(ctx context.Context, ref string, manifest digest.Digest) (id string, chainIDs []digest.Digest, err error) {
+	img, err := s.find(ctx, ref, manifest)
+	if err != nil {
+		return "", nil, err
+	}
+	return img.id, img.rec.ChainIDs, nil
+}
+
+func (s *Store) find(ctx context.Context, ref string, manifest digest.Digest) (*image, error) {
+	repo, _, _, err := registryclient.ParseReference(ref)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNotStreamable, err)
+	}
+	if s.o.Allow != nil && !s.o.Allow(repo) {
+		return nil, fmt.Errorf("%w: %s is not listed in `stream` in the configuration", ErrNotStreamable, repo)
+	}
+	s.mu.Lock()
+	q := s.searches[manifest]
+	if q == nil || q.stale() {
+		q = &search{done: make(chan struct{})}
+		s.searches[manifest] = q
+		go s.search(context.WithoutCancel(ctx), q, repo, manifest)
+	}
+	s.mu.Unlock()
+	select {
+	case <-q.done:
+		return q.image, q.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+func (q *search) stale() bool {
+	select {
+	case <-q.done:
+		return q.err != nil && time.Now().After(q.expires)
+	default:
+		return false
+	}
+}
+
+func (s *Store) search(ctx context.Context, q *search, repo registryclient.Repository, manifest digest.Digest) {
+	defer close(q.done)
+	ctx, cancel := context.WithTimeout(ctx, s.o.Timeout)
+	defer cancel()
+	var err error
+	q.image, err = s.lookup(ctx, repo, manifest)
+	if err != nil {
+		q.err = fmt.Errorf("%w: %w", ErrNotStreamable, err)
+		q.expires = time.Now().Add(s.o.RetryAfter)
+	}
+}
+
+// add puts a record on disk and in the set. An image that is there already stays as it is: its ID names its bytes.
+func (s *Store) add(rec *record) (*image, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	id := rec.Artifact.Encoded()
+	if img := s.images[id]; img != nil {
+		return img, nil
+	}
+	if err := rec.save(s.imageDir(id)); err != nil {
+		return nil, err
+	}
+	img := &image{store: s, id: id, rec: rec}
+	s.images[id] = img
+	return img, nil
+}
+
+// Mount mounts the chain of the first n layers of image id read-only at target, a directory. It works for images found in an
+// earlier life of the daemon as well, and asks the registry for nothing, unless a layer maps file data in a way that extents
+// cannot express, or an index on disk is damaged.
+func (s *Store) Mount(ctx context.Context, id string, n int, target string) error {
+	img, err := s.load(id)
+	if err != nil {
+		return err
+	}
+	return img.mount(ctx, n, target)
+}
+
+func (s *Store) load(id string) (*image, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if img := s.images[id]; img != nil {
+		return img, nil
+	}
+	rec, err := loadRecord(s.imageDir(id))
+	if err != nil {
+		return nil, fmt.Errorf("load streamed image %s: %w", id, err)
+	}
+	img := &image{store: s, id: id, rec: rec}
+	s.images[id] = img
+	return img, nil
+}
+
+// Forget drops an image that nothing uses any more, and the indexes that only it used. Its chunks stay in the cache.
+func (s *Store) Forget(id string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.images, id)
+	for m, q := range s.searches {
+		select {
+		case <-q.done:
+			if q.image == nil || q.image.id == id {
+				delete(s.searches, m)
+			}
+		default:
+		}
+	}
+	if err := os.RemoveAll(s.imageDir(id)); err != nil {
+		return err
+	}
+	return s.sweepIndexes()
+}
+
+// Retain forgets all images on disk but those that are used.
+func (s *Store) Retain(used func(id string) bool) error {
+	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	if err != nil {
+		return err
+	}
+	for _, d := range dirs {
+		if !used(d.Name()) {
+			err = errors.Join(err, s.Forget(d.Name()))
+		}
+	}
+	return err
+}
+
+func (s *Store) imageDir(id string) string { return filepath.Join(s.o.Root, "images", id) }
+
+func (s *Store) indexPath(blob digest.Digest) string {
+	return filepath.Join(s.o.Root, "indexes", blob.Encoded())
+}
+
+// sweep removes what a killed daemon left half made.
+func (s *Store) sweep() error {
+	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	if err != nil {
+		return err
+	}
+	for _, d := range dirs {
+		dir := s.imageDir(d.Name())
+		if _, err := loadRecord(dir); err != nil {
+			if err := os.RemoveAll(dir); err != nil {
+				return err
+			}
+			continue
+		}
+		tmp, _ := filepath.Glob(filepath.Join(dir, "*.tmp*"))
+		for _, t := range tmp {
+			os.Remove(t)
+		}
+	}
+	return s.sweepIndexes()
+}
+
+// sweepIndexes removes indexes that no image on disk names. The caller holds s.mu or is alone.
+func (s *Store) sweepIndexes() error {
+	used := map[string]bool{}
+	for name := range s.pins {
+		used[name] = true
+	}
+	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	if err != nil {
+		return err
+	}
+	for _, d := range dirs {
+		rec, err := loadRecord(s.imageDir(d.Name()))
+		if err != nil {
+			continue
+		}
+		for _, l := range rec.Layers {
+			used[l.Digest.Encoded()] = true
+		}
+	}
+	files, err := os.ReadDir(filepath.Join(s.o.Root, "indexes"))
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if !used[f.Name()] {
+			os.Remove(filepath.Join(s.o.Root, "indexes", f.Name()))
+		}
+	}
+	return nil
+}
+
+// blob reads one layer blob for the cache.
+type blob struct {
+	reg  Registry
+	repo registryclient.Repository
+	dgst digest.Digest
+}
+
+func (b blob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+	return b.reg.ReadRange(ctx, b.repo, b.dgst, off, n, try)
+}
