@@ -64,14 +64,15 @@ func (a *authorizer) known(ctx context.Context, name string) (string, error) {
 	return a.grant(ctx, name, nil, "")
 }
 
-// renew returns what to send after the host has refused value with the challenge in header; "" if there is nothing better.
+// renew returns what to send after the host has refused value, "" being nothing, with the challenge in header if there is one there. There
+// is nothing better if it returns "" or value.
 func (a *authorizer) renew(ctx context.Context, name, value string, header http.Header) (string, error) {
 	for _, c := range auth.ParseAuthHeader(header) { // bearer first
 		if c.Scheme == auth.BearerAuth || c.Scheme == auth.BasicAuth {
 			return a.grant(ctx, name, &c, value)
 		}
 	}
-	return "", nil
+	return a.grant(ctx, name, nil, value)
 }
 
 // grant returns the current grant's value, unless it is the refused one or has run out: then one caller gets a new one and the others wait.
@@ -90,7 +91,7 @@ func (a *authorizer) grant(ctx context.Context, name string, challenge *auth.Cha
 			return a.wait(ctx, name, old, challenge, refusedValue)
 		}
 		fresh := old.err == nil && (old.expires.IsZero() || time.Now().Before(old.expires))
-		if fresh && (challenge == nil || old.value != refusedValue) {
+		if fresh && (refusedValue == "" || old.value != refusedValue) {
 			a.mu.Unlock()
 			return old.value, nil
 		}

@@ -235,6 +235,30 @@ func TestCredentialsChange(t *testing.T) {
 	}
 }
 
+// ECR's passwords live for twelve hours, and then the answer is 403.
+func TestPasswordRunsOut(t *testing.T) {
+	r, read := authFixture(t)
+	r.RequireBasic("u", "one")
+	secret := "one"
+	c := newClient(t, Options{Credentials: func(context.Context, string) (string, string, error) { return "u", secret, nil }})
+	if err := read(c); err != nil {
+		t.Fatal(err)
+	}
+	r.RequireBasic("u", "two")
+	r.Reset()
+	r.Inject(registrytest.Any, 2, registrytest.Status(403))
+	var status *StatusError
+	if err := read(c); !errors.As(err, &status) || status.StatusCode != 403 {
+		t.Errorf("got %v while the credentials are the old ones, want 403", err)
+	}
+	wantRequests(t, r, 1) // the same password again would not help
+	secret = "two"
+	if err := read(c); err != nil {
+		t.Error(err)
+	}
+	wantRequests(t, r, 3)
+}
+
 func TestNoSecretsToPlainTokenServers(t *testing.T) {
 	r := registrytest.Start(t, registrytest.Options{TLS: true})
 	plain := registrytest.Start(t, registrytest.Options{})

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"strings"
 	"time"
@@ -86,7 +87,7 @@ func (k *call) ask(f func(*host) error) error {
 				return k.verdict()
 			}
 			if k.left <= 0 {
-				return k.verdict()
+				return k.gaveUp()
 			}
 		}
 		next, ok := k.next()
@@ -94,7 +95,7 @@ func (k *call) ask(f func(*host) error) error {
 			return k.verdict()
 		}
 		if d := time.Until(next); d >= k.left {
-			return k.verdict()
+			return k.gaveUp()
 		} else if err := k.pause(d); err != nil {
 			return err
 		}
@@ -108,6 +109,12 @@ func (c *candidate) failed(err error) {
 	if !temporary(err) {
 		c.out = true
 		c.worked() // an answer all the same
+		return
+	}
+	// A name that never had an address is most likely misspelt; one that had is missed for the moment.
+	var dns *net.DNSError
+	if errors.As(err, &dns) && dns.IsNotFound && !c.hasWorked() {
+		c.out = true
 		return
 	}
 	pause := min(firstPause<<min(c.fails-1, 10), maxPause)
@@ -171,6 +178,10 @@ func (k *call) pause(d time.Duration) error {
 	}
 }
 
+func (k *call) gaveUp() error {
+	return fmt.Errorf("gave up after %v: %w", k.c.o.Budget, k.verdict())
+}
+
 // verdict makes one error of the hosts'. It wraps one of them: the last host's that failed otherwise than by not having it.
 func (k *call) verdict() error {
 	var told error
@@ -190,7 +201,7 @@ func (k *call) verdict() error {
 	}
 	switch {
 	case told == nil: // all were on hold
-		return fmt.Errorf("no host of %s may be asked again within %v: they asked to wait", k.repo, k.c.o.Budget)
+		return fmt.Errorf("the hosts of %s asked to wait for longer", k.repo)
 	case len(others) > 0:
 		return fmt.Errorf("%w (before: %s)", told, strings.Join(others, "; "))
 	}

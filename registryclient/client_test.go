@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"strings"
 	"testing"
@@ -155,12 +156,24 @@ func TestResolve(t *testing.T) {
 	if _, _, err := c.Resolve(ctx, string(repoOf(r))+":gone"); !errors.Is(err, ErrNotFound) {
 		t.Errorf("got %v for a missing tag, want ErrNotFound", err)
 	}
-	if _, _, err := c.Resolve(ctx, "UPPER/case:x"); err == nil {
+	if _, _, err := c.Resolve(ctx, "a/b:c:d"); err == nil {
 		t.Error("a malformed reference was resolved")
 	}
 	r.PutManifest("team/app", "liar", ocispec.MediaTypeImageIndex, []byte(`{"mediaType":"`+ocispec.MediaTypeImageManifest+`"}`))
 	if _, _, err := c.Resolve(ctx, string(repoOf(r))+":liar"); err == nil {
 		t.Error("a manifest of two media types was resolved")
+	}
+}
+
+// A name without an address is given up at once, unless it had one.
+func TestHostWithoutAddress(t *testing.T) {
+	err := fmt.Errorf("GET: %w", &net.DNSError{Err: "no such host", IsNotFound: true})
+	unknown, known := &candidate{host: &host{}}, &candidate{host: &host{}}
+	known.worked()
+	unknown.failed(err)
+	known.failed(err)
+	if !unknown.out || known.out {
+		t.Errorf("the unknown host is out: %v, the known one: %v", unknown.out, known.out)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strconv"
@@ -105,14 +106,16 @@ func temporary(err error) bool {
 		wrong  *refusedError
 		cert   *tls.CertificateVerificationError
 		record tls.RecordHeaderError
-		alert  tls.AlertError
+		op     *net.OpError
 	)
 	switch {
 	case errors.As(err, &status):
 		return status.Temporary()
 	case errors.Is(err, ErrNotFound), errors.Is(err, http.ErrSchemeMismatch):
 		return false
-	case errors.As(err, &wrong), errors.As(err, &cert), errors.As(err, &record), errors.As(err, &alert):
+	case errors.As(err, &wrong), errors.As(err, &cert), errors.As(err, &record):
+		return false
+	case errors.As(err, &op) && op.Op == "remote error": // how crypto/tls reports an alert: no certificate, a wrong one
 		return false
 	}
 	return true

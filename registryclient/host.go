@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/url"
 	"path"
+	"strings"
 )
 
 const maxHops = 5 // redirects of one request; blob stores take one or two
@@ -34,15 +35,19 @@ func (h *host) do(ctx context.Context, c *Client, name string, q question) (*htt
 	if err != nil {
 		return nil, err
 	}
-	if resp.StatusCode == http.StatusUnauthorized && h.owns(at) {
-		challenge := newStatusError(resp, at.Host, h.show(at))
+	// ECR says 403 when the password has run out. A bearer token that is refused so is not the right one, and a new one would not be.
+	denied := resp.StatusCode == http.StatusUnauthorized || (resp.StatusCode == http.StatusForbidden && strings.HasPrefix(token, "Basic "))
+	if denied && h.owns(at) {
+		refusal := newStatusError(resp, at.Host, h.show(at))
 		resp.Body.Close()
-		if token, err = h.auth.renew(ctx, name, token, resp.Header); err != nil {
+		better, err := h.auth.renew(ctx, name, token, resp.Header)
+		if err != nil {
 			return nil, err
 		}
-		if token == "" {
-			return nil, challenge
+		if better == "" || better == token {
+			return nil, refusal
 		}
+		token = better
 		if resp, at, err = h.follow(ctx, c, name, q, token); err != nil {
 			return nil, err
 		}

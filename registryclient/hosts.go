@@ -56,6 +56,7 @@ type host struct {
 	auth      *authorizer
 
 	mu        sync.Mutex
+	answered  bool // ever
 	fails     int
 	downUntil time.Time // asked after the others until then
 	holdUntil time.Time // not asked at all until then: it said so (Retry-After)
@@ -214,7 +215,13 @@ func (h *host) failed(hold time.Duration) {
 func (h *host) worked() {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.fails, h.downUntil = 0, time.Time{}
+	h.fails, h.downUntil, h.answered = 0, time.Time{}, true
+}
+
+func (h *host) hasWorked() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.answered
 }
 
 func (h *host) state(now time.Time) (down bool, hold time.Duration) {

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"runtime"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -79,32 +80,34 @@ func TestReadRangeFaults(t *testing.T) {
 		"never gives anything": {registrytest.Truncate(0), -1, io.ErrUnexpectedEOF, nil},
 		"always stalls":        {registrytest.Stall(0), -1, errSilent, nil},
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			r := registrytest.Start(t, registrytest.Options{})
-			blob := r.PutBlob("team/app", data)
-			r.Inject(registrytest.Blobs, tc.times, tc.fault)
-			c := newClient(t, Options{Budget: time.Second})
-			b, err := readRange(t.Context(), c, repoOf(r), blob, off, n, 0)
-			switch {
-			case tc.err == nil && (err != nil || !bytes.Equal(b, data[off:off+n])):
-				t.Errorf("got %d bytes, %v", len(b), err)
-			case tc.err == io.EOF && err == nil:
-				t.Error("got no error")
-			case tc.err != nil && tc.err != io.EOF && !errors.Is(err, tc.err):
-				t.Errorf("got error %v, want %v", err, tc.err)
-			}
-			if tc.asked == nil {
-				return
-			}
-			var asked []string
-			for _, q := range r.Requests() {
-				asked = append(asked, q.Range)
-			}
-			if got, want := strings.Join(asked, " "), strings.Join(tc.asked, " "); got != want {
-				t.Errorf("got ranges %s, want %s", got, want)
-			}
-		})
+		for _, tls := range []bool{false, true} { // HTTP/2, too
+			t.Run(fmt.Sprintf("%s, tls %v", name, tls), func(t *testing.T) {
+				t.Parallel()
+				r := registrytest.Start(t, registrytest.Options{TLS: tls})
+				blob := r.PutBlob("team/app", data)
+				r.Inject(registrytest.Blobs, tc.times, tc.fault)
+				c := newClient(t, Options{Budget: time.Second, HostsDir: hostsDir(t, r.Host(), serverTOML(t, r, ""))})
+				b, err := readRange(t.Context(), c, repoOf(r), blob, off, n, 0)
+				switch {
+				case tc.err == nil && (err != nil || !bytes.Equal(b, data[off:off+n])):
+					t.Errorf("got %d bytes, %v", len(b), err)
+				case tc.err == io.EOF && err == nil:
+					t.Error("got no error")
+				case tc.err != nil && tc.err != io.EOF && !errors.Is(err, tc.err):
+					t.Errorf("got error %v, want %v", err, tc.err)
+				}
+				if tc.asked == nil {
+					return
+				}
+				var asked []string
+				for _, q := range r.Requests() {
+					asked = append(asked, q.Range)
+				}
+				if got, want := strings.Join(asked, " "), strings.Join(tc.asked, " "); got != want {
+					t.Errorf("got ranges %s, want %s", got, want)
+				}
+			})
+		}
 	}
 }
 
@@ -202,6 +205,27 @@ func TestReadRangeInterrupted(t *testing.T) {
 			t.Fatalf("%d goroutines before, %d after:\n%s", before, runtime.NumGoroutine(), buf[:runtime.Stack(buf, true)])
 		}
 		runtime.Gosched()
+	}
+}
+
+func TestReadRangeParallel(t *testing.T) {
+	for _, tls := range []bool{false, true} {
+		r := registrytest.Start(t, registrytest.Options{TLS: tls})
+		data := noise(200_000)
+		blob := r.PutBlob("team/app", data)
+		c := newClient(t, Options{HostsDir: hostsDir(t, r.Host(), serverTOML(t, r, "")), Budget: time.Minute, Stall: 20 * time.Second})
+		var wg sync.WaitGroup
+		for i := range 150 {
+			wg.Go(func() {
+				off := int64(i) * 1000
+				b, err := readRange(t.Context(), c, repoOf(r), blob, off, 2000, 0)
+				if err != nil || !bytes.Equal(b, data[off:off+2000]) {
+					t.Errorf("tls %v: got %d bytes at %d, %v", tls, len(b), off, err)
+				}
+			})
+		}
+		wg.Wait()
+		wantRequests(t, r, 150)
 	}
 }
 
