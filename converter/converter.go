@@ -81,11 +81,14 @@ type CreatedLayer struct {
 func Create(ctx context.Context, p Place, ref string, o CreateOptions) ([]Created, error) {
 	images, err := resolve(ctx, p, ref, o.Platforms)
 	if err != nil {
+		if CodeOf(err) == ResourceNotFound {
+			err = &Error{ResourceNotFound, err}
+		}
 		return nil, err
 	}
 	var done []Created
 	for _, img := range images {
-		c, err := create(ctx, p, img, o)
+		c, err := createOne(ctx, p, img, o)
 		if err != nil {
 			return done, err
 		}
@@ -94,7 +97,7 @@ func Create(ctx context.Context, p Place, ref string, o CreateOptions) ([]Create
 	return done, nil
 }
 
-func create(ctx context.Context, p Place, img *image, o CreateOptions) (Created, error) {
+func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Created, error) {
 	c := Created{Platform: platformString(img.platform), Subject: img.desc}
 	old, err := artifactsOf(ctx, p, img.desc.Digest)
 	if err != nil {

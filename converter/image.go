@@ -3,7 +3,6 @@ package converter
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -46,7 +45,7 @@ type found struct {
 	platform *ocispec.Platform // as the index says; nil if none did
 }
 
-// resolve returns the images that ref leads to: itself, or those of its platforms that are Linux and among want (all if
+// resolve returns what Create converts: the images that ref leads to: itself, or those of its platforms that are Linux and among want (all if
 // want is empty).
 func resolve(ctx context.Context, p Place, ref string, want []ocispec.Platform) ([]*image, error) {
 	top, raw, err := p.Manifest(ctx, ref)
@@ -101,11 +100,7 @@ func resolve(ctx context.Context, p Place, ref string, want []ocispec.Platform) 
 }
 
 func resolveError(p Place, ref string, err error) error {
-	err = fmt.Errorf("%s in %s: %w", strings.TrimSpace("manifest "+ref), p, err)
-	if errors.Is(err, ErrNotFound) {
-		return &Error{ResourceNotFound, err}
-	}
-	return err
+	return fmt.Errorf("%s in %s: %w", strings.TrimSpace("manifest "+ref), p, err)
 }
 
 // manifestsOf lists the manifests of an index and of the indexes in it, in order, each once, but for those that are no

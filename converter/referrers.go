@@ -71,8 +71,8 @@ func subjectsOf(ctx context.Context, p Place, ref string, want []ocispec.Platfor
 	return subjects, nil
 }
 
-// artifactsNamed returns the artifacts of the image that ref names, or the artifact that it names itself. None is an
-// *Error with ResourceNotFound.
+// artifactsNamed returns the artifacts of the image that ref names, or the artifact that it names itself. None is
+// ErrNotFound.
 func artifactsNamed(ctx context.Context, p Place, ref string, want []ocispec.Platform) ([]attached, error) {
 	subjects, err := subjectsOf(ctx, p, ref, want)
 	if err != nil {
@@ -96,7 +96,7 @@ func artifactsNamed(ctx context.Context, p Place, ref string, want []ocispec.Pla
 		}
 	}
 	if len(list) == 0 {
-		return nil, &Error{ResourceNotFound, fmt.Errorf("%s in %s has no streaming artifact", subjects[0].desc.Digest, p)}
+		return nil, fmt.Errorf("%w: %s in %s has no streaming artifact (streamctl create makes one)", ErrNotFound, subjects[0].desc.Digest, p)
 	}
 	return list, nil
 }

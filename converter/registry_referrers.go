@@ -1,0 +1,223 @@
+package converter
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"strings"
+
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// attachTries is how often the referrers tag is written anew when others who write it at the same time lose our entry:
+// the tag is read, changed and written, and no registry we know makes that one step.
+const attachTries = 5
+
+func (r *registry) PutManifest(ctx context.Context, d ocispec.Descriptor, raw []byte, tag string) error {
+	c, err := parseContent(raw)
+	if err != nil {
+		return err
+	}
+	ref := r.reference(d.Digest.String())
+	if tag != "" {
+		ref = r.repo.Tag(tag)
+	}
+	put := func() error { return r.registryError(r.pusher.Put(ctx, ref, manifest{raw, d.MediaType})) }
+	if c.Subject == nil {
+		return put()
+	}
+	api, err := r.referrersAPI(ctx, c.Subject.Digest)
+	if err != nil {
+		return err
+	}
+	if api {
+		return put()
+	}
+	if err := put(); err != nil {
+		// Registries refuse an index of manifests that are not there, so one manifest deleted without its entry in the
+		// referrers tag would keep all others out for ever.
+		if err := r.rewriteReferrersTag(ctx, c.Subject.Digest, ""); err != nil {
+			return err
+		}
+		if err := put(); err != nil {
+			return err
+		}
+	}
+	for range attachTries {
+		list, err := r.Referrers(ctx, c.Subject.Digest)
+		if err != nil {
+			return err
+		}
+		for _, l := range list {
+			if l.Digest == d.Digest {
+				return nil
+			}
+		}
+		if err := put(); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("referrers tag of %s: another writer removed our entry %d times; try again", c.Subject.Digest, attachTries)
+}
+
+// referrersAPI says whether the registry has the referrers API.
+func (r *registry) referrersAPI(ctx context.Context, subject digest.Digest) (bool, error) {
+	r.mu.Lock()
+	known := r.hasAPI
+	r.mu.Unlock()
+	if known != nil {
+		return *known, nil
+	}
+	_, has, err := r.askReferrers(ctx, subject)
+	return has, err
+}
+
+func (r *registry) Referrers(ctx context.Context, subject digest.Digest) ([]ocispec.Descriptor, error) {
+	list, has, err := r.askReferrers(ctx, subject)
+	if has || err != nil {
+		return list, err
+	}
+	index, _, err := r.readReferrersTag(ctx, subject)
+	if errors.Is(err, ErrNotFound) {
+		return nil, nil
+	}
+	return index.Manifests, err
+}
+
+// maxPages bounds what a registry can make us ask: with its own links it could lead us in circles.
+const maxPages = 100
+
+// askReferrers reads all pages of the referrers API. A registry that does not have it answers in many ways; with it, the
+// answer is an index.
+func (r *registry) askReferrers(ctx context.Context, subject digest.Digest) (list []ocispec.Descriptor, has bool, err error) {
+	next := "referrers/" + subject.String()
+	for range maxPages {
+		resp, err := r.get(ctx, next, http.Header{"Accept": {ocispec.MediaTypeImageIndex}},
+			http.StatusOK, http.StatusNotFound, http.StatusBadRequest, http.StatusNotAcceptable, http.StatusMethodNotAllowed)
+		if err != nil {
+			return nil, false, err
+		}
+		raw, err := io.ReadAll(io.LimitReader(resp.Body, maxManifestSize+1))
+		resp.Body.Close()
+		if err != nil {
+			return nil, false, fmt.Errorf("read referrers of %s: %w", subject, err)
+		}
+		mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
+		has = resp.StatusCode == http.StatusOK && mediaType == ocispec.MediaTypeImageIndex
+		r.mu.Lock()
+		r.hasAPI = &has
+		r.mu.Unlock()
+		if !has {
+			return nil, false, nil
+		}
+		if len(raw) > maxManifestSize {
+			return nil, false, fmt.Errorf("referrers of %s: a page of more than %d bytes", subject, maxManifestSize)
+		}
+		var page ocispec.Index
+		if err := json.Unmarshal(raw, &page); err != nil {
+			return nil, false, fmt.Errorf("parse referrers of %s: %w", subject, err)
+		}
+		list = append(list, page.Manifests...)
+		if next = nextPage(resp); next == "" {
+			return list, true, nil
+		}
+	}
+	return nil, false, fmt.Errorf("referrers of %s: more than %d pages", subject, maxPages)
+}
+
+// nextPage returns the path below the repository, with its query, that a Link header gives for the page after resp, or "".
+func nextPage(resp *http.Response) string {
+	target, params, ok := strings.Cut(resp.Header.Get("Link"), ">")
+	target, begins := strings.CutPrefix(strings.TrimSpace(target), "<")
+	if !ok || !begins || !strings.Contains(params, `rel="next"`) {
+		return ""
+	}
+	u, err := resp.Request.URL.Parse(target)
+	if err != nil || u.Host != resp.Request.URL.Host {
+		return ""
+	}
+	_, last, ok := strings.Cut(u.Path, "/referrers/")
+	if !ok {
+		return ""
+	}
+	return "referrers/" + last + "?" + u.RawQuery
+}
+
+// referrersTag is the tag that lists the referrers of subject where the API is missing (OCI distribution specification,
+// "Referrers Tag Schema").
+func referrersTag(subject digest.Digest) string {
+	return strings.Replace(subject.String(), ":", "-", 1)
+}
+
+func (r *registry) readReferrersTag(ctx context.Context, subject digest.Digest) (index ocispec.Index, raw []byte, err error) {
+	got, err := r.puller.Get(ctx, r.repo.Tag(referrersTag(subject)))
+	if err != nil {
+		return index, nil, r.registryError(err)
+	}
+	if err := json.Unmarshal(got.Manifest, &index); err != nil {
+		return index, nil, fmt.Errorf("parse referrers tag of %s: %w", subject, err)
+	}
+	return index, got.Manifest, nil
+}
+
+// rewriteReferrersTag takes drop, and all that is gone from the repository, out of the referrers tag of subject.
+func (r *registry) rewriteReferrersTag(ctx context.Context, subject, drop digest.Digest) error {
+	index, old, err := r.readReferrersTag(ctx, subject)
+	if errors.Is(err, ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	keep := []ocispec.Descriptor{}
+	for _, d := range index.Manifests {
+		if d.Digest == drop {
+			continue
+		}
+		if _, err := r.puller.Head(ctx, r.repo.Digest(d.Digest.String())); err != nil {
+			if err = r.registryError(err); errors.Is(err, ErrNotFound) {
+				continue
+			}
+			return err
+		}
+		keep = append(keep, d)
+	}
+	index.Manifests = keep
+	raw, err := json.Marshal(index)
+	if err != nil {
+		return err
+	}
+	if bytes.Equal(raw, old) {
+		return nil
+	}
+	return r.registryError(r.pusher.Put(ctx, r.repo.Tag(referrersTag(subject)), manifest{raw, ocispec.MediaTypeImageIndex}))
+}
+
+func (r *registry) Delete(ctx context.Context, dgst, subject digest.Digest) error {
+	if subject != "" {
+		api, err := r.referrersAPI(ctx, subject)
+		if err != nil {
+			return err
+		}
+		if !api {
+			// The list first: an entry without a manifest costs every node a request in vain, a manifest without an
+			// entry costs nothing.
+			if err := r.rewriteReferrersTag(ctx, subject, dgst); err != nil {
+				return fmt.Errorf("take %s out of the referrers tag: %w", dgst, err)
+			}
+		}
+	}
+	err := r.pusher.Delete(ctx, r.repo.Digest(dgst.String()))
+	var te *transport.Error
+	if errors.As(err, &te) && te.StatusCode == http.StatusMethodNotAllowed {
+		return fmt.Errorf("%s does not delete manifests (docker-registry does with REGISTRY_STORAGE_DELETE_ENABLED=true): %w", r.repo.RegistryStr(), err)
+	}
+	return r.registryError(err)
+}
