@@ -1,0 +1,182 @@
+package integration_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/crane"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs/erofstest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// imagesDir is where integration/images has built its OCI layouts.
+func imagesDir() string {
+	if dir := os.Getenv("OUT"); dir != "" {
+		return filepath.Join(dir, "oci")
+	}
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "test-images"
+	}
+	return filepath.Join(cache, "test-images", "oci")
+}
+
+// pushLayout pushes the image that an OCI layout holds under the tag latest.
+func pushLayout(t *testing.T, ref, name string) {
+	t.Helper()
+	p, err := layout.FromPath(filepath.Join(imagesDir(), name))
+	if err != nil {
+		t.Fatalf("%v (`make images` builds the test images)", err)
+	}
+	index, err := p.ImageIndex()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := index.IndexManifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := index.Image(m.Manifests[0].Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ociimage.Push(t.Context(), img, ref); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestEquality holds the tree that a container sees when it is streamed, in each way to mount, against what containerd's
+// overlayfs snapshotter gives, and runs the image.
+func TestEquality(t *testing.T) {
+	registry := startRegistry(t, registrytest.Options{})
+	plain := startNode(t, node.Options{Pull: node.Plain})
+	nodes := map[string]*node.Node{}
+	for _, mode := range modes {
+		nodes[mode] = startNode(t, node.Options{Mode: mode, Stream: []string{registry.Host() + "/*"}})
+	}
+	for _, name := range []string{"weird-files", "debian-base", "nginx", "node-app", "postgres", "python-app"} {
+		t.Run(name, func(t *testing.T) {
+			ref := registry.Host() + "/" + name + ":latest"
+			pushLayout(t, ref, name)
+			run(t, "streamctl", "create", ref)
+			begin := time.Now()
+			want := walkContainer(t, plain, ref)
+			untimed := unpackTimes(want, begin)
+			forgetTimes(want, untimed)
+			for _, mode := range modes {
+				t.Run(mode, func(t *testing.T) {
+					n := nodes[mode]
+					pullStreamed(t, registry, n, ref)
+					got := walkContainer(t, n, ref)
+					forgetTimes(got, untimed)
+					if diff := erofstest.Diff(got, want); diff != "" {
+						t.Errorf("streamed is not what overlayfs shows:\n%s", diff)
+					}
+					out, err := n.Run(t.Context(), ref, []string{"EXIT_ON_READY=1"})
+					if err != nil {
+						t.Fatal(err)
+					}
+					if !regexp.MustCompile(`(?m)^` + name + `: ready`).MatchString(out) {
+						t.Errorf("the container did not say that it is ready:\n%s", out)
+					}
+				})
+			}
+		})
+	}
+}
+
+// unpackTimes returns the directories to which no layer gives a time: unpacked, they have the time of unpacking.
+func unpackTimes(entries []erofstest.Entry, begin time.Time) map[string]bool {
+	unpacked := map[string]bool{}
+	for _, e := range entries {
+		if e.Mode&unix.S_IFMT == unix.S_IFDIR && e.Mtime >= begin.Unix() {
+			unpacked[e.Path] = true
+		}
+	}
+	return unpacked
+}
+
+// forgetTimes clears the times of paths.
+func forgetTimes(entries []erofstest.Entry, paths map[string]bool) {
+	for i, e := range entries {
+		if paths[e.Path] {
+			entries[i].Mtime, entries[i].MtimeNsec = 0, 0
+		}
+	}
+}
+
+// pullStreamed pulls ref and fails if any of the image's layers was downloaded.
+func pullStreamed(t *testing.T, registry *registrytest.Registry, n *node.Node, ref string) {
+	t.Helper()
+	registry.Reset()
+	if err := n.Pull(t.Context(), ref); err != nil {
+		t.Fatal(err)
+	}
+	if got := layerDownloads(t, registry, ref); len(got) > 0 {
+		t.Fatalf("a pull that streams downloaded %q", got)
+	}
+}
+
+// layerDownloads lists the requests for blobs that are layers of the image.
+func layerDownloads(t *testing.T, registry *registrytest.Registry, ref string) []string {
+	t.Helper()
+	layers := map[string]bool{}
+	for _, l := range manifest(t, ref).Layers {
+		layers[l.Digest.String()] = true
+	}
+	var downloads []string
+	for _, q := range registry.Requests() {
+		if registrytest.OfBlobs(q) && layers[path.Base(q.Path)] {
+			downloads = append(downloads, fmt.Sprintf("%s %s: %d bytes", q.Method, q.Path, q.Bytes))
+		}
+	}
+	return downloads
+}
+
+// manifest fetches the image manifest of ref for this machine.
+func manifest(t *testing.T, ref string) *v1.Manifest {
+	t.Helper()
+	img, err := crane.Pull(ref, crane.WithContext(t.Context()), crane.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := img.Manifest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// walkContainer pulls ref if need be and lists the root that a container of it would see.
+func walkContainer(t *testing.T, n *node.Node, ref string) []erofstest.Entry {
+	t.Helper()
+	if err := n.Pull(t.Context(), ref); err != nil {
+		t.Fatal(err)
+	}
+	dir := tempDir(t)
+	if err := n.Mount(t.Context(), ref, dir); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := n.Unmount(context.WithoutCancel(t.Context()), dir); err != nil {
+			t.Error(err)
+		}
+	}()
+	entries, err := erofstest.Walk(dir, erofstest.Options{MaxContent: erofstest.AllContent, NoDirNlink: true, NoGhosts: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return entries
+}

@@ -1,0 +1,106 @@
+package node
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// Root returns the directory of this module, from the working directory upwards.
+func Root() (string, error) {
+	dir, err := os.Getwd()
+	if err != nil {
+		return "", err
+	}
+	for ; dir != "/"; dir = filepath.Dir(dir) {
+		if _, err := os.Stat(filepath.Join(dir, "deploy/containerd")); err == nil {
+			return dir, nil
+		}
+	}
+	return "", errors.New("not in a checkout of streaming-snapshotter")
+}
+
+// containerdConfig is what a node in a directory needs and deploy/containerd does not say. The placeholders are DIR, PAUSE and CNI.
+// restrict_oom_score_adj is for machines where root lacks CAP_SYS_RESOURCE.
+const containerdConfig = `version = 3
+root = "DIR/c"
+state = "DIR/run/c"
+imports = ["DIR/conf.d/*.toml"]
+disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp", "io.containerd.snapshotter.v1.btrfs",
+  "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.blockfile"]
+
+[grpc]
+  address = "DIR/run/c.sock"
+[plugins.'io.containerd.internal.v1.opt']
+  path = "DIR/opt"
+[plugins.'io.containerd.cri.v1.images'.pinned_images]
+  sandbox = "PAUSE"
+[plugins.'io.containerd.cri.v1.images'.registry]
+  config_path = "DIR/certs.d"
+[plugins.'io.containerd.transfer.v1.local']
+  config_path = "DIR/certs.d"
+[plugins.'io.containerd.cri.v1.runtime']
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+[plugins.'io.containerd.cri.v1.runtime'.cni]
+  bin_dirs = ["DIR/cni"]
+  conf_dir = "DIR/cni"
+`
+
+const snapshotterConfig = `address = "DIR/run/s.sock"
+root = "DIR/s"
+state = "DIR/run/s"
+hosts_dir = "DIR/certs.d"
+mount_mode = %q
+stream = [%s]
+log_level = "debug"
+%s
+`
+
+const crictlConfig = `runtime-endpoint: unix://DIR/run/c.sock
+image-endpoint: unix://DIR/run/c.sock
+timeout: 300
+`
+
+func (n *Node) writeConfigs() error {
+	var stream []string
+	for _, s := range n.o.Stream {
+		stream = append(stream, fmt.Sprintf("%q", s))
+	}
+	files := map[string]string{
+		"containerd.toml":  strings.ReplaceAll(containerdConfig, "PAUSE", n.o.Pause),
+		"snapshotter.toml": fmt.Sprintf(snapshotterConfig, n.o.Mode, strings.Join(stream, ", "), n.o.Config),
+		"crictl.yaml":      crictlConfig,
+	}
+	if n.o.Pull != Plain {
+		root, err := Root()
+		if err != nil {
+			return err
+		}
+		b, err := os.ReadFile(filepath.Join(root, "deploy/containerd", string(n.o.Pull)+".toml"))
+		if err != nil {
+			return err
+		}
+		files["conf.d/streaming-snapshotter.toml"] = strings.NewReplacer(
+			"/run/streaming-snapshotter/snapshotter.sock", "DIR/run/s.sock",
+			"/var/lib/streaming-snapshotter", "DIR/s",
+		).Replace(string(b))
+	}
+	for name, text := range files {
+		if err := os.WriteFile(n.path(name), []byte(strings.ReplaceAll(text, "DIR", n.Dir)), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func dial(socket string) error {
+	c, err := net.Dial("unix", socket)
+	if err != nil {
+		return err
+	}
+	return c.Close()
+}

@@ -1,0 +1,239 @@
+// Package node runs a whole node in a directory: a real containerd with its CRI plugin, runc, crictl and ctr, and the streaming snapshotter in
+// either of the configurations that deploy/containerd ships. What it runs is found in $PATH.
+//
+// Nothing is shared with a containerd that the machine runs anyway, and nothing stays behind: the program calls Isolate first. Pods use the host's network, so that no
+// CNI plugin is needed.
+//
+//	DIR/containerd.toml      containerd's own part of the configuration
+//	DIR/conf.d/              the drop-in of deploy/containerd, with this node's paths
+//	DIR/snapshotter.toml     the snapshotter's configuration
+//	DIR/certs.d/             registry hosts, empty at first
+//	DIR/c/, DIR/s/           containerd's root and the snapshotter's
+//	DIR/run/                 sockets and state
+//	DIR/logs/                of the daemons and of the pods
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sort"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// Snapshotter is the name that deploy/containerd gives to the proxy snapshotter.
+const Snapshotter = "streaming"
+
+// Namespace is the containerd namespace of all that a node pulls and runs, CRI's own.
+const Namespace = "k8s.io"
+
+// Pull is the way in which containerd's CRI plugin pulls.
+type Pull string
+
+const (
+	Transfer Pull = "transfer" // through the transfer service: deploy/containerd/transfer.toml
+	Local    Pull = "local"    // CRI's own: deploy/containerd/local.toml
+	Plain    Pull = "plain"    // no streaming snapshotter on this node: containerd's overlayfs
+)
+
+// Options of a Node.
+type Options struct {
+	Pull   Pull     // "" is Transfer
+	Mode   string   // mount_mode of the snapshotter; "" is auto
+	Stream []string // repositories to stream from
+	Pause  string   // reference of the pods' pause image; "" for nodes without pods
+	Config string   // more of the snapshotter's configuration, TOML
+}
+
+// Node is a running node. It is for one goroutine.
+type Node struct {
+	Dir string
+	o   Options
+
+	snapshotter *process
+	containerd  *process
+	pods        int
+	containers  int
+}
+
+// Start runs a node. Close ends it.
+func Start(ctx context.Context, o Options) (n *Node, err error) {
+	if o.Pull == "" {
+		o.Pull = Transfer
+	}
+	if o.Mode == "" {
+		o.Mode = "auto"
+	}
+	dir, err := os.MkdirTemp("", "n") // short: it is part of overlay's mount options and of socket paths
+	if err != nil {
+		return nil, err
+	}
+	n = &Node{Dir: dir, o: o}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, n.Close())
+		}
+	}()
+	for _, d := range []string{"conf.d", "certs.d", "run", "logs"} {
+		if err := os.Mkdir(n.path(d), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	if err := n.writeConfigs(); err != nil {
+		return nil, err
+	}
+	if o.Pull != Plain {
+		if err := n.StartSnapshotter(ctx); err != nil {
+			return nil, err
+		}
+	}
+	return n, n.startContainerd(ctx)
+}
+
+func (n *Node) path(elem ...string) string { return filepath.Join(append([]string{n.Dir}, elem...)...) }
+
+// HostsDir is the node's certs.d, for tests that configure registry hosts.
+func (n *Node) HostsDir() string { return n.path("certs.d") }
+
+// Snapshotter is the name of the snapshotter that CRI pulls with on this node.
+func (n *Node) Snapshotter() string {
+	if n.o.Pull == Plain {
+		return "overlayfs"
+	}
+	return Snapshotter
+}
+
+// StartSnapshotter runs the streaming snapshotter; after StopSnapshotter or KillSnapshotter, again.
+func (n *Node) StartSnapshotter(ctx context.Context) error {
+	p, err := start(n.path("logs"), "streaming-snapshotter", "streaming-snapshotter", "serve", "--config", n.path("snapshotter.toml"))
+	if err != nil {
+		return err
+	}
+	n.snapshotter = p
+	return p.ready(ctx, func(context.Context) error { return dial(n.path("run/s.sock")) })
+}
+
+// StopSnapshotter ends the streaming snapshotter as `systemctl stop` does.
+func (n *Node) StopSnapshotter() error {
+	p := n.snapshotter
+	n.snapshotter = nil
+	return p.stop()
+}
+
+// KillSnapshotter ends the streaming snapshotter by SIGKILL.
+func (n *Node) KillSnapshotter() {
+	n.snapshotter.kill()
+	n.snapshotter = nil
+}
+
+// SnapshotterPID is the process ID of the streaming snapshotter.
+func (n *Node) SnapshotterPID() int { return n.snapshotter.cmd.Process.Pid }
+
+func (n *Node) startContainerd(ctx context.Context) error {
+	p, err := start(n.path("logs"), "containerd", "containerd", "--config", n.path("containerd.toml"))
+	if err != nil {
+		return err
+	}
+	n.containerd = p
+	return p.ready(ctx, func(ctx context.Context) error {
+		if err := dial(n.socket()); err != nil {
+			return err
+		}
+		_, err := n.Crictl(ctx, "version")
+		return err
+	})
+}
+
+func (n *Node) socket() string { return n.path("run/c.sock") }
+
+// Ctr runs ctr in the node's namespace and returns its output.
+func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
+	return command(ctx, append([]string{"ctr", "--address", n.socket(), "--namespace", Namespace}, args...)...)
+}
+
+// Crictl runs crictl and returns its output.
+func (n *Node) Crictl(ctx context.Context, args ...string) (string, error) {
+	return command(ctx, append([]string{"crictl", "--config", n.path("crictl.yaml")}, args...)...)
+}
+
+// Logs returns the ends of all logs, for a failure's report.
+func (n *Node) Logs() string {
+	names, _ := filepath.Glob(n.path("logs", "*.log"))
+	pods, _ := filepath.Glob(n.path("logs", "*", "*.log"))
+	var b strings.Builder
+	for _, name := range append(names, pods...) {
+		b.WriteString(tail(name))
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+// Close ends all containers and daemons and removes the directory. Its error names a daemon that did not end as it should.
+func (n *Node) Close() error {
+	var errs []error
+	if n.containerd != nil {
+		errs = append(errs, n.removeContainers(), n.containerd.stop())
+		n.containerd = nil
+	}
+	if n.snapshotter != nil {
+		errs = append(errs, n.StopSnapshotter())
+	}
+	errs = append(errs, n.killRest(), n.unmountRest())
+	return errors.Join(append(errs, os.RemoveAll(n.Dir))...)
+}
+
+func (n *Node) removeContainers() error {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // a cancelled test has to clear up too
+	defer cancel()
+	var errs []error
+	if n.pods > 0 {
+		_, err := n.Crictl(ctx, "rmp", "--all", "--force")
+		errs = append(errs, err)
+	}
+	tasks, err := n.Ctr(ctx, "tasks", "list", "--quiet")
+	errs = append(errs, err)
+	for _, id := range strings.Fields(tasks) {
+		_, err := n.Ctr(ctx, "tasks", "delete", "--force", id)
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// killRest ends processes that name this node's directory in their arguments: shims of a containerd that was cut short.
+func (n *Node) killRest() error {
+	names, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil || !strings.Contains(string(b), n.Dir+"/") {
+			continue
+		}
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(name))); err == nil && pid != os.Getpid() {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+	return nil
+}
+
+// unmountRest unmounts what is still mounted in the directory, the deepest first, so that removing it removes nothing else.
+func (n *Node) unmountRest() error {
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(n.Dir))
+	if err != nil {
+		return err
+	}
+	sort.Slice(mounts, func(i, j int) bool { return len(mounts[i].Mountpoint) > len(mounts[j].Mountpoint) })
+	var errs []error
+	for _, m := range mounts {
+		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH); err != nil && err != unix.EINVAL {
+			errs = append(errs, fmt.Errorf("unmount %s: %w", m.Mountpoint, err))
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,115 @@
+package node
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// process is a daemon with its output in a file.
+type process struct {
+	name string
+	log  string
+	cmd  *exec.Cmd
+	done chan struct{} // closed when it has ended
+}
+
+// start runs a daemon until stop; its output is appended to dir/name.log.
+func start(dir, name string, args ...string) (*process, error) {
+	p := &process{name: name, log: filepath.Join(dir, name+".log"), done: make(chan struct{})}
+	f, err := os.OpenFile(p.log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	p.cmd = exec.Command(args[0], args[1:]...)
+	p.cmd.Stdout, p.cmd.Stderr = f, f
+	if err := p.cmd.Start(); err != nil {
+		return nil, fmt.Errorf("start %s: %w", name, err)
+	}
+	go func() {
+		defer close(p.done)
+		p.cmd.Wait()
+	}()
+	return p, nil
+}
+
+// ready polls until check succeeds, for at most a minute.
+func (p *process) ready(ctx context.Context, check func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	for {
+		err := check(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s does not get ready: %w\n%s", p.name, err, tail(p.log))
+		case <-p.done:
+			return fmt.Errorf("%s ended: %v\n%s", p.name, p.cmd.ProcessState, tail(p.log))
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// stop asks the daemon to end, and ends it if it does not within ten seconds, which is an error.
+func (p *process) stop() error {
+	if p == nil {
+		return nil
+	}
+	select {
+	case <-p.done:
+		return fmt.Errorf("%s ended by itself: %v\n%s", p.name, p.cmd.ProcessState, tail(p.log))
+	default:
+	}
+	p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+		return nil
+	case <-time.After(10 * time.Second):
+		p.kill()
+		return fmt.Errorf("%s did not end when asked to\n%s", p.name, tail(p.log))
+	}
+}
+
+// kill ends the daemon as a crash would.
+func (p *process) kill() {
+	p.cmd.Process.Kill()
+	<-p.done
+}
+
+// command runs a program to its end and returns what it printed on standard output; the error has what it printed on standard error.
+func command(ctx context.Context, args ...string) (string, error) {
+	var out, errs bytes.Buffer
+	c := exec.CommandContext(ctx, args[0], args[1:]...)
+	c.Stdout, c.Stderr = &out, &errs
+	c.WaitDelay = 5 * time.Second
+	if err := c.Run(); err != nil {
+		return out.String(), fmt.Errorf("%s: %w\n%s", strings.Join(args, " "), errors.Join(err, ctx.Err()), bytes.TrimSpace(append(errs.Bytes(), out.Bytes()...)))
+	}
+	return out.String(), nil
+}
+
+// tail returns the end of a log.
+func tail(name string) string {
+	const most = 8 << 10
+	f, err := os.Open(name)
+	if err != nil {
+		return err.Error()
+	}
+	defer f.Close()
+	if fi, err := f.Stat(); err == nil && fi.Size() > most {
+		f.Seek(-most, io.SeekEnd)
+	}
+	b, _ := io.ReadAll(f)
+	return fmt.Sprintf("--- %s\n%s", name, b)
+}

@@ -1,0 +1,195 @@
+package node
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+)
+
+// Pull pulls ref as the kubelet does, with `crictl pull`.
+func (n *Node) Pull(ctx context.Context, ref string) error {
+	_, err := n.Crictl(ctx, "pull", ref)
+	return err
+}
+
+// Container is a container in a pod of its own.
+type Container struct {
+	ID, Pod string
+	node    *Node
+	log     string // CRI's log file
+}
+
+// RunPod runs ref's default command in a pod, as the kubelet does: `crictl runp`, `create`, `start`. The image has been pulled.
+func (n *Node) RunPod(ctx context.Context, ref string, env ...string) (*Container, error) {
+	n.pods++
+	name := fmt.Sprintf("pod%d", n.pods)
+	pod := map[string]any{
+		"metadata":      map[string]any{"name": name, "uid": name, "namespace": "default", "attempt": 1},
+		"log_directory": n.path("logs", name),
+		"linux": map[string]any{"security_context": map[string]any{
+			"namespace_options": map[string]any{"network": 2}, // the host's
+		}},
+	}
+	type variable struct {
+		Key   string `json:"key"`
+		Value string `json:"value"`
+	}
+	var envs []variable
+	for _, e := range env {
+		k, v, _ := strings.Cut(e, "=")
+		envs = append(envs, variable{k, v})
+	}
+	container := map[string]any{
+		"metadata": map[string]any{"name": "main"},
+		"image":    map[string]any{"image": ref},
+		"log_path": "main.log",
+		"envs":     envs,
+	}
+	if err := os.MkdirAll(n.path("logs", name), 0o755); err != nil {
+		return nil, err
+	}
+	podFile, containerFile := n.path("run", name+".json"), n.path("run", name+".main.json")
+	if err := errors.Join(writeJSON(podFile, pod), writeJSON(containerFile, container)); err != nil {
+		return nil, err
+	}
+	podID, err := n.Crictl(ctx, "runp", podFile)
+	if err != nil {
+		return nil, err
+	}
+	c := &Container{Pod: strings.TrimSpace(podID), node: n, log: n.path("logs", name, "main.log")}
+	id, err := n.Crictl(ctx, "create", c.Pod, containerFile, podFile)
+	if err != nil {
+		return nil, err
+	}
+	c.ID = strings.TrimSpace(id)
+	_, err = n.Crictl(ctx, "start", c.ID)
+	return c, err
+}
+
+// WaitLine waits until the container has printed a line that matches, and returns it; or the error that the container ended without, with all that it has printed.
+func (c *Container) WaitLine(ctx context.Context, match *regexp.Regexp) (string, error) {
+	for ended := false; ; {
+		lines, err := c.lines()
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", err
+		}
+		for _, l := range lines {
+			if match.MatchString(l) {
+				return l, nil
+			}
+		}
+		if ended {
+			return "", fmt.Errorf("container ended without a line that matches %s:\n%s", match, strings.Join(lines, "\n"))
+		}
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("no line that matches %s: %w\n%s", match, ctx.Err(), strings.Join(lines, "\n"))
+		case <-time.After(5 * time.Millisecond):
+		}
+		if ended, err = c.ended(ctx); err != nil {
+			return "", err
+		}
+	}
+}
+
+// ended asks the kernel, not containerd: asked every few milliseconds, crictl would be the larger part of what is measured.
+func (c *Container) ended(ctx context.Context) (bool, error) {
+	b, err := os.ReadFile(c.node.path("run/c/io.containerd.runtime.v2.task", Namespace, c.ID, "init.pid"))
+	if errors.Is(err, os.ErrNotExist) {
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	stat, err := os.ReadFile("/proc/" + string(b) + "/stat")
+	if err != nil {
+		return true, nil
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return strings.HasPrefix(rest, "Z"), nil
+}
+
+// lines returns what the container has printed, from CRI's log: "TIME STREAM TAG TEXT", where tag P marks a part of a line.
+func (c *Container) lines() ([]string, error) {
+	b, err := os.ReadFile(c.log)
+	if err != nil {
+		return nil, err
+	}
+	var lines []string
+	part := ""
+	for l := range strings.Lines(string(b)) {
+		f := strings.SplitN(strings.TrimSuffix(l, "\n"), " ", 4)
+		if len(f) < 4 {
+			continue
+		}
+		if part += f[3]; f[2] == "F" {
+			lines = append(lines, part)
+			part = ""
+		}
+	}
+	return lines, nil
+}
+
+// Exec runs a command in the container and returns its output.
+func (c *Container) Exec(ctx context.Context, args ...string) (string, error) {
+	return c.node.Crictl(ctx, append([]string{"exec", c.ID}, args...)...)
+}
+
+// Remove ends the container and its pod.
+func (c *Container) Remove(ctx context.Context) error {
+	_, err := c.node.Crictl(ctx, "rmp", "--force", c.Pod)
+	return err
+}
+
+// Image is what CRI says of an image on the node.
+type Image struct {
+	ID          string   `json:"id"` // digest of the config
+	RepoDigests []string `json:"repoDigests"`
+	RepoTags    []string `json:"repoTags"`
+}
+
+// Inspect returns what CRI says of ref.
+func (n *Node) Inspect(ctx context.Context, ref string) (Image, error) {
+	out, err := n.Crictl(ctx, "inspecti", "--output", "json", ref)
+	if err != nil {
+		return Image{}, err
+	}
+	var v struct{ Status Image }
+	return v.Status, json.Unmarshal([]byte(out), &v)
+}
+
+func writeJSON(name string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(name, b, 0o644)
+}
+
+// Run runs ref's default command, or args, with `ctr run` and the node's snapshotter, in a network namespace of its own, and returns what it has printed.
+func (n *Node) Run(ctx context.Context, ref string, env []string, args ...string) (string, error) {
+	n.containers++
+	a := []string{"run", "--rm", "--snapshotter", n.Snapshotter()}
+	for _, e := range env {
+		a = append(a, "--env", e)
+	}
+	a = append(a, ref, fmt.Sprintf("run%d", n.containers))
+	return n.Ctr(ctx, append(a, args...)...)
+}
+
+// Mount mounts the root file system that a container of ref would have on dir, as `ctr images mount --rw` does.
+func (n *Node) Mount(ctx context.Context, ref, dir string) error {
+	_, err := n.Ctr(ctx, "images", "mount", "--snapshotter", n.Snapshotter(), "--rw", ref, dir)
+	return err
+}
+
+// Unmount undoes Mount and removes the snapshot.
+func (n *Node) Unmount(ctx context.Context, dir string) error {
+	_, err := n.Ctr(ctx, "images", "unmount", "--snapshotter", n.Snapshotter(), "--rm", dir)
+	return err
+}
