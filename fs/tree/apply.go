@@ -66,7 +66,7 @@ func (a *applier) applyAll(ctx context.Context) error {
 	r := a.entries()
 	defer r.Close()
 	for n := 0; ; n++ {
-		if n%1024 == 0 && ctx.Err() != nil {
+		if n%256 == 0 && ctx.Err() != nil {
 			return ctx.Err()
 		}
 		e, err := r.Next()
@@ -135,7 +135,10 @@ func (a *applier) parent(e *artifact.Entry, dirName string) (parent, error) {
 	if a.last.node != nil && a.last.name == dirName {
 		return a.last, nil
 	}
-	resolved, err := resolve(a.root, dirName)
+	resolved, err := a.files.resolve(a.root, dirName)
+	if err == nil && len(resolved) > maxPath {
+		err = unix.ENAMETOOLONG
+	}
 	if err != nil {
 		return parent{}, err
 	}
@@ -169,11 +172,11 @@ func (a *applier) makeParent(e *artifact.Entry, in *node, name, p string) (*node
 	n.chmod(0o755)
 	n.setTime(e.ModTime)
 	for _, root := range a.lowers {
-		resolved, err := resolve(root, p)
+		resolved, err := a.files.resolve(root, p)
 		if err != nil {
 			return nil, fmt.Errorf("%s in a lower layer: %w", p, err)
 		}
-		lower, err := lstat(root, resolved)
+		lower, err := a.files.lstat(root, resolved)
 		if err != nil {
 			return nil, fmt.Errorf("%s in a lower layer: %w", resolved, err)
 		}
@@ -185,7 +188,7 @@ func (a *applier) makeParent(e *artifact.Entry, in *node, name, p string) (*node
 		}
 		break
 	}
-	return n, nil
+	return n, a.files.account(n)
 }
 
 // add makes a file in directory in, as its creation does: before mode, owner and times are set.
@@ -255,8 +258,7 @@ func (a *applier) whiteout(e *artifact.Entry, dir *node, name string) error {
 	if exists {
 		return fmt.Errorf("whiteout: %w", unix.EEXIST)
 	}
-	a.add(dir, name, unix.S_IFCHR).chown(e.Uid, e.Gid)
-	return nil
+	return a.files.account(a.add(dir, name, unix.S_IFCHR))
 }
 
 // create makes the file that e describes. Of its name there is nothing yet, unless both are directories.
@@ -274,14 +276,14 @@ func (a *applier) create(e *artifact.Entry, dir parent, name string) error {
 	}
 	n.chmod(uint32(e.Mode))
 	n.setTime(e.ModTime)
-	return nil
+	return a.files.account(n)
 }
 
 // make makes the file of e's type; nil if that type has none.
 func (a *applier) make(e *artifact.Entry, dir *node, name string) (*node, error) {
 	switch e.Typeflag {
 	case tar.TypeDir:
-		a.dirs = append(a.dirs, dirTime{e.Name, e.ModTime})
+		a.dirs = append(a.dirs, dirTime{strings.Clone(e.Name), e.ModTime}) // the name may be a part of its PAX records
 		if n := dir.children[name]; n != nil {
 			return n, nil
 		}
@@ -329,11 +331,11 @@ func (a *applier) mknod(e *artifact.Entry, dir *node, name string) (*node, error
 // link makes a hard link. A symlink as the last component of the target is not followed.
 func (a *applier) link(target string, dir *node, name string) (*node, error) {
 	targetDir, targetName := path.Split(target)
-	resolved, err := resolve(a.root, targetDir)
+	resolved, err := a.files.resolve(a.root, targetDir)
 	if err != nil {
 		return nil, fmt.Errorf("link target %q: %w", target, err)
 	}
-	n, err := lstat(a.root, strings.TrimPrefix(path.Join("/", resolved, targetName), "/"))
+	n, err := a.files.lstat(a.root, strings.TrimPrefix(path.Join("/", resolved, targetName), "/"))
 	switch {
 	case err != nil:
 	case n == nil:
@@ -352,11 +354,11 @@ func (a *applier) link(target string, dir *node, name string) (*node, error) {
 
 // setDirTime sets the time of whatever file the name of a directory's entry leads to in the end.
 func (a *applier) setDirTime(d dirTime) error {
-	resolved, err := resolve(a.root, path.Clean(d.name))
+	resolved, err := a.files.resolve(a.root, path.Clean(d.name))
 	if err != nil {
 		return err
 	}
-	n, err := lstat(a.root, resolved)
+	n, err := a.files.lstat(a.root, resolved)
 	if err == nil && n == nil {
 		err = unix.ENOENT
 	}

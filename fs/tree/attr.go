@@ -75,17 +75,20 @@ func (n *node) setXattrs(records map[string]string) error {
 			return fmt.Errorf("xattr %q: %w", name, err)
 		}
 		if set {
-			n.setXattr(name, v)
+			n.setXattr(strings.Clone(name), v) // it is a part of all the records
 		}
 	}
-	size := 0
-	for _, x := range n.Xattrs {
-		size += len(x.Name) + len(x.Value) + 8
-	}
-	if size > maxXattrs {
+	if n.xattrSize() > maxXattrs {
 		return errors.New("xattrs too large")
 	}
 	return nil
+}
+
+func (n *node) xattrSize() (size int) {
+	for _, x := range n.Xattrs {
+		size += len(x.Name) + len(x.Value) + 8
+	}
+	return size
 }
 
 // checkXattr returns the value that setting name to value gives, or false if the applier goes on without it.

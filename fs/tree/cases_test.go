@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"slices"
 	"strings"
@@ -342,6 +343,26 @@ func TestLimits(t *testing.T) {
 	}
 }
 
+func TestTooManySteps(t *testing.T) {
+	c := chain{}.with(t, tarOf(t, parseEntries("t/d/d/d/f l->t k->l")...))
+	s := source{entries: func() entryReader { return c.layers[0].Index.Entries() }, tarSize: c.layers[0].Index.TarSize}
+	f := &files{blockSize: 512, scattered: map[*node]scattered{}}
+	root, err := applyLayer(context.Background(), &s, nil, f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for f.steps = 0; ; {
+		_, err := f.resolve(root, "k/d/d/d/f")
+		if errors.Is(err, errTooManySteps) {
+			break
+		}
+		if err != nil || f.steps == 0 || f.steps > maxSteps+100 {
+			t.Fatalf("got %v after %d steps", err, f.steps)
+		}
+		f.steps += maxSteps / 8
+	}
+}
+
 func TestCancelled(t *testing.T) {
 	c := chain{}.with(t, tarOf(t, parseEntries("a")...))
 	ctx, cancel := context.WithCancel(context.Background())
@@ -350,17 +371,6 @@ func TestCancelled(t *testing.T) {
 		t.Errorf("got %v, want %v", err, context.Canceled)
 	}
 }
-
-// entryList is an entryReader of what no index gives.
-type entryList []*artifact.Entry
-
-func (l *entryList) Next() (*artifact.Entry, error) {
-	e := (*l)[0]
-	*l = (*l)[1:]
-	return e, nil
-}
-
-func (l *entryList) Close() {}
 
 func TestDataOutsideOfTheTar(t *testing.T) {
 	for name, e := range map[string]*artifact.Entry{
@@ -509,31 +519,62 @@ func oldSparse() []byte {
 	return b.Bytes()
 }
 
-// BenchmarkMerge merges 100,000 entries of five layers: directories of 20 files, a tenth of which a layer above replaces or deletes.
+// BenchmarkMerge merges 100,000 entries of five layers: directories of 20 files, a part of which layers above replace or delete.
+// What it adds to reading the headers, which depends on their format, is what BenchmarkEntries does not take.
 func BenchmarkMerge(b *testing.B) {
-	var c chain
+	for _, format := range []tar.Format{tar.FormatUSTAR, tar.FormatPAX} {
+		b.Run(format.String(), func(b *testing.B) {
+			c := benchmarkChain(b, format)
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := Merge(context.Background(), c.layers, 512); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func BenchmarkEntries(b *testing.B) {
+	for _, format := range []tar.Format{tar.FormatUSTAR, tar.FormatPAX} {
+		b.Run(format.String(), func(b *testing.B) {
+			c := benchmarkChain(b, format)
+			b.ReportAllocs()
+			for b.Loop() {
+				for _, l := range c.layers {
+					r := l.Index.Entries()
+					for {
+						if _, err := r.Next(); err == io.EOF {
+							break
+						} else if err != nil {
+							b.Fatal(err)
+						}
+					}
+					r.Close()
+				}
+			}
+		})
+	}
+}
+
+func benchmarkChain(t testing.TB, format tar.Format) (c chain) {
 	for layer := range 5 {
 		var entries []*tar.Header
 		for i := range 20000 {
 			dir := fmt.Sprintf("usr/lib/python3/dist-packages/package%03d/module%02d/", (i+layer*19000)/400, i/20%20)
-			switch i % 20 {
-			case 0:
-				entries = append(entries, parseEntries(dir)...)
-			case 1:
-				entries = append(entries, parseEntries(fmt.Sprintf("%s.wh.file%d.py", dir, i%20))...)
-			default:
-				entries = append(entries, parseEntries(fmt.Sprintf("%sfile%d.py", dir, i%20))...)
+			name := fmt.Sprintf("%sfile%d.py", dir, i%20)
+			if i%20 == 0 {
+				name = dir
+			} else if i%20 == 1 && layer > 0 {
+				name = dir + whiteoutPrefix + "file1.py"
 			}
+			h := parseEntries(name)[0]
+			if h.Format = format; format == tar.FormatUSTAR {
+				h.ModTime = h.ModTime.Truncate(time.Second)
+			}
+			entries = append(entries, h)
 		}
-		if layer == 0 {
-			entries = slices.DeleteFunc(entries, func(h *tar.Header) bool { return strings.Contains(h.Name, whiteoutPrefix) })
-		}
-		c = c.with(b, tarOf(b, entries...))
+		c = c.with(t, tarOf(t, entries...))
 	}
-	b.ReportAllocs()
-	for b.Loop() {
-		if _, err := Merge(context.Background(), c.layers, 512); err != nil {
-			b.Fatal(err)
-		}
-	}
+	return c
 }

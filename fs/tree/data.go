@@ -11,14 +11,21 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
 )
 
-// maxData is the limit of file data kept in the metadata image, for all files together.
-const maxData = 64 << 20
+// Limits of a chain.
+const (
+	maxData  = 64 << 20 // bytes of file data kept in the metadata image
+	maxNodes = 8 << 20
+	maxHeld  = 1 << 30 // bytes of symlinks and xattrs in all nodes
+)
 
-// files makes the nodes of all layers and knows the data of those that extents cannot express.
+// files makes the nodes of all layers, follows paths through them, and knows the data of those that extents cannot express.
 type files struct {
+	resolver
 	blockSize int64
 	scattered map[*node]scattered
 	dataSize  int64
+	made      int // nodes
+	held      int // bytes, as maxHeld counts them
 
 	// Nodes and extents are allocated in runs: there is one for nearly every entry.
 	nodes   []node
@@ -37,7 +44,17 @@ func (f *files) newNode() *node {
 	}
 	n := &f.nodes[0]
 	f.nodes = f.nodes[1:]
+	f.made++
 	return n
+}
+
+// account counts what n holds against the limits of memory.
+func (f *files) account(n *node) error {
+	f.held += len(n.Data) + n.xattrSize()
+	if f.made > maxNodes || f.held > maxHeld {
+		return errors.New("too many files, symlinks and xattrs for one image")
+	}
+	return nil
 }
 
 // newExtents returns n extents with the capacity of n.

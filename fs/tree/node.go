@@ -1,9 +1,6 @@
 package tree
 
 import (
-	"errors"
-	"strings"
-
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
@@ -48,54 +45,5 @@ func (n *node) unlinked() {
 	}
 	for _, c := range n.children {
 		c.unlinked()
-	}
-}
-
-// errHost: what the applier does depends on the host's file system.
-var errHost = errors.New("its path leads through symlinks that the applier follows outside of the layer")
-
-// lstat is lstat(2) of root's directory joined with p: symlinks before the last component are followed as the kernel does.
-// It returns nil without an error if there is no such file.
-func lstat(root *node, p string) (*node, error) {
-	at := []*node{root} // from the root to here
-	links := 0
-	for {
-		p = strings.TrimLeft(p, "/")
-		n := at[len(at)-1]
-		if p == "" {
-			return n, nil
-		}
-		name, rest, _ := strings.Cut(p, "/")
-		p = rest
-		switch {
-		case !n.isDir():
-			return nil, unix.ENOTDIR
-		case name == ".":
-			continue
-		case name == "..":
-			if len(at) == 1 {
-				return nil, errHost
-			}
-			at = at[:len(at)-1]
-			continue
-		case len(name) > maxName:
-			return nil, unix.ENAMETOOLONG
-		}
-		c := n.children[name]
-		if c == nil {
-			return nil, nil
-		}
-		if rest == "" || !c.is(unix.S_IFLNK) {
-			at = append(at, c)
-			continue
-		}
-		target := string(c.Data)
-		if links++; links > 40 {
-			return nil, unix.ELOOP
-		}
-		if target[0] == '/' {
-			return nil, errHost
-		}
-		p = target + "/" + rest
 	}
 }

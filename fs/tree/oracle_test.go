@@ -3,6 +3,7 @@ package tree
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -78,13 +79,19 @@ func (o *oracle) apply(t testing.TB, tar []byte) error {
 // walk mounts the layers as a container's root and returns its files by path.
 func (o *oracle) walk(t testing.TB) map[string]file {
 	t.Helper()
+	return o.walkOverlay(t, o.uppers)
+}
+
+// walkOverlay mounts an overlay over lowers and returns its files by path.
+func (o *oracle) walkOverlay(t testing.TB, lowers []string) map[string]file {
+	t.Helper()
 	at := func(name string) string { return filepath.Join(o.dir, name) }
 	for _, d := range []string{"upper", "work", "root"} {
 		if err := os.MkdirAll(at(d), 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	options := fmt.Sprintf("workdir=%s,upperdir=%s,lowerdir=%s,index=off", at("work"), at("upper"), strings.Join(o.uppers, ":"))
+	options := fmt.Sprintf("workdir=%s,upperdir=%s,lowerdir=%s,index=off", at("work"), at("upper"), strings.Join(lowers, ":"))
 	if err := unix.Mount("overlay", at("root"), "overlay", 0, options); err != nil {
 		t.Fatalf("mount overlay: %v", err)
 	}
@@ -97,6 +104,33 @@ func (o *oracle) walk(t testing.TB) map[string]file {
 	inodes := map[uint64]string{}
 	o.walkDir(t, at("root"), "", files, inodes)
 	return files
+}
+
+// walkImage writes root's metadata image, mounts it with its data device, and returns what an overlay over it shows.
+func (o *oracle) walkImage(t testing.TB, c chain, root *erofs.Inode) map[string]file {
+	t.Helper()
+	var image bytes.Buffer
+	if err := erofs.Write(&image, root, erofs.Options{BlockSize: 512, DeviceSize: int64(len(c.device))}); err != nil {
+		t.Fatal(err)
+	}
+	at := func(name string) string { return filepath.Join(o.dir, name) }
+	device := append(bytes.Clone(c.device), make([]byte, -len(c.device)&511)...)
+	if err := errors.Join(os.WriteFile(at("image"), image.Bytes(), 0o600), os.WriteFile(at("device"), device, 0o600), os.MkdirAll(at("lower"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	err := unix.Mount(at("image"), at("lower"), "erofs", unix.MS_RDONLY, "device="+at("device"))
+	if err == unix.ENOTBLK {
+		t.Skip("this kernel mounts EROFS from block devices only")
+	}
+	if err != nil {
+		t.Fatalf("mount metadata image: %v", err)
+	}
+	defer func() {
+		if err := unix.Unmount(at("lower"), 0); err != nil {
+			t.Fatalf("unmount: %v", err)
+		}
+	}()
+	return o.walkOverlay(t, []string{at("lower")})
 }
 
 func (o *oracle) walkDir(t testing.TB, root, dir string, files map[string]file, inodes map[uint64]string) {

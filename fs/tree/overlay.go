@@ -23,7 +23,13 @@ func (o *overlay) mergeDir(stack []*node) error {
 	top.Entries = make([]erofs.Dirent, 0, len(top.children))
 	for i, dir := range stack {
 		for name, n := range dir.children {
-			if n.isWhiteout() || isIn(stack[:i], name) {
+			if i > 0 {
+				if top.children[name] != nil {
+					continue
+				}
+				top.children[name] = n // hides those below
+			}
+			if n.isWhiteout() {
 				continue
 			}
 			var err error
@@ -43,15 +49,6 @@ func (o *overlay) mergeDir(stack []*node) error {
 		dir.children = nil
 	}
 	return nil
-}
-
-func isIn(stack []*node, name string) bool {
-	for _, dir := range stack {
-		if dir.children[name] != nil {
-			return true
-		}
-	}
-	return false
 }
 
 // below returns the directories that merge under name, which is a directory in stack's topmost.

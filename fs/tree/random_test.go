@@ -7,12 +7,16 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
 )
 
 // chooser decides what a generated layer holds.
@@ -316,6 +320,7 @@ func checkStack(t testing.TB, c chooser, result *stackResult) {
 	o := newOracle(t)
 	var stack chain
 	var accepted string
+	var last *erofs.Inode
 	for range 1 + g.IntN(5) {
 		for entries := g.layer(); ; entries = entries[:len(entries)/2] {
 			b := tarOf(t, entries...)
@@ -336,11 +341,16 @@ func checkStack(t testing.TB, c chooser, result *stackResult) {
 			result.applied++
 			stack = next
 			accepted += describe(entries)
+			last = tree
 			if !compare(t, o.walk(t), stack.walkTree(t, tree)) {
 				t.Fatal(accepted)
 			}
 			break
 		}
+	}
+	// What the kernel makes of the metadata image must be the same again.
+	if !compare(t, o.walk(t), o.walkImage(t, stack, last)) {
+		t.Fatal(accepted)
 	}
 }
 
@@ -384,6 +394,13 @@ func TestRandomStacks(t *testing.T) {
 
 // FuzzStack is TestRandomStacks with a fuzzer's choices.
 func FuzzStack(f *testing.F) {
+	addSeeds(f)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		checkStack(t, &bytesChooser{b}, &stackResult{})
+	})
+}
+
+func addSeeds(f *testing.F) {
 	f.Add([]byte{})
 	r := rand.New(rand.NewPCG(1, 1))
 	for range 16 {
@@ -393,7 +410,59 @@ func FuzzStack(f *testing.F) {
 		}
 		f.Add(b)
 	}
+}
+
+// FuzzMerge merges what FuzzStack does, and entries that no tar has, without comparing: whatever the layers say, the tree
+// must be one that can be written.
+func FuzzMerge(f *testing.F) {
+	addSeeds(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		checkStack(t, &bytesChooser{b}, &stackResult{})
+		c := &bytesChooser{b}
+		g := &generator{chooser: c}
+		var layers []source
+		for range 1 + g.IntN(5) {
+			entries := entryList{}
+			for _, h := range g.layer() {
+				e := &artifact.Entry{Header: h, DataOffset: int64(g.IntN(4)) * 512, DataSize: h.Size}
+				if h.Typeflag == tar.TypeReg && oneIn(g, 4) {
+					at := int64(g.IntN(1024))
+					e.Sparse = []artifact.SparseRun{{FileOffset: at, TarOffset: at, Size: max(0, h.Size-at)}}
+				}
+				entries = append(entries, e)
+			}
+			layer := source{tarSize: 8192, readAt: func(_ context.Context, p []byte, off int64) (int, error) { return len(p), nil }}
+			layer.entries = func() entryReader { l := entries; return &l }
+			layers = append(layers, layer)
+		}
+		root, err := merge(context.Background(), layers, 512)
+		if err != nil {
+			if !errors.Is(err, ErrRefused) && !errors.Is(err, artifact.ErrInvalid) {
+				t.Errorf("got %v, want ErrRefused or ErrInvalid", err)
+			}
+			return
+		}
+		checkWritable(t, root)
 	})
+}
+
+// entryList is an entryReader of entries that no index need have.
+type entryList []*artifact.Entry
+
+func (l *entryList) Next() (*artifact.Entry, error) {
+	if len(*l) == 0 {
+		return nil, io.EOF
+	}
+	e := (*l)[0]
+	*l = (*l)[1:]
+	return e, nil
+}
+
+func (l *entryList) Close() {}
+
+// checkWritable makes sure that a metadata image can express the tree.
+func checkWritable(t testing.TB, root *erofs.Inode) {
+	t.Helper()
+	if err := erofs.Write(io.Discard, root, erofs.Options{BlockSize: 512, DeviceSize: 1 << 20}); err != nil {
+		t.Errorf("write metadata image: %v", err)
+	}
 }
