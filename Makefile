@@ -1,0 +1,48 @@
+# All programs are built into .build/bin: ours, and containerd, crictl and the other tools that tools/go.mod pins.
+BIN := $(CURDIR)/.build/bin
+export PATH := $(BIN):$(PATH)
+GOTEST := go run ./integration/gotest $(if $(CI),-no-skips)
+UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
+FUZZTIME ?= 20s
+
+.PHONY: build demo test test-full lint bench fuzz images clean
+
+build: .build/tools
+	CGO_ENABLED=0 go build -o $(BIN)/ ./cmd/...
+
+.build/tools: tools/go.mod tools/go.sum
+	cd tools && CGO_ENABLED=0 go build -o $(BIN)/ tool
+	@touch $@
+
+# make demo [IMAGE=REF] [MODE=file|loop|tree] [FLAGS="-rtt 50ms -mbits 100"]
+demo: build
+	@.ci/packages runc
+	@go build -o .build/demo ./integration/demo && .build/demo $(if $(IMAGE),-image $(IMAGE)) $(if $(MODE),-mode $(MODE)) $(FLAGS)
+
+test: build lint images
+	$(GOTEST) -race $(UNIT)
+	$(GOTEST) -cpu 1 ./fs
+	$(GOTEST) -timeout 30m ./integration
+
+test-full: test fuzz
+	FULL=1 $(GOTEST) -timeout 60m ./...
+
+lint:
+	@test -z "$$(gofmt -l . | tee /dev/stderr)"
+	go vet ./...
+	go tool staticcheck ./...
+	for arch in amd64 arm64; do CGO_ENABLED=0 GOARCH=$$arch go build -o /dev/null ./... || exit; done
+
+bench:
+	go test -run '^$$' -bench . -benchmem -timeout 60m ./...
+
+fuzz:
+	@for p in $(UNIT); do for f in $$(go test -list '^Fuzz' $$p | grep ^Fuzz); do \
+		echo "$$p $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p || exit; done; done
+
+# The images of the end-to-end tests, from Debian's and npm's packages; what is built already stays.
+images:
+	@integration/images/build.sh
+
+clean:
+	rm -rf .build
