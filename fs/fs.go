@@ -85,6 +85,7 @@ type Server struct {
 	readAhead int64
 	log       *slog.Logger
 	memory    *memory
+	patience  time.Duration // releaseTimeout
 	devices   *devices
 	session   *session // of devices; nil in mode tree
 
@@ -128,6 +129,7 @@ func New(o Options) (*Server, error) {
 		readAhead: o.ReadAhead,
 		log:       o.Log,
 		memory:    newMemory(),
+		patience:  releaseTimeout,
 		devices:   newDevices(),
 		mounts:    map[string]*mount{},
 		trees:     map[*tree]bool{},
@@ -245,8 +247,8 @@ func (s *Server) mountErofs(m *mount, img Image, target string) error {
 }
 
 // releaseTimeout bounds the wait for the kernel to let go of an unmounted image. It takes a moment, loop devices a few milliseconds,
-// unless somebody still uses it.
-const releaseTimeout = time.Second
+// unless somebody still uses it, be it another mount namespace that is just being made.
+const releaseTimeout = 5 * time.Second
 
 // Unmount undoes Mount. Unmounting what is not mounted is no error. After Unmount has returned nil, the image's Device is not used any
 // more, unless by another mount. A mount that is in use is detached from the directory tree and served until its last user is gone;
@@ -298,7 +300,7 @@ func (s *Server) unmount(target string) error {
 
 // released waits until the kernel has let go of m, which is unmounted.
 func (s *Server) released(m *mount, target string) error {
-	gone := make(<-chan struct{})
+	var gone <-chan struct{}
 	if m.tree != nil {
 		gone = m.tree.session.done
 	} else if s.devices.release(m.device) {
@@ -306,7 +308,7 @@ func (s *Server) released(m *mount, target string) error {
 	} else {
 		return nil
 	}
-	timeout := time.NewTimer(releaseTimeout)
+	timeout := time.NewTimer(s.patience)
 	defer timeout.Stop()
 	select {
 	case <-gone:

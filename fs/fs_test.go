@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"testing"
 	"testing/fstest"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -38,7 +39,7 @@ func inModes(t *testing.T, f func(t *testing.T, s *Server)) {
 func TestTree(t *testing.T) {
 	images := map[string]*image{
 		"special": madeImage((*erofstest.Maker).Special),
-		"random":  madeImage(func(m *erofstest.Maker) *erofs.Inode { return m.Tree(2000) }),
+		"random":  madeImage(func(m *erofstest.Maker) *erofs.Inode { return m.Tree(1000) }),
 		"wide":    madeImage(func(m *erofstest.Maker) *erofs.Inode { return m.Wide(20_000, 60) }),
 		"empty":   newImage(),
 	}
@@ -84,7 +85,7 @@ func TestHugeFile(t *testing.T) {
 	})
 }
 
-func TestMountFlags(t *testing.T) {
+func TestMountIsPlain(t *testing.T) {
 	m := newImage()
 	m.add("null", &erofs.Inode{Mode: unix.S_IFCHR | 0o666, Rdev: erofstest.EncodeDev(1, 3)})
 	m.file("file", noise(1, 100_000))
@@ -95,6 +96,9 @@ func TestMountFlags(t *testing.T) {
 		}
 		if err := os.Mkdir(filepath.Join(target, "new"), 0o755); !errors.Is(err, unix.EROFS) {
 			t.Errorf("mkdir: %v", err)
+		}
+		if _, err := os.Stat(filepath.Join(target, ".go-fuse-epoll-hack")); !os.IsNotExist(err) {
+			t.Errorf("go-fuse's own file: %v", err)
 		}
 		var st unix.Statfs_t
 		if err := unix.Statfs(target, &st); err != nil {
@@ -236,6 +240,7 @@ func TestUnmount(t *testing.T) {
 	content := noise(1, 1<<20)
 	m.file("file", content)
 	inModes(t, func(t *testing.T, s *Server) {
+		s.patience = 100 * time.Millisecond
 		img := m.write(t, "image")
 		target := t.TempDir()
 		if err := s.Unmount(target); err != nil {
@@ -272,6 +277,7 @@ func TestCloseInUse(t *testing.T) {
 	m := newImage()
 	m.file("file", noise(1, 8<<20))
 	inModes(t, func(t *testing.T, s *Server) {
+		s.patience = 100 * time.Millisecond
 		target := t.TempDir()
 		if err := s.Mount(t.Context(), m.write(t, "image"), target); err != nil {
 			t.Fatal(err)

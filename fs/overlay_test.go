@@ -174,3 +174,58 @@ func checkPermissions(t *testing.T, dir string) {
 		t.Errorf("a set-user-ID program runs as %s, %v", out, err)
 	}
 }
+
+// TestIDMapped makes an ID-mapped mount of the mount, as container runtimes do for user namespaces.
+func TestIDMapped(t *testing.T) {
+	m := newImage()
+	m.file("file", []byte("content")).UID = 7
+	inModes(t, func(t *testing.T, s *Server) {
+		target := mountImage(t, s, m.write(t, "image"))
+		ns := userNamespace(t, 100_000)
+		fd, err := unix.OpenTree(unix.AT_FDCWD, target, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(fd)
+		attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())}
+		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+			t.Fatalf("map IDs: %v", err)
+		}
+		var st unix.Stat_t
+		if err := unix.Fstatat(fd, "file", &st, 0); err != nil || st.Uid != 100_007 {
+			t.Errorf("owner %d, %v; want 100007", st.Uid, err)
+		}
+		f, err := unix.Openat(fd, "file", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Close(f)
+		p := make([]byte, 100)
+		if n, err := unix.Read(f, p); string(p[:max(n, 0)]) != "content" {
+			t.Errorf("read %q, %v", p[:max(n, 0)], err)
+		}
+	})
+}
+
+// userNamespace makes a user namespace whose IDs begin at base outside.
+func userNamespace(t *testing.T, base int) *os.File {
+	t.Helper()
+	cmd := exec.Command("cat")
+	ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: base, Size: 65536}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids}
+	in, err := cmd.StdinPipe() // cat lives until it is closed
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer in.Close()
+	f, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", cmd.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}

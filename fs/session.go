@@ -6,9 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -18,6 +18,7 @@ import (
 
 // Opcodes of fuse_kernel.h that the session knows itself.
 const (
+	opLookup      = 1
 	opRead        = 15
 	opInit        = 26
 	opReadDir     = 28
@@ -36,6 +37,8 @@ const (
 	maxWrite   = 4 << 10
 	// maxPayload bounds what an answer of the protocol server holds: a directory listing or an extended attribute, whose limit it is.
 	maxPayload = 64 << 10
+	// minReaders is how many goroutines read requests when there are none, and so about how many threads a session costs.
+	minReaders = 2
 	// maxReply is maxPayload with the header and the largest fixed part.
 	maxReply = maxPayload + 512
 	// resent is set in the unique of a request that the kernel sends again (FUSE_NOTIFY_RESEND).
@@ -57,8 +60,8 @@ type filesystem interface {
 // session is one FUSE connection: a descriptor of /dev/fuse, its mount, and the goroutines that serve it.
 //
 // go-fuse's protocol server encodes and decodes, and answers all that needs no waiting on the goroutine that read the request. The
-// session itself answers READ, each on a goroutine of its own, so that a read that waits for the network keeps no other request
-// from being read, and INTERRUPT, because it knows the READs in flight.
+// session itself answers READ, and INTERRUPT, because it knows the READs in flight. A READ may wait for the network, so before it does,
+// it sees to it that another goroutine reads requests.
 //
 // A session holds no state that the kernel would miss in a successor: node ids are a function of what they name, FORGET is ignored,
 // file handles are not used, and the INIT request is kept to be replayed.
@@ -73,8 +76,11 @@ type session struct {
 	memory *memory         // shared by a Server's sessions
 	ctx    context.Context // ends when the connection does; the parent of the READs' contexts
 	cancel context.CancelFunc
-	done   chan struct{} // closed when the connection has ended and all goroutines have
-	work   sync.WaitGroup
+	done   chan struct{}  // closed when the connection has ended and all goroutines have
+	work   sync.WaitGroup // all goroutines but the one that closes done
+
+	readers atomic.Int32 // goroutines that read or are about to
+	scratch sync.Pool    // of *scratch
 
 	mu    sync.Mutex
 	reads map[uint64]*reading // in flight, by unique
@@ -86,6 +92,12 @@ type reading struct {
 	ctx     context.Context
 	cancel  context.CancelFunc
 	watched bool // guarded by session.mu
+}
+
+// scratch is what a goroutine reads a request into, and answers all but READ from.
+type scratch struct {
+	req   [maxRequest]byte
+	reply [maxReply]byte
 }
 
 // sessionOptions say how to mount and serve a session.
@@ -109,14 +121,15 @@ func newSession(target string, f filesystem, o sessionOptions) (*session, error)
 		return nil, err
 	}
 	s := &session{
-		target: target,
-		fd:     fd,
-		fs:     f,
-		proto:  fuse.NewProtocolServer(f, &o.proto),
-		log:    o.log,
-		memory: o.memory,
-		done:   make(chan struct{}),
-		reads:  map[uint64]*reading{},
+		target:  target,
+		fd:      fd,
+		fs:      f,
+		proto:   fuse.NewProtocolServer(f, &o.proto),
+		log:     o.log,
+		memory:  o.memory,
+		done:    make(chan struct{}),
+		reads:   map[uint64]*reading{},
+		scratch: sync.Pool{New: func() any { return new(scratch) }},
 	}
 	err = s.handshake()
 	if err == nil {
@@ -128,13 +141,11 @@ func newSession(target string, f filesystem, o sessionOptions) (*session, error)
 		return nil, fmt.Errorf("mount FUSE at %s: %w", target, err)
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	var readers sync.WaitGroup
-	for range min(max(runtime.GOMAXPROCS(0), 2), 4) {
-		readers.Go(s.serve)
+	s.readers.Store(minReaders)
+	for range minReaders {
+		s.work.Go(s.serve)
 	}
 	go func() {
-		readers.Wait()
-		s.cancel()
 		s.work.Wait()
 		unix.Close(fd)
 		if o.ended != nil {
@@ -188,18 +199,36 @@ func (s *session) handshake() error {
 	return nil
 }
 
-// serve reads requests until the connection ends.
+// serve reads and answers requests until the connection ends, or enough others do.
 func (s *session) serve() {
-	req, reply := make([]byte, maxRequest), make([]byte, maxReply)
 	for {
-		n, err := readRequest(s.fd, req)
+		b := s.scratch.Get().(*scratch)
+		n, err := readRequest(s.fd, b.req[:])
+		waiting := s.readers.Add(-1)
 		if err != nil {
+			s.cancel()
 			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ECONNABORTED) {
 				s.log.Error("read FUSE request", "mount", s.target, "error", err)
 			}
 			return
 		}
-		s.handle(req[:n], reply)
+		if h := header(b.req[:]); h.Opcode == opRead && n >= int(unsafe.Sizeof(fuse.ReadIn{})) {
+			in := *(*fuse.ReadIn)(unsafe.Pointer(h))
+			s.scratch.Put(b)
+			r := s.startRead(in)
+			if waiting == 0 {
+				s.readers.Add(1)
+				s.work.Go(s.serve)
+			}
+			s.read(r)
+		} else {
+			s.handle(b.req[:n], b.reply[:])
+			s.scratch.Put(b)
+		}
+		if s.readers.Add(1) > minReaders {
+			s.readers.Add(-1)
+			return
+		}
 	}
 }
 
@@ -222,12 +251,17 @@ func readRequest(fd int, p []byte) (int, error) {
 // header returns the header of a request, in place. req is the start of an allocation, hence aligned.
 func header(req []byte) *fuse.InHeader { return (*fuse.InHeader)(unsafe.Pointer(&req[0])) }
 
-// handle answers one request, with reply as scratch, or starts a goroutine that does.
+// pollHack is a name, as in a LOOKUP, that go-fuse's protocol server finds in every root, for itself.
+const pollHack = ".go-fuse-epoll-hack\x00"
+
+// handle answers a request other than READ, with reply as scratch.
 func (s *session) handle(req, reply []byte) {
 	h := header(req)
 	switch {
-	case h.Opcode == opRead && len(req) >= int(unsafe.Sizeof(fuse.ReadIn{})):
-		s.startRead(*(*fuse.ReadIn)(unsafe.Pointer(&req[0])))
+	case h.Opcode == opLookup && string(req[unsafe.Sizeof(*h):]) == pollHack:
+		var out fuse.EntryOut
+		status := s.fs.Lookup(nil, h, pollHack[:len(pollHack)-1], &out)
+		s.reply(h.Unique, status, unsafe.Slice((*byte)(unsafe.Pointer(&out)), unsafe.Sizeof(out)))
 	case h.Opcode == opInterrupt && len(req) >= int(unsafe.Sizeof(fuse.InterruptIn{})):
 		s.interrupt(h.Unique, (*fuse.InterruptIn)(unsafe.Pointer(&req[0])).Unique)
 	default:
@@ -245,9 +279,13 @@ func (s *session) handle(req, reply []byte) {
 	}
 }
 
-// reply answers the request unique with an error, or with payload.
+// reply answers the request unique with payload, or with an error.
 func (s *session) reply(unique uint64, status fuse.Status, payload []byte) {
-	h := fuse.OutHeader{Unique: unique, Status: -int32(status), Length: uint32(outHeaderSize + len(payload))}
+	h := fuse.OutHeader{Unique: unique, Status: -int32(status)}
+	if !status.Ok() {
+		payload = nil
+	}
+	h.Length = uint32(outHeaderSize + len(payload))
 	head := unsafe.Slice((*byte)(unsafe.Pointer(&h)), outHeaderSize)
 	if len(payload) == 0 {
 		s.write(head)
@@ -264,14 +302,14 @@ func (s *session) write(parts ...[]byte) {
 	}
 }
 
-// startRead records a READ and answers it from a new goroutine.
-func (s *session) startRead(in fuse.ReadIn) {
+// startRead records a READ, so that it can be interrupted.
+func (s *session) startRead(in fuse.ReadIn) *reading {
 	r := &reading{in: in}
 	r.ctx, r.cancel = context.WithCancel(s.ctx)
 	s.mu.Lock()
 	s.reads[in.Unique&^resent] = r
 	s.mu.Unlock()
-	s.work.Go(func() { s.read(r) })
+	return r
 }
 
 // read answers a READ.

@@ -45,6 +45,7 @@ func (s *Server) mountTree(m *mount, img Image, target string) error {
 	}
 	o.proto.EnableSymlinkCaching = true
 	o.proto.ExplicitDataCacheControl = true
+	o.proto.IDMappedMount = true // from Linux 6.12
 	o.proto.EnableAcl = t.xattrs // each permission check would ask for an ACL
 	o.proto.ExtraCapabilities = fuse.CAP_NO_OPENDIR_SUPPORT
 	// No MS_NOSUID or MS_NODEV: the mount is a container's root file system.
