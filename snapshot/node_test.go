@@ -121,8 +121,8 @@ type testImage struct {
 	chainIDs []digest.Digest
 }
 
-// push pushes an image with the layers' tars as repo:latest.
-func (n *testNode) push(repo string, tars ...[]byte) testImage {
+// push pushes an image with the layers' tars as repository:tag.
+func (n *testNode) push(image string, tars ...[]byte) testImage {
 	n.t.Helper()
 	img := v1.Image(empty.Image)
 	for _, b := range tars {
@@ -143,7 +143,7 @@ func (n *testNode) push(repo string, tars ...[]byte) testImage {
 	if img, err = mutate.ConfigFile(img, cf); err != nil {
 		n.t.Fatal(err)
 	}
-	ref := n.reg.Host() + "/" + repo + ":latest"
+	ref := n.reg.Host() + "/" + image
 	r, err := name.ParseReference(ref)
 	if err != nil {
 		n.t.Fatal(err)
