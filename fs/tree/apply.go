@@ -116,7 +116,7 @@ func (a *applier) apply(e *artifact.Entry) error {
 	case name == opaqueName:
 		return a.setOpaque(dir)
 	case strings.HasPrefix(name, whiteoutPrefix):
-		return a.whiteout(e, dir.node, name[len(whiteoutPrefix):])
+		return a.whiteout(dir.node, name[len(whiteoutPrefix):])
 	}
 	if old := dir.node.children[name]; old != nil && !(old.isDir() && e.Typeflag == tar.TypeDir) {
 		a.remove(dir.node, name)
@@ -125,7 +125,9 @@ func (a *applier) apply(e *artifact.Entry) error {
 		return err
 	}
 	if a.unpacked != nil {
-		a.unpacked[path.Join(dir.path, name)] = struct{}{}
+		p := path.Join(dir.path, name)
+		a.unpacked[p] = struct{}{}
+		a.files.held += len(p)
 	}
 	return nil
 }
@@ -241,7 +243,7 @@ func (a *applier) clear(dir *node, p string) {
 	}
 }
 
-func (a *applier) whiteout(e *artifact.Entry, dir *node, name string) error {
+func (a *applier) whiteout(dir *node, name string) error {
 	if name == "" || name == "." || name == ".." {
 		return errors.New("invalid whiteout name")
 	}

@@ -15,7 +15,7 @@ import (
 const (
 	maxData  = 64 << 20 // bytes of file data kept in the metadata image
 	maxNodes = 8 << 20
-	maxHeld  = 1 << 30 // bytes of symlinks and xattrs in all nodes
+	maxHeld  = 1 << 30 // bytes of symlinks and xattrs in all nodes, and of names remembered
 )
 
 // files makes the nodes of all layers, follows paths through them, and knows the data of those that extents cannot express.
