@@ -77,7 +77,7 @@ type Options struct {
 
 // Server mounts images. Its methods may be called from many goroutines.
 //
-// LOCK ORDER: create, then mu. Both are leaves for all other locks, and mu is held across no system call.
+// LOCK ORDER: none. Nobody holds two of this package's locks at once, and only create is held across system calls.
 type Server struct {
 	dir       string
 	mode      Mode
