@@ -214,6 +214,38 @@ func TestLargeFiles(t *testing.T) {
 	}
 }
 
+// TestDeviceEnd reads the last block of a device that is no multiple of a page, a block's part, and of a device with nothing.
+func TestDeviceEnd(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root can mount")
+	}
+	content := bytes.Repeat([]byte("0123456789abcdef"), 3*512/16)
+	device := filepath.Join(t.TempDir(), "device")
+	if err := os.WriteFile(device, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	empty := filepath.Join(t.TempDir(), "empty")
+	if err := os.WriteFile(empty, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	file := &erofs.Inode{Mode: unix.S_IFREG, Size: 100, Extents: []erofs.Extent{{DeviceOffset: 1024, Size: 100}}}
+	root := &erofs.Inode{Mode: unix.S_IFDIR, Entries: []erofs.Dirent{{Name: "f", Inode: file}}}
+	for _, loop := range []bool{false, true} {
+		var b, none bytes.Buffer
+		if err := errors.Join(erofs.Write(&b, root, erofs.Options{BlockSize: 512, DeviceSize: 1100}),
+			erofs.Write(&none, &erofs.Inode{Mode: unix.S_IFDIR}, erofs.Options{BlockSize: 512})); err != nil {
+			t.Fatal(err)
+		}
+		got, err := os.ReadFile(filepath.Join(erofstest.Mount(t, b.Bytes(), device, loop), "f"))
+		if err != nil || !bytes.Equal(got, content[1024:1124]) {
+			t.Errorf("loop %v: %q, %v", loop, got, err)
+		}
+		if _, err := erofstest.Walk(erofstest.Mount(t, none.Bytes(), empty, loop), erofstest.Options{}); err != nil {
+			t.Errorf("empty device, loop %v: %v", loop, err)
+		}
+	}
+}
+
 // TestInodeNumbers: the kernel shows the nid as st_ino.
 func TestInodeNumbers(t *testing.T) {
 	if os.Getuid() != 0 {

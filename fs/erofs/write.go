@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash"
 	"hash/crc32"
@@ -14,26 +15,30 @@ import (
 // Options of a metadata image.
 type Options struct {
 	BlockSize  int   // 512 or 4096; extents are multiples of it
-	DeviceSize int64 // of the data device, bytes; rounded up to blocks
+	DeviceSize int64 // of the data device, bytes; rounded up to blocks. So must be the device itself: Linux fails reads of a last block that is not whole
 }
 
-// Write writes the metadata image of the tree under root. The same tree gives the same bytes. Errors name the path of the inode that cannot be expressed.
+// ErrUnsupported: a metadata image cannot express the tree. A normal pull is the answer.
+var ErrUnsupported = errors.New("cannot be written as a metadata image")
+
+// Write writes the metadata image of the tree under root. The same tree gives the same bytes. Errors are
+// ErrUnsupported, and name the path of the inode that cannot be expressed, or w's.
 //
 // Directories get a link count of two and one for each subdirectory, other files their Nlink or else one for each name. Linux shows the counts as they are;
-// overlayfs shows one for a directory that it merges. Memory is about 200 bytes for each inode, beside the tree. The tree is only read.
+// overlayfs shows one for a directory that it merges. A map of a file shows the rest of its last block as the device has it, where other file systems show zeros. Memory is about 250 bytes for each inode, beside the tree. The tree is only read.
 func Write(w io.Writer, root *Inode, o Options) error {
 	if o.BlockSize != 512 && o.BlockSize != 4096 {
 		return fmt.Errorf("write metadata image: block size %d is neither 512 nor 4096", o.BlockSize)
 	}
 	p := &plan{blockBits: bits.TrailingZeros(uint(o.BlockSize)), deviceSize: roundUp(max(o.DeviceSize, 0), int64(o.BlockSize))}
 	if o.DeviceSize < 0 || p.deviceSize>>p.blockBits >= nullBlock {
-		return fmt.Errorf("write metadata image: a data device of %d bytes is beyond 32-bit block addresses", o.DeviceSize)
+		return fmt.Errorf("tree %w: a data device of %d bytes is beyond 32-bit block addresses", ErrUnsupported, o.DeviceSize)
 	}
 	if err := p.discover(root); err != nil {
-		return fmt.Errorf("write metadata image: %w", err)
+		return fmt.Errorf("tree %w: %w", ErrUnsupported, err)
 	}
 	if err := p.place(); err != nil {
-		return fmt.Errorf("write metadata image: %w", err)
+		return fmt.Errorf("tree %w: %w", ErrUnsupported, err)
 	}
 	// The superblock at the front depends on all that follows, and w cannot seek: encode twice.
 	d := &digester{hash: sha256.New(), super: bytes.NewBuffer(make([]byte, 0, superOffset+imageAlign))}

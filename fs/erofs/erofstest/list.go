@@ -24,7 +24,7 @@ func ListTree(root *erofs.Inode, device io.ReaderAt, o Options) ([]Entry, error)
 	}
 	for i, ino := range t.inodes {
 		if ino.Mode&unix.S_IFMT != unix.S_IFDIR {
-			t.entries[i].Nlink = t.nlink[ino]
+			t.entries[i].Nlink = cmp.Or(uint64(ino.Nlink), t.nlink[ino])
 		}
 	}
 	return t.entries, nil

@@ -185,5 +185,6 @@ func (m *Maker) links() *erofs.Inode {
 		named("a", dir(0o755, named("f", file), named("g", file), named("dev", device))),
 		named("b", dir(0o755, named("f", file), named("dev", device), named("link", link))),
 		named("link", link), named("f", file),
+		named("hidden", &erofs.Inode{Mode: unix.S_IFREG | 0o644, Nlink: 70000}), // names that the tree has not
 	)
 }
