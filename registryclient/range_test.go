@@ -142,18 +142,42 @@ func TestReadRangeProgressRenewsBudget(t *testing.T) {
 	wantRequests(t, r, 8)
 }
 
-// And whoever drips is not: each answer gives a byte.
+// And whoever drips is not: each answer gives a byte, or one answer gives a byte now and then.
 func TestReadRangeDrip(t *testing.T) {
+	for name, fault := range map[string]registrytest.Fault{
+		"many answers": registrytest.Reset(1), "one answer": registrytest.Throttle(1, 20*time.Millisecond),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := registrytest.Start(t, registrytest.Options{})
+			blob := r.PutBlob("team/app", noise(renewBytes))
+			r.Inject(registrytest.Blobs, -1, fault)
+			c := newClient(t, Options{Budget: 500 * time.Millisecond})
+			start := time.Now()
+			if b, err := readRange(t.Context(), c, repoOf(r), blob, 0, renewBytes, 0); err == nil || len(b) == 0 {
+				t.Errorf("got %d bytes, %v", len(b), err)
+			}
+			if d := time.Since(start); d > 5*time.Second {
+				t.Errorf("went on for %v with a budget of 0.5 s", d)
+			}
+			if n, _ := r.Count(); n > 10 {
+				t.Errorf("asked %d times within the budget", n)
+			}
+		})
+	}
+}
+
+// A slow body is no broken one.
+func TestReadRangeSlow(t *testing.T) {
 	r := registrytest.Start(t, registrytest.Options{})
-	blob := r.PutBlob("team/app", noise(renewBytes))
-	r.Inject(registrytest.Blobs, -1, registrytest.Reset(1))
-	c := newClient(t, Options{Budget: 500 * time.Millisecond})
-	if b, err := readRange(t.Context(), c, repoOf(r), blob, 0, renewBytes, 0); err == nil || len(b) == 0 {
+	data := noise(20 * renewBytes)
+	blob := r.PutBlob("team/app", data)
+	r.Inject(registrytest.Blobs, -1, registrytest.Throttle(renewBytes, 50*time.Millisecond))
+	c := newClient(t, Options{Budget: 500 * time.Millisecond, Stall: 400 * time.Millisecond})
+	if b, err := readRange(t.Context(), c, repoOf(r), blob, 0, int64(len(data)), 0); err != nil || !bytes.Equal(b, data) {
 		t.Errorf("got %d bytes, %v", len(b), err)
 	}
-	if n, _ := r.Count(); n > 10 {
-		t.Errorf("asked %d times within a budget of 0.5 s", n)
-	}
+	wantRequests(t, r, 1)
 }
 
 // A body that stalls is given up when its reader is: promptly, and without leaving anything running.
@@ -327,4 +351,27 @@ func FuzzParseContentRange(f *testing.F) {
 			t.Errorf("%q: got %d-%d", s, first, last)
 		}
 	})
+}
+
+func BenchmarkReadRange(b *testing.B) {
+	r := registrytest.Start(b, registrytest.Options{Dir: b.TempDir()})
+	const size = 64 << 20
+	blob := r.PutBlob("team/app", noise(size))
+	c := newClient(b, Options{Budget: time.Minute, Stall: time.Minute})
+	for _, n := range []int64{4 << 10, 128 << 10, 4 << 20} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			b.SetBytes(n)
+			b.ReportAllocs()
+			for i := 0; b.Loop(); i++ {
+				rc, err := c.ReadRange(b.Context(), repoOf(r), blob, int64(i)*n%size, n, 0)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if _, err := io.Copy(io.Discard, rc); err != nil {
+					b.Fatal(err)
+				}
+				rc.Close()
+			}
+		})
+	}
 }

@@ -128,6 +128,29 @@ func Delay(d time.Duration) Fault {
 	}
 }
 
+// Throttle sends the body a piece at a time, and waits before each.
+func Throttle(piece int, wait time.Duration) Fault {
+	return body(func(r *Registry, w http.ResponseWriter, req *http.Request, _ int64, p []byte) (n int, err error) {
+		t := time.NewTicker(wait)
+		defer t.Stop()
+		for n < len(p) {
+			select {
+			case <-t.C:
+			case <-req.Context().Done():
+				return n, http.ErrAbortHandler
+			case <-r.closed:
+				return n, http.ErrAbortHandler
+			}
+			k, err := w.Write(p[n:min(n+piece, len(p))])
+			if n += k; err != nil {
+				return n, err
+			}
+			http.NewResponseController(w).Flush()
+		}
+		return n, nil
+	})
+}
+
 // Flip inverts the lowest bit of the body's byte at off.
 func Flip(off int64) Fault {
 	return body(func(_ *Registry, w http.ResponseWriter, _ *http.Request, at int64, p []byte) (int, error) {
