@@ -59,6 +59,7 @@ type Created struct {
 	Subject  ocispec.Descriptor `json:"subject"`
 	Artifact ocispec.Descriptor `json:"artifact"`
 	Layers   []CreatedLayer     `json:"layers,omitempty"` // none when the artifact was there before
+	Seconds  float64            `json:"seconds"`
 	Warnings []string           `json:"warnings,omitempty"`
 }
 
@@ -98,7 +99,7 @@ func Create(ctx context.Context, p Place, ref string, o CreateOptions) ([]Create
 }
 
 func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Created, error) {
-	c := Created{Platform: platformString(img.platform), Subject: img.desc}
+	c := Created{Platform: platformString(img.platform), Subject: bare(img.desc)}
 	old, err := artifactsOf(ctx, p, img.desc.Digest)
 	if err != nil {
 		return c, err
@@ -118,7 +119,7 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 		return c, err
 	}
 	m := &artifact.Manifest{
-		Subject:  bare(img.desc),
+		Subject:  c.Subject,
 		Config:   img.manifest.Config,
 		Platform: img.platform,
 		Created:  img.created,
@@ -139,8 +140,9 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 	if err := p.PutManifest(ctx, c.Artifact, raw, ""); err != nil {
 		return c, fmt.Errorf("attach artifact to %s: %w", img.desc.Digest, err)
 	}
-	c.Status = StatusCreated
-	o.Progress.report(Event{Kind: ArtifactAttached, Platform: c.Platform, Digest: c.Artifact.Digest, Elapsed: time.Since(started)})
+	elapsed := time.Since(started)
+	c.Status, c.Seconds = StatusCreated, elapsed.Seconds()
+	o.Progress.report(Event{Kind: ArtifactAttached, Platform: c.Platform, Digest: c.Artifact.Digest, Elapsed: elapsed})
 
 	for _, a := range old {
 		if a.desc.Digest == c.Artifact.Digest {

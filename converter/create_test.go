@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -284,8 +285,12 @@ func TestNoDelete(t *testing.T) {
 	if list := referrers(t, p, d.Digest); len(list) != 1 || list[0].Digest != c.Artifact.Digest {
 		t.Errorf("referrers %+v", list)
 	}
-	if _, err := DeleteArtifacts(t.Context(), p, "v1", nil); err == nil {
-		t.Error("delete succeeded")
+	_, err := DeleteArtifacts(t.Context(), p, "v1", nil)
+	if err == nil || !strings.Contains(err.Error(), "REGISTRY_STORAGE_DELETE_ENABLED") || !strings.Contains(err.Error(), "belongs to its image no more") {
+		t.Errorf("delete: %v", err)
+	}
+	if list := referrers(t, p, d.Digest); len(list) != 0 {
+		t.Errorf("referrers after delete: %+v", list)
 	}
 }
 
@@ -436,6 +441,30 @@ func TestBasicAuth(t *testing.T) {
 	}
 }
 
+// TestTLS: certificates are verified unless that is forbidden.
+func TestTLS(t *testing.T) {
+	r := registrytest.Start(t, registrytest.Options{TLS: true, RedirectBlobs: true})
+	image := r.Host() + "/app:v1"
+	p, _ := open(t, image)
+	if _, err := Create(t.Context(), p, "v1", CreateOptions{}); err == nil || CodeOf(err) == ResourceNotFound {
+		t.Errorf("with a certificate that nobody signed: %v", err)
+	}
+	p, ref, err := Open(image, OpenOptions{Registry: RegistryOptions{Insecure: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	testImage{layers: layersOf(1, 2)}.put(t, p, "v1")
+	if _, err := Create(t.Context(), p, ref, CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Verify(t.Context(), p, ref, VerifyOptions{}); err != nil {
+		t.Error(err)
+	}
+	if _, err := Inspect(t.Context(), p, ref, nil); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestNotThere(t *testing.T) {
 	onAllPlaces(t, func(t *testing.T, image string) {
 		p, _ := open(t, image+":v1")
@@ -452,6 +481,27 @@ func TestNotThere(t *testing.T) {
 			t.Errorf("inspect without an artifact: %v", err)
 		}
 	})
+}
+
+// TestInspectWithoutRanges: a registry that knows no ranges costs time, not the answer.
+func TestInspectWithoutRanges(t *testing.T) {
+	r := registrytest.Start(t, registrytest.Options{})
+	p, _ := open(t, r.Host()+"/app:v1")
+	testImage{layers: layersOf(1, 2)}.put(t, p, "v1")
+	create(t, r.Host()+"/app:v1", CreateOptions{})
+	r.Reset()
+	if _, err := Inspect(t.Context(), p, "v1", nil); err != nil {
+		t.Error(err)
+	}
+	_, ranged := r.Count(registrytest.OfBlobs)
+	r.Inject(registrytest.Blobs, -1, registrytest.IgnoreRange())
+	r.Reset()
+	if _, err := Inspect(t.Context(), p, "v1", nil); err != nil {
+		t.Error(err)
+	}
+	if _, whole := r.Count(registrytest.OfBlobs); ranged >= whole/10 {
+		t.Errorf("%d bytes read with ranges, %d without", ranged, whole)
+	}
 }
 
 func TestInspect(t *testing.T) {

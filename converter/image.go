@@ -118,7 +118,7 @@ func manifestsOf(ctx context.Context, p Place, top found) ([]found, error) {
 			return fmt.Errorf("index %s: %w", f.desc.Digest, err)
 		}
 		for _, d := range c.Manifests {
-			if seen[d.Digest] || d.ArtifactType != "" || isAttestation(d) {
+			if seen[d.Digest] || isArtifact(d) || isAttestation(d) {
 				continue
 			}
 			seen[d.Digest] = true
@@ -142,6 +142,11 @@ func manifestsOf(ctx context.Context, p Place, top found) ([]found, error) {
 	}
 	err := walk(top, 1)
 	return list, err
+}
+
+// isArtifact: go-containerregistry (ko, crane) gives images an artifactType too, their config's media type.
+func isArtifact(d ocispec.Descriptor) bool {
+	return d.ArtifactType != "" && d.ArtifactType != ocispec.MediaTypeImageConfig && d.ArtifactType != dockerConfig
 }
 
 // isAttestation: BuildKit's provenance and SBOM manifests lie in the index beside the images that they are about.
@@ -179,6 +184,15 @@ func load(ctx context.Context, p Place, d ocispec.Descriptor, raw []byte) (*imag
 	img := &image{desc: d}
 	if err := json.Unmarshal(raw, &img.manifest); err != nil {
 		return nil, fmt.Errorf("parse manifest %s: %w", d.Digest, err)
+	}
+	for i, l := range append([]ocispec.Descriptor{d, img.manifest.Config}, img.manifest.Layers...) {
+		if l.Digest.Validate() != nil || l.Digest.Algorithm() != digest.SHA256 {
+			what := "config"
+			if i > 1 {
+				what = fmt.Sprintf("layer %d", i-2)
+			}
+			return nil, fmt.Errorf("manifest %s: %s has the digest %q: only SHA-256 can be converted", d.Digest, what, l.Digest)
+		}
 	}
 
 	config, err := readBlob(ctx, p, img.manifest.Config, maxConfigSize)

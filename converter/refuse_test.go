@@ -126,6 +126,7 @@ func TestHostile(t *testing.T) {
 		{"layer size too large", edit(func(m *ocispec.Manifest, _ *ocispec.Image) { m.Layers[1].Size += 100 }), "ended after"},
 		{"negative layer size", edit(func(m *ocispec.Manifest, _ *ocispec.Image) { m.Layers[1].Size = -1 }), "size of -1"},
 		{"layer digest that is none", edit(func(m *ocispec.Manifest, _ *ocispec.Image) { m.Layers[1].Digest = "sha256:../../x" }), "layer 1"},
+		{"layer digest of another kind", edit(func(m *ocispec.Manifest, _ *ocispec.Image) { m.Layers[1].Digest = digest.SHA512.FromString("x") }), "SHA-256"},
 		{"layer that is not there", edit(func(m *ocispec.Manifest, _ *ocispec.Image) { m.Layers[1].Digest = digest.FromString("x") }), "not found"},
 		{"config of a huge size", edit(func(m *ocispec.Manifest, _ *ocispec.Image) {
 			m.Config = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: digest.FromString("x"), Size: 1 << 40}

@@ -201,6 +201,7 @@ func (r *registry) rewriteReferrersTag(ctx context.Context, subject, drop digest
 }
 
 func (r *registry) Delete(ctx context.Context, dgst, subject digest.Digest) error {
+	detached := ""
 	if subject != "" {
 		api, err := r.referrersAPI(ctx, subject)
 		if err != nil {
@@ -212,12 +213,13 @@ func (r *registry) Delete(ctx context.Context, dgst, subject digest.Digest) erro
 			if err := r.rewriteReferrersTag(ctx, subject, dgst); err != nil {
 				return fmt.Errorf("take %s out of the referrers tag: %w", dgst, err)
 			}
+			detached = "it belongs to its image no more, but "
 		}
 	}
 	err := r.pusher.Delete(ctx, r.repo.Digest(dgst.String()))
 	var te *transport.Error
 	if errors.As(err, &te) && te.StatusCode == http.StatusMethodNotAllowed {
-		return fmt.Errorf("%s does not delete manifests (docker-registry does with REGISTRY_STORAGE_DELETE_ENABLED=true): %w", r.repo.RegistryStr(), err)
+		return fmt.Errorf("%s%s does not delete manifests (docker-registry does with REGISTRY_STORAGE_DELETE_ENABLED=true): %w", detached, r.repo.RegistryStr(), err)
 	}
 	return r.registryError(err)
 }

@@ -17,7 +17,6 @@ type createResult struct {
 	Artifacts []converter.Created `json:"artifacts"`
 	ErrorCode converter.Code      `json:"errorCode,omitempty"`
 	Message   string              `json:"message,omitempty"`
-	Seconds   float64             `json:"seconds"`
 }
 
 func newCreate() *cobra.Command {
@@ -39,13 +38,12 @@ Linux platform is converted. The image itself is not changed. An image that has 
 			if err != nil {
 				return err
 			}
-			started := time.Now()
 			progress := newProgress(cmd.ErrOrStderr(), "converted")
 			o := converter.CreateOptions{Options: conv.options(), Platforms: platforms, Force: force}
 			o.Progress = progress.report
 			done, err := converter.Create(cmd.Context(), p, ref, o)
 			progress.stop()
-			res := createResult{Image: image.ref(args), Status: "Succeeded", Artifacts: done, Seconds: time.Since(started).Seconds()}
+			res := createResult{Image: image.ref(args), Status: "Succeeded", Artifacts: done}
 			if res.Artifacts == nil {
 				res.Artifacts = []converter.Created{}
 			}
@@ -116,7 +114,7 @@ func printCreated(w io.Writer, res createResult) error {
 			src, out, tar, chunks = src+l.SourceSize, out+l.Size, tar+l.TarSize, chunks+l.Chunks
 		}
 		fmt.Fprintf(t, "all\t\t%s\t\t%s\t%s\t%s\t%d\t%s\n", size(src), size(out), ratio(out, src), size(tar), chunks,
-			seconds(time.Duration(res.Seconds*float64(time.Second))))
+			seconds(time.Duration(c.Seconds*float64(time.Second))))
 		if err := t.Flush(); err != nil {
 			return err
 		}

@@ -139,7 +139,7 @@ func (p *progress) draw() {
 
 // bar is one line of at most width characters.
 func bar(e converter.Event, width int) string {
-	const cells = 24
+	const cells = 20
 	full := cells
 	if e.Total > 0 {
 		full = int(min(e.Read, e.Total) * cells / e.Total)

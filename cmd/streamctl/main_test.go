@@ -1,0 +1,324 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"encoding/json"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/spf13/pflag"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// TestMain makes the test binary streamctl for the tests that need a process.
+func TestMain(m *testing.M) {
+	if os.Getenv("STREAMCTL_TEST_MAIN") != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// streamctl runs a command as main does, with a record of its own.
+func streamctl(t *testing.T, args ...string) (status int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	status = run(t.Context(), args, &out, &errs)
+	return status, out.String(), errs.String()
+}
+
+func succeed(t *testing.T, args ...string) (stdout, stderr string) {
+	t.Helper()
+	status, stdout, stderr := streamctl(t, args...)
+	if status != 0 {
+		t.Fatalf("streamctl %q: status %d, %s", args, status, stderr)
+	}
+	return stdout, stderr
+}
+
+// putImage stores an image of two layers.
+func putImage(t *testing.T, image, platform string) digest.Digest {
+	t.Helper()
+	p, tag, err := converter.Open(image, converter.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	put := func(mediaType string, b []byte) ocispec.Descriptor {
+		d := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b))}
+		if err := p.PutBlob(t.Context(), d, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b)), nil }); err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	pf, err := converter.ParsePlatform(platform)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := ocispec.Image{Platform: pf}
+	m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
+	for _, name := range []string{"one", "two"} {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		data := bytes.Repeat([]byte(name), 100_000)
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644, Size: int64(len(data))}); err != nil {
+			t.Fatal(err)
+		}
+		w.Write(data)
+		w.Close()
+		m.Layers = append(m.Layers, put(ocispec.MediaTypeImageLayer, b.Bytes()))
+		config.RootFS.DiffIDs = append(config.RootFS.DiffIDs, m.Layers[len(m.Layers)-1].Digest)
+	}
+	raw, err := json.Marshal(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Config = put(ocispec.MediaTypeImageConfig, raw)
+	if raw, err = json.Marshal(m); err != nil {
+		t.Fatal(err)
+	}
+	d := ocispec.Descriptor{MediaType: m.MediaType, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+	if err := p.PutManifest(t.Context(), d, raw, tag); err != nil {
+		t.Fatal(err)
+	}
+	return d.Digest
+}
+
+// TestCommands goes through an artifact's life with every command.
+func TestCommands(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", t.TempDir())
+	host := registrytest.Start(t, registrytest.Options{}).Host()
+	image := host + "/team/app:v1"
+	subject := putImage(t, image, "linux/amd64")
+
+	stdout, stderr := succeed(t, "create", "-n", host, "-t", "team/app:v1", "-o", "json")
+	var created createResult
+	if err := json.Unmarshal([]byte(stdout), &created); err != nil {
+		t.Fatalf("create -o json: %v\n%s", err, stdout)
+	}
+	if created.Status != "Succeeded" || created.Image != image || len(created.Artifacts) != 1 || len(created.Artifacts[0].Layers) != 2 {
+		t.Errorf("created %+v", created)
+	}
+	if n := strings.Count(stderr, "converted"); n != 2 {
+		t.Errorf("%d lines of progress, want 2:\n%s", n, stderr)
+	}
+	for _, output := range []string{"table", "json"} {
+		stdout, stderr = succeed(t, "create", image, "-o", output)
+		if want := "The streaming artifact for image '" + image + "' already exists. Skipping request.\n"; stderr != want {
+			t.Errorf("create again says %q, want %q", stderr, want)
+		}
+		if (stdout == "") != (output == "table") {
+			t.Errorf("create again prints %q", stdout)
+		}
+	}
+	if stdout, _ = succeed(t, "create", "--force", image); !strings.Contains(stdout, "linux/amd64 "+created.Artifacts[0].Artifact.Digest.String()) {
+		t.Errorf("create --force prints %s", stdout)
+	}
+
+	stdout, _ = succeed(t, "list-referrers", image, "-o", "json", "--artifact-type", artifact.ArtifactType)
+	var list map[string][]map[string]any
+	if err := json.Unmarshal([]byte(stdout), &list); err != nil {
+		t.Fatalf("list-referrers -o json: %v\n%s", err, stdout)
+	}
+	if len(list["manifests"]) != 1 {
+		t.Fatalf("list-referrers: %s", stdout)
+	}
+	for _, key := range []string{"annotations", "artifactType", "digest", "mediaType", "size", "subject"} {
+		if list["manifests"][0][key] == nil {
+			t.Errorf("list-referrers has no %s", key)
+		}
+	}
+	if stdout, _ = succeed(t, "list-referrers", image, "--artifact-type", "text/plain", "-o", "json"); !strings.Contains(stdout, `"manifests": []`) {
+		t.Errorf("list-referrers of another type: %s", stdout)
+	}
+	if stdout, _ = succeed(t, "inspect", image); !strings.Contains(stdout, subject.String()) || !strings.Contains(stdout, "RATIO") {
+		t.Errorf("inspect: %s", stdout)
+	}
+	var inspected struct{ Artifacts []converter.Inspection }
+	stdout, _ = succeed(t, "inspect", image, "-o", "json")
+	if err := json.Unmarshal([]byte(stdout), &inspected); err != nil || len(inspected.Artifacts) != 1 || inspected.Artifacts[0].Subject != subject {
+		t.Errorf("inspect -o json: %v\n%s", err, stdout)
+	}
+	if stdout, _ = succeed(t, "verify", image); !strings.Contains(stdout, subject.String()) {
+		t.Errorf("verify: %s", stdout)
+	}
+
+	dir := filepath.Join(t.TempDir(), "layout")
+	succeed(t, "cp", image, "oci:"+dir+":v1")
+	succeed(t, "verify", "oci:"+dir)
+
+	// A byte of the last layer's blob.
+	l := created.Artifacts[0].Layers[1]
+	path := filepath.Join(dir, "blobs", "sha256", l.Digest.Encoded())
+	blob, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blob[10] ^= 1
+	if err := os.WriteFile(path, blob, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	status, stdout, stderr := streamctl(t, "verify", "oci:"+dir)
+	if status != 1 || stdout != "" || !strings.Contains(stderr, "layer 1, "+l.Digest.String()) {
+		t.Errorf("verify of a changed byte: status %d, %q, %q", status, stdout, stderr)
+	}
+
+	if stdout, _ = succeed(t, "delete", image); !strings.Contains(stdout, created.Artifacts[0].Artifact.Digest.String()) {
+		t.Errorf("delete: %s", stdout)
+	}
+	if status, _, stderr = streamctl(t, "delete", image); status != 1 || !strings.Contains(stderr, "streamctl create") {
+		t.Errorf("delete again: status %d, %s", status, stderr)
+	}
+	if stdout, _ = succeed(t, "version"); !strings.HasPrefix(stdout, "streamctl ") {
+		t.Errorf("version: %s", stdout)
+	}
+}
+
+// TestFailure: a program learns from -o json what a person learns from standard error.
+func TestFailure(t *testing.T) {
+	t.Setenv("XDG_CACHE_HOME", t.TempDir())
+	image := "oci:" + filepath.Join(t.TempDir(), "layout") + ":v1"
+	putImage(t, image, "windows/amd64")
+	status, stdout, stderr := streamctl(t, "create", image, "-o", "json")
+	var res createResult
+	if err := json.Unmarshal([]byte(stdout), &res); err != nil {
+		t.Fatalf("%v\n%s", err, stdout)
+	}
+	if status != 1 || res.Status != "Failed" || res.ErrorCode != converter.UnsupportedPlatform {
+		t.Errorf("status %d, %+v", status, res)
+	}
+	if !strings.HasPrefix(stderr, "streamctl: UNSUPPORTED_PLATFORM: Conversion isn't currently supported for image platform.") || strings.Count(stderr, "\n") != 1 {
+		t.Errorf("standard error: %q", stderr)
+	}
+}
+
+func TestUsage(t *testing.T) {
+	for _, args := range [][]string{
+		{"show"}, {"creat", "x"}, {"create"}, {"create", "a", "b"}, {"create", "--no-such-flag", "a"}, {"create", "-n", "host.example"},
+		{"create", "-t", "app:v1"}, {"create", "-n", "host.example", "-t", "a:b", "c"}, {"create", "-n", "myregistry", "-t", "app:v1"},
+		{"create", "Not A Name"}, {"create", "oci:"}, {"create", "oci:dir:"}, {"create", "a", "-o", "yaml"}, {"create", "a", "--chunk-size", "1GiB"},
+		{"create", "a", "--chunk-size", "9999999999GiB"}, {"create", "a", "--chunk-size", "1"}, {"create", "a", "--jobs", "0"},
+		{"create", "a", "--platform", "linux"}, {"create", "a", "--platform", "linux//v8"}, {"cp", "a"}, {"cp", "oci:a", "oci:b@" + digest.FromString("").String()},
+		{"version", "x"}, {"verify", "a", "--force"},
+	} {
+		status, stdout, stderr := streamctl(t, args...)
+		if status != 2 || stdout != "" || !strings.HasPrefix(stderr, "streamctl: ") {
+			t.Errorf("streamctl %q: status %d, %q, %q", args, status, stdout, stderr)
+		}
+	}
+	if stdout, _ := succeed(t); !strings.Contains(stdout, "create") {
+		t.Errorf("streamctl alone prints %s", stdout)
+	}
+}
+
+// TestSignals: streamctl ends at once when it is told to, attaches nothing, and leaves no file, even if it is killed.
+func TestSignals(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGTERM, syscall.SIGKILL} {
+		t.Run(sig.String(), func(t *testing.T) {
+			r := registrytest.Start(t, registrytest.Options{})
+			image := r.Host() + "/app:v1"
+			putImage(t, image, "linux/amd64")
+			stalled := lastLayer(t, image).String()
+			r.Inject(func(q *http.Request) bool {
+				return q.Method == http.MethodGet && strings.HasSuffix(q.URL.Path, stalled)
+			}, -1, registrytest.Stall(100_000))
+			temp := t.TempDir()
+			cmd := exec.Command(os.Args[0], "create", image, "--temp-dir", temp, "--record", t.TempDir())
+			cmd.Env = append(os.Environ(), "STREAMCTL_TEST_MAIN=1")
+			var stderr bytes.Buffer
+			cmd.Stderr = &stderr
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			exited := make(chan error, 1)
+			go func() { exited <- cmd.Wait() }()
+			deadline := time.After(20 * time.Second)
+			tick := time.NewTicker(10 * time.Millisecond)
+			defer tick.Stop()
+			for reading := false; !reading; {
+				select {
+				case <-deadline:
+					cmd.Process.Kill()
+					t.Fatalf("never read the layer: %v", <-exited)
+				case <-tick.C:
+					n, bytes := r.Count(func(q registrytest.Request) bool { return strings.HasSuffix(q.Path, stalled) && q.Method == "GET" })
+					reading = n > 0 && bytes >= 100_000
+				}
+			}
+			cmd.Process.Signal(sig)
+			select {
+			case <-exited:
+			case <-deadline:
+				cmd.Process.Kill()
+				t.Fatalf("did not end: %v", <-exited)
+			}
+			if sig != syscall.SIGKILL && (cmd.ProcessState.ExitCode() != 1 || !strings.Contains(stderr.String(), "streamctl: interrupted\n")) {
+				t.Errorf("%v, %s", cmd.ProcessState, stderr.String())
+			}
+			if left, err := os.ReadDir(temp); err != nil || len(left) != 0 {
+				t.Errorf("left %v, %v", left, err)
+			}
+			if out, _ := succeed(t, "list-referrers", image, "-o", "json"); !strings.Contains(out, `"manifests": []`) {
+				t.Errorf("attached: %s", out)
+			}
+		})
+	}
+}
+
+func lastLayer(t *testing.T, image string) digest.Digest {
+	t.Helper()
+	p, ref, err := converter.Open(image, converter.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, raw, err := p.Manifest(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		t.Fatal(err)
+	}
+	return m.Layers[len(m.Layers)-1].Digest
+}
+
+// TestDocumented: docs/cli.md has every command with every flag.
+func TestDocumented(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/cli.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sections := map[string]string{}
+	for _, s := range strings.Split(string(doc), "\n### ") {
+		title, body, _ := strings.Cut(s, "\n")
+		sections[strings.Trim(title, "`")] = body
+	}
+	for _, cmd := range newRoot().Commands() {
+		if cmd.Hidden || cmd.Name() == "help" || cmd.Name() == "completion" {
+			continue
+		}
+		section, ok := sections["streamctl "+cmd.Use]
+		if !ok {
+			t.Errorf("docs/cli.md has no section `streamctl %s`", cmd.Use)
+			continue
+		}
+		cmd.Flags().VisitAll(func(f *pflag.Flag) {
+			if f.Name != "help" && !strings.Contains(section, "`--"+f.Name) {
+				t.Errorf("docs/cli.md, `streamctl %s`: no --%s", cmd.Use, f.Name)
+			}
+		})
+	}
+}
