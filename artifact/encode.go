@@ -23,6 +23,8 @@ const (
 	encoderVersion = "klauspost-1.20.4"
 	chunkerVersion = 1
 
+	// maxWorkers bounds the workers' memory, about 1.3 MiB each; the one goroutine that reads the tar cannot feed more.
+	maxWorkers = 16
 	// maxPending bounds the bytes of tar that are in the pipeline at once, in chunks of the largest size too.
 	maxPending = 8 << 20
 )
@@ -40,7 +42,7 @@ func (o EncodeOptions) withDefaults() EncodeOptions {
 	if o.Workers <= 0 {
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
-	o.Workers = max(1, min(o.Workers, maxPending/o.ChunkSize))
+	o.Workers = max(1, min(o.Workers, maxWorkers, maxPending/o.ChunkSize))
 	return o
 }
 

@@ -54,8 +54,11 @@ func encode(t testing.TB, tar []byte, o EncodeOptions) *encoded {
 func TestRoundTrip(t *testing.T) {
 	for name, tar := range corpus(t) {
 		t.Run(name, func(t *testing.T) {
-			for _, size := range []int{0, blockSize, 1000, MaxChunkSize} {
-				checkLayer(t, encode(t, tar, EncodeOptions{ChunkSize: size}))
+			checkLayer(t, encode(t, tar, EncodeOptions{}))
+			checkLayer(t, encode(t, tar, EncodeOptions{ChunkSize: 1000 + len(tar)/200}))
+			if len(tar) < 50000 {
+				checkLayer(t, encode(t, tar, EncodeOptions{ChunkSize: blockSize}))
+				checkLayer(t, encode(t, tar, EncodeOptions{ChunkSize: MaxChunkSize}))
 			}
 		})
 	}
@@ -294,9 +297,9 @@ func TestZstdCommand(t *testing.T) {
 }
 
 func TestDeterministic(t *testing.T) {
-	tar := append(sizesTar(t), filesTar(t, 100, 1)...)
+	tar := append(filesTar(t, 60, 1), text(rand.New(rand.NewPCG(15, 16)), 200000)...)
 	want := encode(t, tar, EncodeOptions{Workers: 1})
-	for workers := range 5 {
+	for _, workers := range []int{0, 2, 5} {
 		for name, r := range map[string]io.Reader{"all": bytes.NewReader(tar), "bytes": iotest.OneByteReader(bytes.NewReader(tar)), "eof with data": iotest.DataErrReader(bytes.NewReader(tar))} {
 			var b bytes.Buffer
 			got, err := EncodeLayer(t.Context(), &b, r, EncodeOptions{Workers: workers})
@@ -475,7 +478,7 @@ func (p *heapPeak) Write(b []byte) (int, error) {
 
 // writeLargeTar writes n files of size bytes each.
 func writeLargeTar(w *io.PipeWriter, n, size int) error {
-	data := text(rand.New(rand.NewPCG(13, 14)), size)
+	data := make([]byte, size)
 	tw := tar.NewWriter(w)
 	for i := range n {
 		if err := tw.WriteHeader(&tar.Header{Name: fmt.Sprint(i), Typeflag: tar.TypeReg, Size: int64(size)}); err != nil {
