@@ -41,6 +41,7 @@ func BenchmarkReadMiss(b *testing.B) {
 	p := make([]byte, 128<<10)
 	b.SetBytes(int64(len(p)))
 	b.ReportAllocs()
+	b.ResetTimer()
 	for i := range b.N {
 		if i%500 == 499 {
 			l.store.forget(0, l.store.n)
@@ -59,6 +60,7 @@ func BenchmarkReadFirstUse(b *testing.B) {
 	readAll(b, l, ly, 1<<20)
 	p := make([]byte, 128<<10)
 	b.SetBytes(int64(len(p)))
+	b.ResetTimer()
 	for i := range b.N {
 		if i%500 == 499 {
 			l.store.verified.clearAll()

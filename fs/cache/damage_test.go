@@ -14,12 +14,15 @@ import (
 
 // Each byte of a blob's frames is changed in turn. Nobody may see wrong bytes, and a second host heals them all.
 func TestCorruptBlobNeverReachesAReader(t *testing.T) {
-	ly := newLayer(t, 1<<10, 700, 5000, 30)
+	ly := newLayer(t, 512, 30, 1200)
 	l := openLayer(t, openCache(t, t.TempDir()), ly, nil)
 	bad := slices.Clone(ly.blob)
+	if ly.index.NumChunks() < 4 {
+		t.Fatalf("only %d chunks", ly.index.NumChunks())
+	}
 	for at := range ly.index.FramesSize() {
 		bad[at] ^= 0x40
-		for _, hosts := range [][][]byte{{bad}, {bad, ly.blob}, {bad, bad, ly.blob}} {
+		for _, hosts := range [][][]byte{{bad}, {bad, ly.blob}} {
 			l.blob = &memBlob{hosts: hosts}
 			p := make([]byte, len(ly.tar))
 			_, err := l.ReadAt(t.Context(), p, 0)

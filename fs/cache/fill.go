@@ -134,16 +134,15 @@ func (f *fill) run(ctx context.Context) {
 	if f.onDisk {
 		missing = f.load(ctx, missing)
 	}
-	ok := true
 	for _, run := range adjacent(missing) {
-		ok = f.fetch(ctx, run, 0, nil) && ok
+		f.fetch(ctx, run, 0, nil)
 	}
 	f.cancel()
 	s.mu.Lock()
 	delete(l.fills, f)
 	s.mu.Unlock()
 	if f.ahead {
-		l.ahead.ended(ok)
+		l.ahead.ended()
 	}
 }
 
@@ -156,7 +155,7 @@ func (f *fill) load(ctx context.Context, flights []*flight) (damaged []*flight) 
 		}
 		c := s.index.Chunk(fl.chunk)
 		buf := s.cache.bufs.get(int(c.TarSize))
-		b := buf.b[:c.TarSize]
+		b := buf.mem[:c.TarSize]
 		n, err := s.data.ReadAt(b, c.TarOffset)
 		if n < len(b) {
 			s.cache.stats.readError(err)
@@ -192,33 +191,24 @@ func (s *store) check(i int, b []byte) error {
 }
 
 // fetch asks the blob for flights, which are adjacent, in one request, and delivers them as they come. Those whose bytes are wrong are asked for again from
-// elsewhere; corrupt is why the ones at hand are. It reports whether all were delivered.
-func (f *fill) fetch(ctx context.Context, flights []*flight, try int, corrupt error) bool {
+// elsewhere; corrupt is why the ones at hand are.
+func (f *fill) fetch(ctx context.Context, flights []*flight, try int, corrupt error) {
 	if err := ctx.Err(); err != nil {
 		f.fail(flights, err)
-		return false
+		return
 	}
 	if try == maxTries {
 		f.fail(flights, corrupt)
-		return false
+		return
 	}
 	again, why, err := f.stream(ctx, flights, try)
 	if err != nil {
-		// What came before the error was delivered or is in again.
-		var rest []*flight
-		for _, fl := range flights {
-			if !fl.landed() {
-				rest = append(rest, fl)
-			}
-		}
-		f.fail(rest, errors.Join(err, corrupt))
-		return false
+		f.fail(flights, errors.Join(err, corrupt))
+		return
 	}
-	ok := true
 	for _, run := range adjacent(again) {
-		ok = f.fetch(ctx, run, try+1, why) && ok
+		f.fetch(ctx, run, try+1, why)
 	}
-	return ok
 }
 
 // stream reads flights' frames from one range of the blob. It returns those that did not verify, and why.
@@ -239,12 +229,12 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 	for _, fl := range flights {
 		c := l.store.index.Chunk(fl.chunk)
 		frame.grow(int(c.BlobSize))
-		b := frame.b[:c.BlobSize]
+		b := frame.mem[:c.BlobSize]
 		if _, err := io.ReadFull(body, b); err != nil {
 			return nil, nil, noEOF(err)
 		}
 		buf := s.cache.bufs.get(int(c.TarSize))
-		got, err := l.store.index.Decompress(fl.chunk, b, buf.b[:0])
+		got, err := l.store.index.Decompress(fl.chunk, b, buf.mem[:0])
 		if err == nil {
 			err = s.check(fl.chunk, got)
 		}
@@ -284,12 +274,15 @@ func (f *fill) deliver(fl *flight, buf *buffer, onDisk bool) {
 	s.unref(fl)
 }
 
-// fail ends flights with err.
+// fail ends those of flights that were not delivered with err.
 func (f *fill) fail(flights []*flight, err error) {
 	s := f.layer.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, fl := range flights {
+		if fl.landed() {
+			continue
+		}
 		fl.err = err
 		close(fl.done)
 		s.land(fl)
@@ -330,9 +323,12 @@ func noEOF(err error) error {
 // buffers recycles the memory of chunks and frames.
 type buffers struct{ pool sync.Pool }
 
-type buffer struct{ b []byte }
+type buffer struct {
+	b   []byte // what is in it
+	mem []byte // its memory
+}
 
-// get returns a buffer whose b has room for n bytes.
+// get returns a buffer with room for n bytes in mem.
 func (p *buffers) get(n int) *buffer {
 	buf, _ := p.pool.Get().(*buffer)
 	if buf == nil {
@@ -344,9 +340,9 @@ func (p *buffers) get(n int) *buffer {
 
 func (p *buffers) put(buf *buffer) { p.pool.Put(buf) }
 
-// grow makes room for n bytes; what was in b is gone if there was none.
+// grow makes room for n bytes in mem; what was there is gone if there was none.
 func (b *buffer) grow(n int) {
-	if cap(b.b) < n {
-		b.b = make([]byte, 0, max(n, 128<<10))
+	if cap(b.mem) < n {
+		b.mem = make([]byte, max(n, 128<<10))
 	}
 }

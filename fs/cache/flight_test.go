@@ -150,7 +150,7 @@ func TestCloseEndsReadsAndFetches(t *testing.T) {
 			errs <- err
 		}()
 	}
-	poll(t, "4 waiters", func() bool { return l.store.waiting() == 4 })
+	poll(t, "4 requests", func() bool { return b.requests.Load() == 4 })
 	must(t, l.Close())
 	for range cap(errs) {
 		if err := <-errs; !errors.Is(err, os.ErrClosed) {

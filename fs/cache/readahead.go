@@ -154,15 +154,11 @@ func (l *Layer) prefetch(lo, hi int) (requests int) {
 	return len(fills)
 }
 
-// ended notes that a request has ended, and starts the next. A failure ends all streams: they must show themselves again
-// before more is asked of a source that fails.
-func (r *readAhead) ended(ok bool) {
+// ended notes that a request has ended, and starts those that had to wait for it. What it did not bring is left to the reads.
+func (r *readAhead) ended() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.running--
-	if !ok {
-		r.streams = nil
-	}
 	for _, st := range r.streams {
 		r.pump(st)
 	}

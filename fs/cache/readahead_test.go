@@ -3,6 +3,7 @@ package cache
 import (
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -140,7 +141,7 @@ func TestReadAheadIsBounded(t *testing.T) {
 	}
 }
 
-// A source that fails is not asked for what nobody waits for, and Close waits for what is in flight.
+// Close ends read-ahead and waits for it.
 func TestReadAheadEnds(t *testing.T) {
 	ly := aheadLayer(t)
 	b := ly.serve()
@@ -172,21 +173,61 @@ func TestReadAheadEnds(t *testing.T) {
 		t.Errorf("%d requests were cancelled when Close returned, want %d", got, want)
 	}
 	poll(t, "end of all goroutines", func() bool { return runtime.NumGoroutine() <= before })
+}
 
-	c = openCache(t, t.TempDir())
-	b = ly.serve()
-	l = openLayer(t, c, ly, b)
-	for i := range int64(8) {
-		readRange(t, l, ly, p, off+i*int64(len(p)))
-	}
-	poll(t, "end of the fills", l.store.idle)
-	b.down.Store(true)
-	b.requests.Store(0)
-	for range 20 { // each would have been a reason to read ahead
-		l.ahead.read(off+1<<20, off+4<<20)
+// What read-ahead does not bring is fetched by the read that wants it.
+func TestReadAheadFails(t *testing.T) {
+	ly := aheadLayer(t)
+	b := ly.serve()
+	l := openLayer(t, openCache(t, t.TempDir()), ly, b)
+	off, end := body(ly, 0)
+	p := make([]byte, 128<<10)
+	for o := off; o < end; o += int64(len(p)) {
+		b.down.Store(true)
+		l.ahead.read(o, o+int64(len(p))) // as a read that is about to come
 		poll(t, "end of the fills", l.store.idle)
+		b.down.Store(false)
+		readRange(t, l, ly, p, o)
 	}
-	if n := b.requests.Load(); n > aheadRequests {
-		t.Errorf("%d requests to a source that fails, want at most %d", n, aheadRequests)
+}
+
+func TestStreamsAreSeenInAnyOrder(t *testing.T) {
+	for name, c := range map[string]struct {
+		reads   [][2]int64
+		forward bool // the last one moved a stream
+		want    []stream
+	}{
+		"in order":           {[][2]int64{{0, 4}, {4, 8}, {8, 12}}, true, []stream{{from: 0, next: 12, reads: 3}}},
+		"overlapping":        {[][2]int64{{0, 4}, {2, 8}, {7, 12}}, true, []stream{{from: 0, next: 12, reads: 3}}},
+		"again":              {[][2]int64{{0, 4}, {0, 4}, {1, 2}}, false, []stream{{from: 0, next: 4, reads: 1}}},
+		"overtaken":          {[][2]int64{{0, 4}, {8, 12}, {4, 8}}, true, []stream{{from: 0, next: 12, reads: 3}}},
+		"overtaken by three": {[][2]int64{{0, 4}, {8, 12}, {12, 16}, {16, 20}, {4, 8}}, true, []stream{{from: 0, next: 20, reads: 5}}},
+		"backwards":          {[][2]int64{{8, 12}, {4, 8}, {0, 4}}, false, []stream{{from: 0, next: 12, reads: 1}}},
+		"two":                {[][2]int64{{0, 4}, {100, 104}, {4, 8}, {104, 108}}, true, []stream{{from: 0, next: 8, reads: 2}, {from: 100, next: 108, reads: 2}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var r readAhead
+			var st *stream
+			for _, rd := range c.reads {
+				st = r.note(rd[0], rd[1])
+			}
+			if (st != nil) != c.forward {
+				t.Errorf("moved forward: %v, want %v", st != nil, c.forward)
+			}
+			var got []stream
+			for _, st := range r.streams {
+				got = append(got, *st)
+			}
+			if !slices.Equal(got, c.want) {
+				t.Errorf("streams %+v, want %+v", got, c.want)
+			}
+		})
+	}
+	var r readAhead
+	for i := range int64(1000) {
+		r.note(i*100, i*100+1)
+	}
+	if len(r.streams) != maxStreams {
+		t.Errorf("%d streams after 1000 random reads, want %d", len(r.streams), maxStreams)
 	}
 }
