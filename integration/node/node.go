@@ -164,12 +164,11 @@ func (n *Node) Crictl(ctx context.Context, args ...string) (string, error) {
 	return command(ctx, append([]string{"crictl", "--config", n.path("crictl.yaml")}, args...)...)
 }
 
-// Logs returns the ends of all logs, for a failure's report.
+// Logs returns the ends of the daemons' logs, for a failure's report.
 func (n *Node) Logs() string {
 	names, _ := filepath.Glob(n.path("logs", "*.log"))
-	pods, _ := filepath.Glob(n.path("logs", "*", "*.log"))
 	var b strings.Builder
-	for _, name := range append(names, pods...) {
+	for _, name := range names {
 		b.WriteString(tail(name))
 		b.WriteByte('\n')
 	}

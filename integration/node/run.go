@@ -97,6 +97,28 @@ func (c *Container) WaitLine(ctx context.Context, match *regexp.Regexp) (string,
 	}
 }
 
+// Output waits until the container has ended and returns what it has printed, line by line.
+func (c *Container) Output(ctx context.Context) (string, error) {
+	for {
+		ended, err := c.ended(ctx)
+		if err != nil {
+			return "", err
+		}
+		lines, err := c.lines()
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", err
+		}
+		if ended {
+			return strings.Join(lines, "\n"), nil
+		}
+		select {
+		case <-ctx.Done():
+			return "", fmt.Errorf("container does not end: %w\n%s", ctx.Err(), strings.Join(lines, "\n"))
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
 // ended asks the kernel, not containerd: asked every few milliseconds, crictl would be the larger part of what is measured.
 func (c *Container) ended(ctx context.Context) (bool, error) {
 	b, err := os.ReadFile(c.node.path("run/c/io.containerd.runtime.v2.task", Namespace, c.ID, "init.pid"))

@@ -170,3 +170,12 @@ func Push(ctx context.Context, img v1.Image, ref string) error {
 	}
 	return remote.Write(tag, img, remote.WithContext(ctx))
 }
+
+// PushIndex pushes an index and its images as ref, as Push does.
+func PushIndex(ctx context.Context, index v1.ImageIndex, ref string) error {
+	tag, err := name.ParseReference(ref, name.Insecure)
+	if err != nil {
+		return err
+	}
+	return remote.WriteIndex(tag, index, remote.WithContext(ctx))
+}

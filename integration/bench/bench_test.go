@@ -1,0 +1,389 @@
+// Package bench holds the benchmarks of whole commands: what they take in time of a processor and in memory. They print ratios and
+// sizes and assert only that the results are right; `make bench` runs them with the built commands in PATH.
+package bench
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/json"
+	"fmt"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	specs "github.com/opencontainers/image-spec/specs-go"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// usage is what a command took.
+type usage struct {
+	cpu, wall time.Duration
+	peak      int64 // of one process, bytes
+}
+
+func (u *usage) add(v usage) { u.cpu += v.cpu; u.wall += v.wall; u.peak = max(u.peak, v.peak) }
+
+// run runs a command to its end.
+func run(b *testing.B, name string, args ...string) usage {
+	b.Helper()
+	cmd := exec.Command(name, args...)
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	begin := time.Now()
+	if err := cmd.Run(); err != nil {
+		b.Fatalf("%s: %v\n%s", cmd, err, out.Bytes())
+	}
+	ru := cmd.ProcessState.SysUsage().(*syscall.Rusage)
+	return usage{cpu: cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(), wall: time.Since(begin), peak: ru.Maxrss << 10}
+}
+
+// writeLayout makes an OCI layout of one image with one layer in dir, tagged latest. write writes the layer's tar; compress
+// makes the blob of it.
+func writeLayout(tb testing.TB, dir string, mediaType string, compress func(io.Writer) io.WriteCloser, write func(io.Writer) error) (tarSize int64, layer ocispec.Descriptor) {
+	tb.Helper()
+	check := func(err error) {
+		tb.Helper()
+		if err != nil {
+			tb.Fatal(err)
+		}
+	}
+	blobs := filepath.Join(dir, "blobs", "sha256")
+	check(os.MkdirAll(blobs, 0o755))
+	f, err := os.CreateTemp(blobs, "layer")
+	check(err)
+	defer f.Close()
+	blobHash, tarHash := sha256.New(), sha256.New()
+	counted := &counter{}
+	z := compress(io.MultiWriter(f, blobHash))
+	check(write(io.MultiWriter(z, tarHash, counted)))
+	check(z.Close())
+	size, err := f.Seek(0, io.SeekCurrent)
+	check(err)
+	dgst := digest.NewDigest(digest.SHA256, blobHash)
+	check(os.Rename(f.Name(), filepath.Join(blobs, dgst.Encoded())))
+	put := func(mediaType string, v any) ocispec.Descriptor {
+		raw, err := json.Marshal(v)
+		check(err)
+		d := digest.FromBytes(raw)
+		check(os.WriteFile(filepath.Join(blobs, d.Encoded()), raw, 0o644))
+		return ocispec.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(raw))}
+	}
+	layer = ocispec.Descriptor{MediaType: mediaType, Digest: dgst, Size: size}
+	config := put(ocispec.MediaTypeImageConfig, ocispec.Image{
+		Platform: ocispec.Platform{OS: "linux", Architecture: runtime.GOARCH},
+		RootFS:   ocispec.RootFS{Type: "layers", DiffIDs: []digest.Digest{digest.NewDigest(digest.SHA256, tarHash)}},
+	})
+	manifest := put(ocispec.MediaTypeImageManifest, ocispec.Manifest{
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Config: config, Layers: []ocispec.Descriptor{layer},
+	})
+	manifest.Annotations = map[string]string{ocispec.AnnotationRefName: "latest"}
+	index, err := json.Marshal(ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, Manifests: []ocispec.Descriptor{manifest}})
+	check(err)
+	check(os.WriteFile(filepath.Join(dir, "index.json"), index, 0o644))
+	check(os.WriteFile(filepath.Join(dir, "oci-layout"), []byte(`{"imageLayoutVersion":"1.0.0"}`), 0o644))
+	return counted.n, layer
+}
+
+type counter struct{ n int64 }
+
+func (c *counter) Write(p []byte) (int, error) { c.n += int64(len(p)); return len(p), nil }
+
+func gzipped(w io.Writer) io.WriteCloser {
+	z, _ := gzip.NewWriterLevel(w, gzip.DefaultCompression)
+	return z
+}
+
+type nopCloser struct{ io.Writer }
+
+func (nopCloser) Close() error { return nil }
+
+func plain(w io.Writer) io.WriteCloser { return nopCloser{w} }
+
+// goTree writes a tar of this machine's Go toolchain, over and over under other names until it has at least size bytes: sources and programs, as images hold them.
+func goTree(size int64) func(io.Writer) error {
+	return func(out io.Writer) error {
+		c := &counter{}
+		w := tar.NewWriter(io.MultiWriter(out, c))
+		root := runtime.GOROOT()
+		for round := 0; c.n < size; round++ {
+			err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+				if err != nil || !d.Type().IsRegular() || c.n >= size {
+					return err
+				}
+				info, err := d.Info()
+				if err != nil {
+					return err
+				}
+				h, err := tar.FileInfoHeader(info, "")
+				if err != nil {
+					return err
+				}
+				h.Name = fmt.Sprintf("go%d%s", round, strings.TrimPrefix(path, root))
+				if err := w.WriteHeader(h); err != nil {
+					return err
+				}
+				f, err := os.Open(path)
+				if err != nil {
+					return err
+				}
+				defer f.Close()
+				_, err = io.Copy(w, f)
+				return err
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return w.Close()
+	}
+}
+
+// BenchmarkConvert converts a gzip layer of 256 MiB beside `gzip -d | zstd -3`, which does the same work but for the index and the digests.
+func BenchmarkConvert(b *testing.B) {
+	dir := b.TempDir()
+	size, layer := writeLayout(b, dir, ocispec.MediaTypeImageLayerGzip, gzipped, goTree(256<<20))
+	blob := filepath.Join(dir, "blobs", "sha256", layer.Digest.Encoded())
+	var ours, pipe usage
+	rounds := 0
+	for b.Loop() {
+		ours.add(run(b, "streamctl", "create", "oci:"+dir+":latest", "--force", "--record", b.TempDir(), "--temp-dir", b.TempDir()))
+		pipe.add(run(b, "sh", "-c", "gzip -d < "+blob+" | zstd -3 -q > "+filepath.Join(b.TempDir(), "out")))
+		rounds++
+	}
+	mb := float64(size) * float64(rounds) / 1e6
+	b.ReportMetric(mb/ours.cpu.Seconds(), "MB/s-per-core")
+	b.ReportMetric(mb/pipe.cpu.Seconds(), "pipe-MB/s-per-core")
+	b.ReportMetric(mb/ours.wall.Seconds(), "MB/s")
+	b.ReportMetric(mb/pipe.wall.Seconds(), "pipe-MB/s")
+	b.ReportMetric(float64(ours.peak)/(1<<20), "peak-MiB")
+}
+
+// BenchmarkConvertMemory converts one gzip layer of 3 GB: its peak memory does not depend on the layer.
+func BenchmarkConvertMemory(b *testing.B) {
+	dir := b.TempDir()
+	fast := func(w io.Writer) io.WriteCloser {
+		z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed)
+		return z
+	}
+	size, _ := writeLayout(b, dir, ocispec.MediaTypeImageLayerGzip, fast, goTree(3e9))
+	var u usage
+	for b.Loop() {
+		u.add(run(b, "streamctl", "create", "oci:"+dir+":latest", "--force", "--record", b.TempDir(), "--temp-dir", b.TempDir()))
+	}
+	b.ReportMetric(float64(size)/1e9, "GB-of-tar")
+	b.ReportMetric(float64(u.peak)/(1<<20), "peak-MiB")
+}
+
+// push copies the layout's image and its artifact into a registry that keeps blobs on disk, and returns its reference.
+func push(b *testing.B, dir string) (reg *registrytest.Registry, ref string) {
+	b.Helper()
+	reg = registrytest.Start(b, registrytest.Options{Dir: b.TempDir()})
+	ref = reg.Host() + "/bench:latest"
+	src, tag, err := converter.Open("oci:"+dir+":latest", converter.OpenOptions{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	dst, dstTag, err := converter.Open(ref, converter.OpenOptions{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	if _, err := converter.Copy(context.Background(), src, tag, dst, dstTag, converter.CopyOptions{}); err != nil {
+		b.Fatal(err)
+	}
+	return reg, ref
+}
+
+// mounted runs `streaming-snapshotter mount` of ref while f runs, which gets the mount and the daemon's process id.
+func mounted(b *testing.B, ref, mode string, f func(dir string, pid int, mounting time.Duration)) {
+	b.Helper()
+	dir := b.TempDir()
+	cmd := exec.Command("streaming-snapshotter", "mount", "--mount-mode", mode, ref, dir)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	runtime.LockOSThread() // Pdeathsig is the death of the thread
+	defer runtime.UnlockOSThread()
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		b.Fatal(err)
+	}
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	begin := time.Now()
+	if err := cmd.Start(); err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		cmd.Process.Signal(os.Interrupt)
+		if err := cmd.Wait(); err != nil {
+			b.Errorf("mount: %v\n%s", err, errs.Bytes())
+		}
+	}()
+	line := make([]byte, 4096)
+	if n, err := out.Read(line); err != nil || !bytes.Contains(line[:n], []byte("is mounted")) {
+		b.Errorf("mount said %q, %v: %s", line[:n], err, errs.Bytes())
+		return
+	}
+	f(dir, cmd.Process.Pid, time.Since(begin))
+}
+
+// resident is the process's memory, bytes; without the pages of mapped files, which are the page cache's.
+func resident(b *testing.B, pid int) (anonymous, all int64) {
+	b.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		b.Fatal(err)
+	}
+	kib := func(key string) int64 {
+		_, after, ok := strings.Cut(string(status), "\n"+key+":")
+		if !ok {
+			b.Fatalf("%s has no %s", status, key)
+		}
+		n, err := strconv.ParseInt(strings.Fields(after)[0], 10, 64)
+		if err != nil {
+			b.Fatal(err)
+		}
+		return n << 10
+	}
+	return kib("RssAnon"), kib("VmRSS")
+}
+
+// BenchmarkDaemonMemory is the memory of a daemon that has an image of 100,000 files mounted, after every one was looked at and read.
+func BenchmarkDaemonMemory(b *testing.B) {
+	dir := b.TempDir()
+	writeLayout(b, dir, ocispec.MediaTypeImageLayerGzip, gzipped, func(w io.Writer) error {
+		t := tar.NewWriter(w)
+		for i := range 100_000 {
+			body := fmt.Sprintf("file %d", i)
+			h := &tar.Header{Name: fmt.Sprintf("dir%d/sub%d/a-file-with-a-name-%d", i/3000, i/30, i), Mode: 0o644, Size: int64(len(body)), ModTime: time.Unix(1e9, 0)}
+			if err := t.WriteHeader(h); err != nil {
+				return err
+			}
+			if _, err := io.WriteString(t, body); err != nil {
+				return err
+			}
+		}
+		return t.Close()
+	})
+	run(b, "streamctl", "create", "oci:"+dir+":latest", "--record", b.TempDir())
+	_, ref := push(b, dir)
+	for _, mode := range []string{"file", "loop", "tree"} {
+		b.Run(mode, func(b *testing.B) {
+			var before, after, all int64
+			var mounting time.Duration
+			for b.Loop() {
+				mounted(b, ref, mode, func(dir string, pid int, d time.Duration) {
+					mounting += d
+					before, _ = resident(b, pid)
+					files := 0
+					err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+						if err != nil || !d.Type().IsRegular() {
+							return err
+						}
+						files++
+						_, err = os.ReadFile(path)
+						return err
+					})
+					if err != nil || files != 100_000 {
+						b.Errorf("read %d files, %v", files, err)
+					}
+					after, all = resident(b, pid)
+				})
+			}
+			b.ReportMetric(float64(before)/(1<<20), "mounted-MiB")
+			b.ReportMetric(float64(after)/(1<<20), "read-MiB")
+			b.ReportMetric(float64(all)/(1<<20), "read-with-maps-MiB")
+			b.ReportMetric(float64(mounting.Milliseconds())/float64(b.N), "ms/mount")
+		})
+	}
+}
+
+const (
+	hugeFiles    = 10
+	hugeFileSize = 4 << 30
+	hugeStep     = 1 << 20 // each step of a file begins with a block that says which it is
+)
+
+func hugeBlock(file int, step int64) []byte {
+	b := make([]byte, 16)
+	binary.LittleEndian.PutUint64(b, uint64(file))
+	binary.LittleEndian.PutUint64(b[8:], uint64(step)|1<<40)
+	return b
+}
+
+// BenchmarkHugeImage converts an image of 40 GB, mounts it, and reads it at random places.
+func BenchmarkHugeImage(b *testing.B) {
+	if os.Getenv("BENCH_HUGE") == "" {
+		b.Skip("takes minutes: set BENCH_HUGE=1, as `make bench` does")
+	}
+	dir := b.TempDir()
+	step := make([]byte, hugeStep)
+	size, _ := writeLayout(b, dir, ocispec.MediaTypeImageLayerGzip, func(w io.Writer) io.WriteCloser {
+		z, _ := gzip.NewWriterLevel(w, gzip.BestSpeed)
+		return z
+	}, func(w io.Writer) error {
+		t := tar.NewWriter(w)
+		for f := range hugeFiles {
+			if err := t.WriteHeader(&tar.Header{Name: fmt.Sprintf("part%d", f), Mode: 0o644, Size: hugeFileSize}); err != nil {
+				return err
+			}
+			for s := range int64(hugeFileSize / hugeStep) {
+				copy(step, hugeBlock(f, s))
+				if _, err := t.Write(step); err != nil {
+					return err
+				}
+			}
+		}
+		return t.Close()
+	})
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for b.Loop() {
+		u := run(b, "streamctl", "create", "oci:"+dir+":latest", "--force", "--record", b.TempDir())
+		b.ReportMetric(float64(size)/1e6/u.wall.Seconds(), "convert-MB/s")
+		b.ReportMetric(float64(u.peak)/(1<<20), "convert-peak-MiB")
+		reg, ref := push(b, dir)
+		reg.Reset()
+		mounted(b, ref, "auto", func(dir string, pid int, mounting time.Duration) {
+			b.ReportMetric(float64(mounting.Milliseconds()), "ms-to-mounted")
+			_, bytes := reg.Count()
+			b.ReportMetric(float64(bytes)/1e6, "MB-to-mounted")
+			const reads = 1000
+			begin := time.Now()
+			for range reads {
+				file, s := rnd.IntN(hugeFiles), rnd.Int64N(hugeFileSize/hugeStep)
+				readBlock(b, filepath.Join(dir, fmt.Sprintf("part%d", file)), s*hugeStep, hugeBlock(file, s))
+			}
+			b.ReportMetric(float64(time.Since(begin).Microseconds())/reads, "us/random-read")
+			anon, _ := resident(b, pid)
+			b.ReportMetric(float64(anon)/(1<<20), "daemon-MiB")
+		})
+	}
+}
+
+func readBlock(b *testing.B, path string, off int64, want []byte) {
+	b.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	got := make([]byte, len(want))
+	if _, err := f.ReadAt(got, off); err != nil || !bytes.Equal(got, want) {
+		b.Fatalf("%s at %d: got %x, %v, want %x", path, off, got, err, want)
+	}
+}
