@@ -26,7 +26,7 @@ const (
 	dialTimeout     = 10 * time.Second // hosts.toml's dial_timeout overrides it
 	handshake       = 10 * time.Second
 	idleConns       = 16               // kept per host: about what a node's reads have in flight (twelve, measured)
-	maxConns        = 64               // per host and HTTP/1; a pull of 120 layers asks for 120 indexes at once
+	maxConns        = 128              // per host and HTTP/1: a pull of 120 layers asks for 120 indexes at once, in one round trip
 	maxHeader       = 256 << 10        // bytes of response header
 	hostsCheckEvery = 5 * time.Second  // a changed certs.d is seen after this
 	maxDown         = 30 * time.Second // a host that failed is asked last for at most this
