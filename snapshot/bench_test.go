@@ -4,10 +4,14 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
 // BenchmarkPrepare is one Prepare of a layer once the artifact is known: what containerd waits for at each layer of a pull.
@@ -110,4 +114,49 @@ func largeTar(tb testing.TB, from, to int) []byte {
 		tb.Fatal(err)
 	}
 	return b.Bytes()
+}
+
+// BenchmarkColdSequentialRead reads a file of 64 MiB from end to end over a link that takes 5 ms for each request, with nothing cached.
+func BenchmarkColdSequentialRead(b *testing.B) {
+	body := make([]byte, 64<<20)
+	rnd := rand.New(rand.NewPCG(1, 2))
+	for i := range body {
+		body[i] = "0123456789abcdef"[rnd.IntN(16)]
+	}
+	layer := tarOf(b, file{"large", string(body)})
+	for _, mode := range []fs.Mode{fs.ModeFile, fs.ModeLoop, fs.ModeTree} {
+		b.Run(string(mode), func(b *testing.B) {
+			var spent time.Duration
+			requests := 0
+			for b.Loop() {
+				n := newTestNodeMode(b, mode)
+				img := n.push("app", layer)
+				n.convert(img)
+				ctx := testContext()
+				id, _, err := n.images.Find(ctx, img.ref, img.manifest)
+				if err != nil {
+					b.Fatal(err)
+				}
+				target := b.TempDir()
+				if err := n.images.Mount(ctx, id, 1, target); err != nil {
+					b.Fatal(err)
+				}
+				n.reg.Inject(registrytest.Blobs, -1, registrytest.Delay(5*time.Millisecond))
+				n.reg.Reset()
+				begin := time.Now()
+				got, err := os.ReadFile(filepath.Join(target, "large"))
+				spent += time.Since(begin)
+				if err != nil || !bytes.Equal(got, body) {
+					b.Fatalf("read %d bytes, %v", len(got), err)
+				}
+				r, _ := n.reg.Count()
+				requests += r
+				if err := n.images.Unmount(target); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(b.N)*64*1.048576/spent.Seconds(), "MB/s")
+			b.ReportMetric(float64(requests)/float64(b.N), "requests")
+		})
+	}
 }
