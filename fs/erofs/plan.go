@@ -57,9 +57,7 @@ func (p *plan) discover(root *Inode) error {
 		return errors.New("the root is not a directory")
 	}
 	p.index = make(map[*Inode]int32)
-	if err := p.add(root, 0); err != nil {
-		return err
-	}
+	p.add(root, 0)
 	for todo := []int32{0}; len(todo) > 0; {
 		d := todo[len(todo)-1]
 		first := len(p.nodes)
@@ -71,6 +69,11 @@ func (p *plan) discover(root *Inode) error {
 			if p.nodes[i].ino.Mode&typeMask == typeDir {
 				todo = append(todo, int32(i))
 			}
+		}
+	}
+	for i := range p.nodes {
+		if err := p.check(p.nodes[i].ino); err != nil {
+			return fmt.Errorf("%s: %w", p.path(int32(i)), err)
 		}
 	}
 	p.xattrs.layOut(p.blockSize())
@@ -98,11 +101,10 @@ func (p *plan) expand(d int32) error {
 		switch {
 		case e.Inode == nil:
 			return fmt.Errorf("%q has no inode", e.Name)
+		case len(p.nodes) == math.MaxInt32:
+			return errors.New("too many inodes")
 		case !seen:
-			child = int32(len(p.nodes))
-			if err := p.add(e.Inode, d); err != nil {
-				return fmt.Errorf("%q: %w", e.Name, err)
-			}
+			child = p.add(e.Inode, d)
 		case e.Inode.Mode&typeMask == typeDir:
 			return fmt.Errorf("%q is a second name of directory %s", e.Name, p.path(child))
 		}
@@ -121,19 +123,22 @@ func (p *plan) expand(d int32) error {
 	return nil
 }
 
-// add appends ino to the list.
-func (p *plan) add(ino *Inode, parent int32) error {
+// add appends ino to the list, and returns its place.
+func (p *plan) add(ino *Inode, parent int32) int32 {
+	i := int32(len(p.nodes))
+	p.index[ino] = i
+	p.nodes = append(p.nodes, node{ino: ino, parent: parent})
+	return i
+}
+
+// check looks at what all types of files have, and counts the attributes.
+func (p *plan) check(ino *Inode) error {
 	if fileType(ino.Mode) == 0 || ino.Mode > 0o177777 {
 		return fmt.Errorf("mode %#o is not a file's", ino.Mode)
 	}
 	if ino.MtimeNsec >= 1e9 {
 		return fmt.Errorf("%d is not a number of nanoseconds", ino.MtimeNsec)
 	}
-	if len(p.nodes) == math.MaxInt32 {
-		return errors.New("too many inodes")
-	}
-	p.index[ino] = int32(len(p.nodes))
-	p.nodes = append(p.nodes, node{ino: ino, parent: parent})
 	return p.xattrs.add(ino.Xattrs)
 }
 
