@@ -154,14 +154,15 @@ func (f *sizeFlag) Set(s string) error {
 		}
 	}
 	n, err := strconv.Atoi(num)
-	if err != nil || n < 512 || n > artifact.MaxChunkSize/unit {
-		return usage("%q is not a size from 512 to %d: bytes, or with KiB or MiB", s, artifact.MaxChunkSize)
+	if err != nil || n < 1 || n > artifact.MaxChunkSize/unit || n*unit < minChunkSize {
+		return usage("%q is not a size from %d to %d bytes; KiB and MiB may follow", s, minChunkSize, artifact.MaxChunkSize)
 	}
-	if *f = sizeFlag(n * unit); *f < 512 {
-		return usage("%q is less than 512 bytes", s)
-	}
+	*f = sizeFlag(n * unit)
 	return nil
 }
+
+// minChunkSize is the smallest that artifact encodes: a tar's block.
+const minChunkSize = 512
 
 // convertFlags say how to convert.
 type convertFlags struct {

@@ -113,8 +113,11 @@ type duration time.Duration
 
 func (d *duration) UnmarshalText(b []byte) error {
 	v, err := time.ParseDuration(string(b))
+	if err != nil {
+		return fmt.Errorf("%q is no duration, as in \"15s\" or \"2m\"", b)
+	}
 	*d = duration(v)
-	return err
+	return nil
 }
 
 func (d duration) std() time.Duration { return time.Duration(d) }

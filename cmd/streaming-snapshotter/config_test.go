@@ -1,0 +1,104 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+func load(t *testing.T, text string) (config, error) {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "config.toml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return loadConfig(file)
+}
+
+// What `config` prints is a configuration file that says the same.
+func TestConfigPrintsItself(t *testing.T) {
+	for _, text := range []string{"", "stream = ['r.example/a/*', 'q.example/b']\nmount_mode = 'tree'\nlog_level = 'debug'\nresolve_timeout = '3s'\nhosts_dir = ''\n"} {
+		c, err := load(t, text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var b bytes.Buffer
+		if err := c.write(&b); err != nil {
+			t.Fatal(err)
+		}
+		again, err := load(t, b.String())
+		if err != nil {
+			t.Fatalf("%v in\n%s", err, b.String())
+		}
+		if !reflect.DeepEqual(c, again) {
+			t.Errorf("got %+v, want %+v", again, c)
+		}
+	}
+}
+
+func TestConfigErrors(t *testing.T) {
+	cases := map[string]struct{ text, want string }{
+		"unknown key":      {"root = '/r'\nmount_mod = 'file'\n", `line 2: unknown key "mount_mod"`},
+		"unknown table":    {"[cache]\nsize = 1\n", `unknown key "cache"`},
+		"syntax":           {"root = \n", "line 1"},
+		"relative root":    {"root = 'var'\n", "root"},
+		"mode":             {"mount_mode = 'nfs'\n", "want auto, file, loop or tree"},
+		"duration":         {"resolve_timeout = 'soon'\n", `line 1, column 19: toml: "soon" is no duration`},
+		"no duration":      {"resolve_timeout = '0s'\n", "resolve_timeout"},
+		"level":            {"log_level = 'loud'\n", "loud"},
+		"pattern":          {"stream = ['registry.example.com']\n", "HOST/REPOSITORY"},
+		"pattern with URL": {"stream = ['https://registry.example.com/*']\n", "HOST/REPOSITORY"},
+		"bad glob":         {"stream = ['registry.example.com/[a']\n", "HOST/REPOSITORY"},
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			if _, err := load(t, c.text); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v, want an error with %q", err, c.want)
+			}
+		})
+	}
+	if _, err := loadConfig(filepath.Join(t.TempDir(), "none")); err == nil {
+		t.Error("a configuration file that was named and is not there is no error")
+	}
+}
+
+func TestPatterns(t *testing.T) {
+	cases := []struct {
+		pattern, repo string
+		want          bool
+	}{
+		{"r.example/team/*", "r.example/team/app", true},
+		{"r.example/team/*", "r.example/team/sub/app", true},
+		{"r.example/team/*", "r.example/team", false},
+		{"r.example/team/*", "r.example/teams/app", false},
+		{"r.example/*", "r.example/a/b/c", true},
+		{"r.example/app", "r.example/app", true},
+		{"r.example/app", "r.example/app/sub", false},
+		{"r.example/app-*", "r.example/app-1", true},
+		{"r.example/*/app", "r.example/team/app", true},
+		{"r.example/*/app", "r.example/a/b/app", false},
+		{"*.example/app", "r.example/app", true},
+		{"*.example/app", "evil.test/r.example/app", false},
+		{"*/app", "r.example/app", true},
+		{"127.0.0.1:5000/*", "127.0.0.1:5000/app", true},
+		{"127.0.0.1:5000/*", "127.0.0.1:5001/app", false},
+		{"docker.io/library/*", "docker.io/library/debian", true},
+	}
+	for _, c := range cases {
+		p := patterns{c.pattern}
+		if err := p.validate(); err != nil {
+			t.Error(err)
+		}
+		if got := p.allow(registryclient.Repository(c.repo)); got != c.want {
+			t.Errorf("%s allows %s: got %v, want %v", c.pattern, c.repo, got, c.want)
+		}
+	}
+	if (patterns{}).allow("r.example/app") {
+		t.Error("an empty list allows a repository")
+	}
+}

@@ -1,0 +1,145 @@
+// Package layers keeps the layering of docs/design.md: lint that is a test needs no service.
+package layers
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/streaming-snapshotter/streaming-snapshotter/"
+
+const (
+	fuse       = "github.com/hanwen/go-fuse"
+	containerd = "github.com/containerd/containerd"
+	client     = containerd + "/v2/client"
+	ggcr       = "github.com/google/go-containerregistry"
+)
+
+// layers says for each package which of ours it may import, and what it stays clear of.
+var layers = map[string]struct{ ours, clearOf []string }{
+	"artifact":                    {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
+	"fs/erofs":                    {nil, []string{"net/http", containerd, fuse, ggcr}},
+	"fs/tree":                     {[]string{"artifact", "fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
+	"fs/cache":                    {[]string{"artifact"}, []string{"net/http", containerd, fuse, ggcr}},
+	"fs":                          {[]string{"fs/erofs"}, []string{"net/http", containerd, ggcr}},
+	"registryclient":              {nil, []string{client, fuse}},
+	"snapshot":                    {nil, []string{"net/http", fuse, ggcr}},
+	"snapshot/stream":             {[]string{"artifact", "fs", "fs/cache", "fs/erofs", "fs/tree", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},
+	"converter":                   {[]string{"artifact"}, []string{containerd, fuse}},
+	"cmd/streamctl":               {[]string{"artifact", "converter"}, []string{containerd, fuse}},
+	"cmd/streaming-snapshotter":   {[]string{"fs", "fs/cache", "registryclient", "snapshot", "snapshot/stream"}, []string{ggcr}},
+	"fs/erofs/erofstest":          {[]string{"fs/erofs"}, nil},
+	"registryclient/registrytest": {nil, nil},
+}
+
+func TestImports(t *testing.T) {
+	for _, file := range sources(t) {
+		dir := filepath.Dir(file)
+		if strings.HasPrefix(dir, "integration") {
+			continue // sees everything
+		}
+		layer, known := layers[dir]
+		if !known {
+			t.Errorf("%s is in no layer: say in layers_test.go and docs/design.md where it belongs", file)
+			continue
+		}
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ImportsOnly)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, spec := range f.Imports {
+			path := strings.Trim(spec.Path.Value, `"`)
+			if own, ok := strings.CutPrefix(path, module); ok && !slices.Contains(layer.ours, own) {
+				t.Errorf("%s imports %s: its layer must not", file, own)
+			}
+			for _, p := range layer.clearOf {
+				if path == p || strings.HasPrefix(path, p+"/") {
+					t.Errorf("%s imports %s: its layer stays clear of %s", file, path, p)
+				}
+			}
+		}
+	}
+}
+
+// Caps on the tail, not the median: one function or file that absorbs every feature is how the peers became what they are.
+const (
+	maxFileLines     = 450
+	maxFunctionLines = 90
+)
+
+func TestSizes(t *testing.T) {
+	for _, file := range sources(t) {
+		fset := token.NewFileSet()
+		f, err := parser.ParseFile(fset, file, nil, parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := fset.Position(f.End()).Line; n > maxFileLines {
+			t.Errorf("%s has %d lines, more than %d", file, n, maxFileLines)
+		}
+		for _, d := range f.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			if n := fset.Position(fn.End()).Line - fset.Position(fn.Pos()).Line; n > maxFunctionLines {
+				t.Errorf("%s: %s has %d lines, more than %d", file, fn.Name.Name, n, maxFunctionLines)
+			}
+			if fn.Name.Name == "init" && fn.Recv == nil {
+				t.Errorf("%s has an init function: wire in cmd", file)
+			}
+		}
+	}
+}
+
+func TestPackagesAreDocumented(t *testing.T) {
+	documented := map[string]bool{}
+	for _, file := range sources(t) {
+		f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.PackageClauseOnly|parser.ParseComments)
+		if err != nil {
+			t.Fatal(err)
+		}
+		dir := filepath.Dir(file)
+		documented[dir] = documented[dir] || f.Doc != nil
+	}
+	for dir, ok := range documented {
+		if !ok {
+			t.Errorf("package %s has no package comment", dir)
+		}
+	}
+}
+
+// sources returns the Go files of the module that are not tests.
+func sources(t *testing.T) (files []string) {
+	t.Helper()
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			_, nested := os.Stat(filepath.Join(path, "go.mod"))
+			if path != "." && (nested == nil || strings.HasPrefix(d.Name(), ".")) {
+				return filepath.SkipDir
+			}
+			return nil
+		}
+		if strings.HasSuffix(path, ".go") && !strings.HasSuffix(path, "_test.go") {
+			files = append(files, path)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(files) < 50 {
+		t.Fatalf("found only %d files", len(files))
+	}
+	return files
+}
