@@ -82,6 +82,7 @@ func refused(t testing.TB) map[string][]byte {
 		"map of nothing, one byte":   gnu(nil, 1),
 		"map of nothing, 512 bytes":  gnu(nil, 512),
 		"map of one byte, no data":   gnu([]fileRun{{0, 1}}, 0),
+		"map of 1024 bytes, no data": gnu([]fileRun{{0, 1024}}, 0),
 		"map of one byte, two":       gnu([]fileRun{{0, 1}}, 2),
 		"map of two bytes, one":      gnu([]fileRun{{0, 2}}, 1),
 		"map out of order":           gnu([]fileRun{{600, 100}, {0, 100}}, 200),
