@@ -174,6 +174,7 @@ func TestTokenFetchedOnce(t *testing.T) {
 
 // A token server that fails is asked again, and one caller's giving up is not another's failure.
 func TestTokenServerFails(t *testing.T) {
+	t.Parallel()
 	r, read := authFixture(t)
 	r.RequireToken(registrytest.TokenOptions{})
 	r.Inject(registrytest.Tokens, 2, registrytest.Status(503))

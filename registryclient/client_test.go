@@ -26,10 +26,10 @@ const artifactType = "application/vnd.example.artifact.v1"
 func newClient(t testing.TB, o Options) *Client {
 	t.Helper()
 	if o.Budget == 0 {
-		o.Budget = 2 * time.Second
+		o.Budget = 4 * time.Second
 	}
 	if o.Stall == 0 {
-		o.Stall = 200 * time.Millisecond
+		o.Stall = 500 * time.Millisecond
 	}
 	c, err := New(o)
 	if err != nil {
@@ -239,6 +239,7 @@ func TestFaultsOfWholeBodies(t *testing.T) {
 }
 
 func TestRetryAfter(t *testing.T) {
+	t.Parallel()
 	r := registrytest.Start(t, registrytest.Options{})
 	blob := r.PutBlob("team/app", []byte("x"))
 	r.Inject(registrytest.Blobs, 1, registrytest.Status(http.StatusTooManyRequests, "Retry-After", "1"))
@@ -268,6 +269,7 @@ func TestRetryAfter(t *testing.T) {
 }
 
 func TestBudgetAndContext(t *testing.T) {
+	t.Parallel()
 	r := registrytest.Start(t, registrytest.Options{})
 	blob := r.PutBlob("team/app", []byte("x"))
 	r.Inject(registrytest.Blobs, -1, registrytest.Status(http.StatusServiceUnavailable))

@@ -153,6 +153,7 @@ func TestMirrors(t *testing.T) {
 	})
 	t.Run("registry is away", func(t *testing.T) {
 		mirror, origin, blob, c := setup(t)
+		c.o.Budget = 500 * time.Millisecond
 		mirror.PutBlob("team/app", data)
 		origin.Close()
 		read(t, c, blob, 0)

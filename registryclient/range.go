@@ -18,6 +18,7 @@ const maxSkip = 1 << 20
 //
 // One ranged GET, as a rule; a body that breaks off is continued where it ended, from this host or the next, while the budget lasts. try
 // leaves out the first hosts; a registry with a single host is asked a second time, anew from the redirect on, before there is no other.
+// The end of ctx ends the read, also of a body. The reader belongs to one goroutine and must be closed.
 func (c *Client) ReadRange(ctx context.Context, repo Repository, dgst digest.Digest, off, n int64, try int) (io.ReadCloser, error) {
 	r, err := c.readRange(ctx, repo, dgst, off, n, try)
 	if err != nil {
