@@ -1,6 +1,10 @@
 // Package artifact is the format of streaming artifacts, shared by the converter and the node: media types, manifest,
 // layer blobs and their index. It encodes, decodes and validates; it does no I/O of its own. docs/format.md is the
 // same format byte by byte.
+//
+// A layer's index is the tar without its file data, and a table of chunks. Encoding, reading entries and verifying all divide a tar into headers and data with
+// one scanner on top of archive/tar, so that they cannot disagree. What is decoded comes from a registry and is taken for hostile: memory is bounded by
+// limits that are checked first, and what is wrong is ErrInvalid. This package does not say what the entries mean; that is the matter of fs.
 package artifact
 
 import "errors"

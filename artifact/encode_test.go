@@ -232,6 +232,23 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestInsecurePaths: names that leave the directory are no matter of the format, whatever archive/tar is told to think of them.
+func TestInsecurePaths(t *testing.T) {
+	tar := kindsTar(t)
+	want := encode(t, tar, EncodeOptions{})
+	t.Setenv("GODEBUG", "tarinsecurepath=0")
+	if _, err := readTar(tar); err == nil {
+		t.Fatal("archive/tar does not mind ../outside")
+	}
+	got := encode(t, tar, EncodeOptions{})
+	if got.Digest != want.Digest {
+		t.Error("another blob")
+	}
+	if _, err := got.index.Layout(); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestGNUTar reads what GNU tar writes, sparse files first of all.
 func TestGNUTar(t *testing.T) {
 	gnutar, err := exec.LookPath("tar")

@@ -9,7 +9,7 @@ import (
 )
 
 // Layout says which bytes of the tar are data and which are headers, and what the headers hash to in each chunk: what
-// is needed to compare a fetched chunk with the index's claim.
+// is needed to compare a fetched chunk with the index's claim. It may be used by several goroutines.
 type Layout struct {
 	index *Index
 	runs  []dataRun   // in order, not empty

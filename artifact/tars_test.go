@@ -42,6 +42,7 @@ func corpus(t testing.TB) map[string][]byte {
 		"kinds":             kindsTar(t),
 		"small files":       filesTar(t, 300, 5),
 		"sizes around cuts": sizesTar(t),
+		"incompressible":    concat(pad(rawMember("r", tar.TypeReg, noise(150000))), pad(file), end),
 		"global header":     concat(pad(rawMember("g", tar.TypeXGlobalHeader, []byte(paxRecord("comment", "c")+paxRecord("GNU.sparse.map", "0,1")+paxRecord("GNU.sparse.numblocks", "1")))), pad(file), end),
 		"base 256 sizes":    concat(base256Member("b", data[:700]), pad(file), end),
 		"old GNU sparse":    concat(oldGNUSparse("s", 200000, runs, data[:total(runs)]), pad(file), end),
@@ -176,6 +177,13 @@ func text(r *rand.Rand, n int) []byte {
 		b = append(b, " \n,.("[r.IntN(5)])
 	}
 	return b[:n]
+}
+
+// noise returns n bytes that do not compress.
+func noise(n int) []byte {
+	b := make([]byte, n)
+	rand.NewChaCha8([32]byte{1}).Read(b)
+	return b
 }
 
 // rawMember returns a header block and the data, without padding: what archive/tar's Writer does not write.
