@@ -261,6 +261,11 @@ func TestFallback(t *testing.T) {
 			img.chainIDs = n.push("other", tarOf(t, file{"other", "x"}), tarOf(t, file{"y", "y"}), tarOf(t, file{"z", "z"})).chainIDs
 			return img
 		},
+		"containerd refuses a layer": func(t *testing.T, n *testNode) testImage {
+			img := n.push("app", tarOf(t, file{"a", "a"}), tarOf(t, file{"b", "b"}, file{".wh.b", ""}), tarOf(t, file{"c", ""}))
+			n.convert(img)
+			return img
+		},
 		"labels are garbage": func(t *testing.T, n *testNode) testImage {
 			img := good(t, n)
 			img.manifest, img.ref = "sha256:short", "::"

@@ -40,13 +40,6 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	}
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	if img.dev == nil {
-		dev, err := img.open(ctx)
-		if err != nil {
-			return fmt.Errorf("open streamed image %s: %w", img.id, err)
-		}
-		img.dev = dev
-	}
 	meta, err := img.metadata(ctx, n)
 	if err == nil {
 		err = img.store.o.Mounter.Mount(ctx, fs.Image{ID: img.id, Metadata: meta, Device: img.dev}, target)
@@ -60,6 +53,15 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	img.store.targets[target] = img
 	img.store.mu.Unlock()
 	return nil
+}
+
+// prepare makes the metadata image of the whole chain, the one that containers of the image mount.
+func (img *image) prepare(ctx context.Context) error {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	defer img.release()
+	_, err := img.metadata(ctx, len(img.rec.Layers))
+	return err
 }
 
 // Unmount undoes Mount. A target that is not mounted is no error.
@@ -115,8 +117,16 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 	return d, nil
 }
 
-// metadata returns the path of the metadata image of the first n layers, and makes it if it is not there. The caller holds mu.
+// metadata opens the data device and returns the path of the metadata image of the first n layers, which it makes if it is not
+// there. The caller holds mu, and calls release in the end.
 func (img *image) metadata(ctx context.Context, n int) (string, error) {
+	if img.dev == nil {
+		dev, err := img.open(ctx)
+		if err != nil {
+			return "", fmt.Errorf("open streamed image %s: %w", img.id, err)
+		}
+		img.dev = dev
+	}
 	path := filepath.Join(img.store.imageDir(img.id), fmt.Sprintf("%d.erofs", n))
 	if _, err := os.Stat(path); err == nil {
 		return path, nil

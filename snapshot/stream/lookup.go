@@ -174,7 +174,15 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	return s.add(rec)
+	img, err := s.add(rec)
+	if err != nil {
+		return nil, err
+	}
+	// What cannot be mounted must be known now: once a layer is promised to containerd, there is no normal pull to fall back to.
+	if err := img.prepare(ctx); err != nil {
+		return nil, errors.Join(err, s.drop(img))
+	}
+	return img, nil
 }
 
 // pin keeps the indexes of rec from being swept before the record that names them is on disk.

@@ -9,7 +9,8 @@
 //
 //	images/<hex of the artifact manifest's digest>/
 //	    image.json         record: where the image came from, its chain IDs, the artifact's layers
-//	    <n>.erofs          metadata image of the chain of the first n layers, made when it is first mounted
+//	    <n>.erofs          metadata image of the chain of the first n layers: of the whole chain made when the image is
+//	                       found, so that what cannot be mounted falls back, of others when they are first mounted
 //	indexes/<hex of the layer blob's digest>
 //	                       the index's skippable frame as it lies in the blob
 package stream
@@ -173,6 +174,14 @@ func (s *Store) add(rec *record) (*image, error) {
 	img := &image{store: s, id: id, rec: rec}
 	s.images[id] = img
 	return img, nil
+}
+
+// drop undoes add for an image that turned out not to be mountable.
+func (s *Store) drop(img *image) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.images, img.id)
+	return os.RemoveAll(s.imageDir(img.id))
 }
 
 // Mount mounts the chain of the first n layers of image id read-only at target, a directory. It works for images found in an
