@@ -5,7 +5,6 @@ import (
 	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -243,7 +242,7 @@ func BenchmarkReadAhead(b *testing.B) {
 			})
 			b.Run(fmt.Sprintf("%s/%dKiB/program", mode, readAhead>>10), func(b *testing.B) {
 				cold(b, func(root string) {
-					if out, err := exec.Command(filepath.Join(root, "program"), "-test.run=^$").CombinedOutput(); err != nil {
+					if out, err := fromMount(filepath.Join(root, "program"), "-test.run=^$").CombinedOutput(); err != nil {
 						b.Fatalf("%v: %s", err, out)
 					}
 				})

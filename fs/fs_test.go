@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
@@ -22,12 +23,24 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs/erofstest"
 )
 
-// TestMain lets the test binary be the other process in tests that need one.
+// TestMain runs the tests in a mount namespace of their own: nobody else's copies of our mounts keep them in use, and none are left if
+// the tests are killed. It also lets the test binary be the other process in tests that need one.
 func TestMain(m *testing.M) {
 	if path := os.Getenv("FS_TEST_READ"); path != "" {
 		os.Exit(readInChild(path))
 	}
-	os.Exit(m.Run())
+	if os.Getenv("FS_TEST_IN_NAMESPACE") != "" || os.Geteuid() != 0 {
+		os.Exit(m.Run())
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), "FS_TEST_IN_NAMESPACE=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
+	runtime.LockOSThread() // of which Pdeathsig is the death
+	if err := cmd.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
 }
 
 func inModes(t *testing.T, f func(t *testing.T, s *Server)) {

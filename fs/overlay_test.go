@@ -95,9 +95,15 @@ func TestPosix(t *testing.T) {
 	})
 }
 
+// fromMount is a command that runs a program which may be on a mount of this process. A shell executes it: until a child of this process
+// has executed its program, which has to be read, this process cannot collect garbage, and so may not answer.
+func fromMount(name string, args ...string) *exec.Cmd {
+	return exec.Command("sh", append([]string{"-c", `exec "$0" "$@"`, name}, args...)...)
+}
+
 // asUser runs a program as user and group uid.
 func asUser(uid uint32, name string, args ...string) (string, error) {
-	cmd := exec.Command(name, args...)
+	cmd := fromMount(name, args...)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: uid, Gid: uid}}
 	out, err := cmd.CombinedOutput()
 	return string(out), err
