@@ -150,16 +150,16 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 		Version: recordVersion, Artifact: dgst, Manifest: manifest, Repository: repo,
 		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers,
 	}
+	first, err := rec.firsts()
+	if err != nil {
+		return nil, err
+	}
 	unpin := s.pin(rec)
 	defer unpin()
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(indexFetches)
-	fetched := map[digest.Digest]bool{}
-	for i, l := range rec.Layers {
-		if fetched[l.Digest] {
-			continue
-		}
-		fetched[l.Digest] = true
+	for _, i := range first {
+		l := rec.Layers[i]
 		g.Go(func() error {
 			x, err := s.openIndex(gctx, repo, l)
 			if err != nil {
@@ -183,6 +183,26 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 		return nil, errors.Join(err, s.drop(img))
 	}
 	return img, nil
+}
+
+// firsts lists the layers without those that repeat the blob of one below. A blob that stands for two different layers of the image is an error.
+func (rec *record) firsts() ([]int, error) {
+	var list []int
+	seen := map[digest.Digest]int{}
+	for i, l := range rec.Layers {
+		k, again := seen[l.Digest]
+		if !again {
+			seen[l.Digest] = i
+			list = append(list, i)
+			continue
+		}
+		same := rec.Layers[k]
+		same.Source = l.Source // one tar may have been compressed in two ways
+		if l != same || rec.DiffIDs[i] != rec.DiffIDs[k] {
+			return nil, fmt.Errorf("%w: layers %d and %d have the same blob, but are different layers of the image", artifact.ErrInvalid, k, i)
+		}
+	}
+	return list, nil
 }
 
 // pin keeps the indexes of rec from being swept before the record that names them is on disk.
