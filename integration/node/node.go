@@ -118,7 +118,14 @@ func (n *Node) StartSnapshotter(ctx context.Context) error {
 		return err
 	}
 	n.snapshotter = p
-	return p.ready(ctx, func(context.Context) error { return dial(n.path("run/s.sock")) })
+	return p.ready(ctx, func(ctx context.Context) error {
+		if err := dial(n.path("run/s.sock")); err != nil || n.containerd == nil {
+			return err
+		}
+		// containerd does not see at once that its snapshotter is there again: gRPC waits a second and more between two attempts.
+		_, err := n.Ctr(ctx, "snapshots", "--snapshotter", n.Snapshotter(), "list")
+		return err
+	})
 }
 
 // StopSnapshotter ends the streaming snapshotter as `systemctl stop` does.
