@@ -29,10 +29,12 @@
 //	12      4     zero
 //	16      8     size of the tar, bytes
 //	24      8     number of chunks n
-//	32      32    SHA-256 identity of the index
+//	32      32    identity of the index: SHA-256 of what it says of the tar and its chunks
 //	64      (n+7)/8  chunk i is present if bit i%8 of byte i/8 is set; bits from n on are zero
 //
 // The map is written in place: a torn write mixes old bits and new ones, and both are true.
+//
+// Reads of a file from its start to its end are seen and fetched ahead: see readahead.go.
 //
 // The package knows nothing of registries, of retries over hosts, or of mounts. It does not limit its size yet.
 package cache
@@ -64,7 +66,8 @@ type Blob interface {
 }
 
 const (
-	// A crash costs the chunks of the last flush period, to be fetched again; a flush costs two fdatasyncs per layer that changed.
+	// A crash costs the chunks of the last flush period, to be fetched again; a flush costs two fdatasyncs per layer that
+	// changed.
 	flushEvery = 5 * time.Second
 	// Under load, flush more often: less to lose, and no large burst of writeback.
 	flushBytes = 64 << 20
@@ -99,7 +102,8 @@ type slot struct {
 	store *store // nil while refs is 0; written under mu and Cache.mu, read under either
 }
 
-// Open opens or creates the cache in dir. Damage is a miss, never an error. It fails if dir cannot be made or another process has it open.
+// Open opens or creates the cache in dir. Damage is a miss, never an error. It fails if dir cannot be made or another
+// process has it open.
 func Open(dir string) (*Cache, error) { return open(dir, osDisk{}) }
 
 func open(dir string, d disk) (*Cache, error) {
@@ -119,10 +123,12 @@ func open(dir string, d disk) (*Cache, error) {
 	return c, nil
 }
 
-// Layer opens layer blob dgst, whose index is x, for reading; the data files are shared by all openers of the same dgst. Close it when no mount needs it.
+// Layer opens layer blob dgst, whose index is x, for reading; the data files are shared by all openers of the same dgst.
+// Close it when no mount needs it.
 //
-// The x of the first opener serves all: its bytes must stay readable until every opener of dgst has closed. A chunk is fetched through the blob of the opener that
-// asked first; if that fails, others turn to their own. It is artifact.ErrInvalid if dgst is open with another index.
+// The x of the first opener serves all: its bytes must stay readable until every opener of dgst has closed. A chunk is
+// fetched through the blob of the opener that asked first; if that fails, others turn to their own. It is
+// artifact.ErrInvalid if dgst is open with another index. A disk that refuses is no error: see Err.
 func (c *Cache) Layer(dgst digest.Digest, x *artifact.Index, blob Blob) (*Layer, error) {
 	if err := dgst.Validate(); err != nil {
 		return nil, fmt.Errorf("open layer %q in the cache: %w", dgst, err)
@@ -135,6 +141,7 @@ func (c *Cache) Layer(dgst digest.Digest, x *artifact.Index, blob Blob) (*Layer,
 		blob: blob, store: s,
 		closing: make(chan struct{}), fills: make(map[*fill]struct{}),
 	}
+	l.close = sync.OnceValue(l.end)
 	l.ahead.layer = l
 	c.mu.Lock()
 	closed := c.closed

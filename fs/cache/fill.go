@@ -36,7 +36,8 @@ type fill struct {
 	waiters int // claims on flights; guarded by store.mu
 }
 
-// claim returns a flight for each of chunks [lo, hi) that is not verified on disk: the one under way, or one of a new fill. The caller releases them.
+// claim returns a flight for each of chunks [lo, hi) that is not verified on disk: the one under way, or one of a new
+// fill. The caller releases them.
 func (l *Layer) claim(lo, hi int) []*flight {
 	s := l.store
 	flights := make([]*flight, hi-lo)
@@ -190,8 +191,8 @@ func (s *store) check(i int, b []byte) error {
 	return layout.Check(i, b)
 }
 
-// fetch asks the blob for flights, which are adjacent, in one request, and delivers them as they come. Those whose bytes are wrong are asked for again from
-// elsewhere; corrupt is why the ones at hand are.
+// fetch asks the blob for flights, which are adjacent, in one request, and delivers them as they come. Those whose bytes
+// are wrong are asked for again from elsewhere; corrupt is why the ones at hand are.
 func (f *fill) fetch(ctx context.Context, flights []*flight, try int, corrupt error) {
 	if err := ctx.Err(); err != nil {
 		f.fail(flights, err)

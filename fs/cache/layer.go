@@ -13,6 +13,7 @@ type Layer struct {
 	blob    Blob
 	store   *store
 	closing chan struct{} // closed by Close: wakes who waits
+	close   func() error  // end, once
 
 	running sync.WaitGroup // calls of ReadAt, and fills
 
@@ -155,13 +156,11 @@ func (l *Layer) wait(ctx context.Context, fl *flight) (again bool, err error) {
 func (l *Layer) Usage() (int64, error) { return l.store.usage() }
 
 // Close ends the use of the layer. Its chunks stay. It ends reads and fetches that go on, and waits for them.
-func (l *Layer) Close() error {
+func (l *Layer) Close() error { return l.close() }
+
+func (l *Layer) end() error {
 	s := l.store
 	s.mu.Lock()
-	if l.closed {
-		s.mu.Unlock()
-		return nil
-	}
 	l.closed = true
 	close(l.closing)
 	for f := range l.fills {

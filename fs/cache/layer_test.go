@@ -73,7 +73,8 @@ type memBlob struct {
 	gate    chan struct{} // if not nil, each request waits for a value or for the closing of it
 	cut     int64         // if not 0, bodies end after so many bytes
 
-	down atomic.Bool // fails
+	down   atomic.Bool  // fails
+	doomed atomic.Int64 // so many requests fail, the first ones
 
 	requests, bytes, cancelled atomic.Int64
 }
@@ -81,7 +82,7 @@ type memBlob struct {
 var errNoHost = errors.New("no other host")
 
 func (b *memBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
-	b.requests.Add(1)
+	doomed := b.requests.Add(1) <= b.doomed.Load()
 	b.bytes.Add(n)
 	if try >= len(b.hosts) {
 		return nil, errNoHost
@@ -99,7 +100,7 @@ func (b *memBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.Read
 			return nil, ctx.Err()
 		}
 	}
-	if b.down.Load() {
+	if doomed || b.down.Load() {
 		return nil, errNoHost
 	}
 	body := io.Reader(bytes.NewReader(b.hosts[try][off : off+n]))

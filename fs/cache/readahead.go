@@ -5,23 +5,31 @@ import (
 	"sync"
 )
 
-// Read-ahead is done here and not by the kernel, which knows neither chunks nor what a request costs: its windows stay small,
-// so that random reads and page faults fetch exactly what they touch, and a stream is seen by what it has read.
+// Read-ahead is done here and not by the kernel, which knows neither chunks nor what a request costs: its windows stay
+// small, so that random reads and page faults fetch exactly what they touch, and a stream is seen by what it has read.
 //
-// A stream is an interval of the tar that reads have covered without a gap, in whatever order they came: the kernel has several
-// requests of one reader in flight, and they overtake each other. Once a stream is evident, what follows it is fetched up to a window
-// that grows with the stream, within the data run (the file's body) that it reads: the next file in the tar is nobody's wish yet.
+// A stream is an interval of the tar that reads have covered without a gap, in whatever order they came: the kernel has
+// several requests of one reader in flight, and they overtake each other. Once a stream is evident, what follows it is
+// fetched up to a window that grows with the stream, within the data run (the file's body) that it reads: the next file
+// in the tar is nobody's wish yet.
+//
+// Measured (BenchmarkReadCold*: a 64 MiB file, 5 ms per request, reads of 128 KiB one at a time, two cores): 500 MB/s and
+// 72 requests, where one request per read would give 25 MB/s and 512; random reads fetch no byte more than the frames of
+// the chunks that they touch.
 const (
-	// Streams that one layer follows. Random reads open one each and push out the one longest unused, so this is several times the number of concurrent readers that we want to see.
+	// Streams that one layer follows. Random reads open one each and push out the one longest unused, so this is several
+	// times the number of concurrent readers that we want to see.
 	maxStreams = 32
-	// A stream is evident from here: more than the kernel's own read-ahead window (128 KiB) makes out of a single page fault.
+	// A stream is evident from here: more than the kernel's own read-ahead (128 KiB) makes out of a single page fault.
 	streamBytes = 256 << 10
 	streamReads = 3
-	// The window is the stream's length over windowShare, so that what is fetched in vain, should the reader stop, is at most this share of what it read ...
+	// The window is the stream's length over windowShare, so that what is fetched in vain, should the reader stop, is at
+	// most this share of what it read ...
 	windowShare = 2
-	// ... and at most this: 5 ms away, 8 MiB in flight are 1.6 GB/s, more than one core decodes.
+	// ... and at most this: 5 ms away, 8 MiB in flight are 1.6 GB/s, more than two cores decode.
 	maxWindow = 8 << 20
-	// Bytes of tar per request, and requests in flight per layer. Fewer, larger requests cost a registry less; each is decoded by a goroutine of its own.
+	// Bytes of tar per request, and requests in flight per layer. Fewer, larger requests cost a registry less; more are
+	// decoded on more cores.
 	aheadRequest  = 1 << 20
 	aheadRequests = 8
 )
@@ -106,8 +114,8 @@ func (r *readAhead) pump(st *stream) {
 	}
 }
 
-// within returns the chunks [lo, hi) of n bytes that one request brings: those that begin at off or later and end at target or before, or, if whole, also the one
-// that holds target. A chunk that begins before off was read already.
+// within returns the chunks [lo, hi) of n bytes that one request brings: those that begin at off or later and end at
+// target or before, or, if whole, also the one that holds target. A chunk that begins before off was read already.
 func (s *store) within(off, target int64, whole bool) (lo, hi int, n int64) {
 	if off >= target {
 		return 0, 0, 0

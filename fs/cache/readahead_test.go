@@ -175,20 +175,27 @@ func TestReadAheadEnds(t *testing.T) {
 	poll(t, "end of all goroutines", func() bool { return runtime.NumGoroutine() <= before })
 }
 
-// What read-ahead does not bring is fetched by the read that wants it.
+// A read that joins a request of read-ahead which then fails makes its own.
 func TestReadAheadFails(t *testing.T) {
 	ly := aheadLayer(t)
 	b := ly.serve()
+	b.gate = make(chan struct{})
+	b.doomed.Store(aheadRequests)
 	l := openLayer(t, openCache(t, t.TempDir()), ly, b)
-	off, end := body(ly, 0)
-	p := make([]byte, 128<<10)
-	for o := off; o < end; o += int64(len(p)) {
-		b.down.Store(true)
-		l.ahead.read(o, o+int64(len(p))) // as a read that is about to come
-		poll(t, "end of the fills", l.store.idle)
-		b.down.Store(false)
-		readRange(t, l, ly, p, o)
+	off, _ := body(ly, 0)
+	for i := range int64(4) { // as four reads of a stream
+		l.ahead.read(off+i<<20, off+(i+1)<<20)
 	}
+	poll(t, "read-ahead", func() bool { return b.requests.Load() >= 2 })
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		readRange(t, l, ly, make([]byte, 10), off+4<<20)
+	}()
+	poll(t, "reader", func() bool { return l.store.waiting() == 1 })
+	b.doomed.Store(b.requests.Load())
+	close(b.gate)
+	<-done
 }
 
 func TestStreamsAreSeenInAnyOrder(t *testing.T) {

@@ -6,9 +6,9 @@ import (
 	"sync/atomic"
 )
 
-// Stats are counts since Open.
+// Stats are counts since Open. A chunk that several reads wait for is counted once.
 type Stats struct {
-	Hits          int64 // chunks served from memory that was verified before, of reads
+	Hits          int64 // chunks read from disk, verified before
 	Verified      int64 // chunks found on disk and verified at their first use
 	Misses        int64 // chunks fetched because a read waited for them
 	ReadAhead     int64 // chunks fetched before a read asked for them
