@@ -3,6 +3,7 @@ package main
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -26,9 +27,18 @@ import (
 
 // TestMain makes the test binary streamctl for the tests that need a process.
 func TestMain(m *testing.M) {
-	if os.Getenv("STREAMCTL_TEST_MAIN") != "" {
+	switch os.Getenv("STREAMCTL_TEST_MAIN") {
+	case "run":
 		main()
 		return
+	case "peak": // as main, but for signals, and prints the most memory it had
+		code := run(context.Background(), os.Args[1:], io.Discard, io.Discard)
+		status, err := os.ReadFile("/proc/self/status")
+		if err != nil {
+			panic(err)
+		}
+		os.Stdout.Write(status)
+		os.Exit(code)
 	}
 	os.Exit(m.Run())
 }
@@ -237,7 +247,7 @@ func TestSignals(t *testing.T) {
 			}, -1, registrytest.Stall(100_000))
 			temp := t.TempDir()
 			cmd := exec.Command(os.Args[0], "create", image, "--temp-dir", temp, "--record", t.TempDir())
-			cmd.Env = append(os.Environ(), "STREAMCTL_TEST_MAIN=1")
+			cmd.Env = append(os.Environ(), "STREAMCTL_TEST_MAIN=run")
 			var stderr bytes.Buffer
 			cmd.Stderr = &stderr
 			if err := cmd.Start(); err != nil {
