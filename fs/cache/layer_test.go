@@ -77,6 +77,7 @@ type memBlob struct {
 	doomed atomic.Int64 // so many requests fail, the first ones
 
 	requests, bytes, cancelled atomic.Int64
+	open                       atomic.Int64 // bodies not closed
 }
 
 var errNoHost = errors.New("no other host")
@@ -107,7 +108,18 @@ func (b *memBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.Read
 	if b.cut > 0 {
 		body = io.LimitReader(body, b.cut)
 	}
-	return io.NopCloser(body), nil
+	b.open.Add(1)
+	return &memBody{body, b}, nil
+}
+
+type memBody struct {
+	io.Reader
+	blob *memBlob
+}
+
+func (b *memBody) Close() error {
+	b.blob.open.Add(-1)
+	return nil
 }
 
 func (ly *layer) serve() *memBlob { return &memBlob{hosts: [][]byte{ly.blob}} }
@@ -131,6 +143,9 @@ func openLayer(t testing.TB, c *Cache, ly *layer, b Blob) *Layer {
 	t.Helper()
 	l, err := c.Layer(ly.dgst, ly.index, b)
 	must(t, err)
+	if b, ok := b.(*memBlob); ok {
+		t.Cleanup(func() { poll(t, "end of all bodies", func() bool { return b.open.Load() == 0 }) })
+	}
 	return l
 }
 

@@ -75,8 +75,8 @@ func TestConcurrentStreams(t *testing.T) {
 	}
 	wg.Wait()
 	poll(t, "end of the fills", l.store.idle)
-	if s := c.Stats(); s.ReadAhead < s.Misses {
-		t.Errorf("%d chunks were read ahead and %d waited for", s.ReadAhead, s.Misses)
+	if c.Stats().ReadAhead == 0 { // how many depends on who runs first
+		t.Error("no chunk was read ahead")
 	}
 	off, _ := body(ly, 0)
 	_, end := body(ly, 1)
