@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
@@ -250,6 +251,32 @@ func TestReferrersKept(t *testing.T) {
 		create(t, image+":v1", CreateOptions{})
 		if _, err := Verify(t.Context(), p, "v1", VerifyOptions{}); err != nil {
 			t.Errorf("made again: %v", err)
+		}
+	})
+}
+
+// TestAtOnce: several who convert the same image at the same time, as several processes, make one artifact.
+func TestAtOnce(t *testing.T) {
+	onAllPlaces(t, func(t *testing.T, image string) {
+		p, _ := open(t, image+":v1")
+		d := testImage{layers: layersOf(1, 3)}.put(t, p, "v1")
+		record := NewRecord(t.TempDir())
+		var g errgroup.Group
+		for range 4 {
+			own, ref := open(t, image+":v1")
+			g.Go(func() error {
+				_, err := Create(t.Context(), own, ref, CreateOptions{Options: Options{Record: record}})
+				return err
+			})
+		}
+		if err := g.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		if list := referrers(t, p, d.Digest); len(list) != 1 {
+			t.Errorf("referrers %+v", list)
+		}
+		if _, err := Verify(t.Context(), p, "v1", VerifyOptions{}); err != nil {
+			t.Error(err)
 		}
 	})
 }

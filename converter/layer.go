@@ -231,7 +231,7 @@ func (c *countReader) Read(p []byte) (int, error) {
 func tempFile(dir string) (*os.File, error) {
 	f, err := os.CreateTemp(dir, "streamctl-*")
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("temporary file for the converted layer: %w", err)
 	}
 	if err := os.Remove(f.Name()); err != nil {
 		f.Close()

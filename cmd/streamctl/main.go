@@ -48,12 +48,12 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if ctx.Err() != nil && errors.Is(err, context.Canceled) {
 		msg = "interrupted"
 	}
-	fmt.Fprintf(stderr, "streamctl: %s\n", msg)
 	var u usageError
 	if errors.As(err, &u) {
-		fmt.Fprintln(stderr, "streamctl: `streamctl help` and docs/cli.md say how to call it")
+		fmt.Fprintf(stderr, "streamctl: %s (see streamctl help)\n", msg)
 		return 2
 	}
+	fmt.Fprintf(stderr, "streamctl: %s\n", msg)
 	return 1
 }
 

@@ -225,7 +225,7 @@ func TestUsage(t *testing.T) {
 		{"version", "x"}, {"verify", "a", "--force"},
 	} {
 		status, stdout, stderr := streamctl(t, args...)
-		if status != 2 || stdout != "" || !strings.HasPrefix(stderr, "streamctl: ") {
+		if status != 2 || stdout != "" || !strings.HasPrefix(stderr, "streamctl: ") || strings.Count(stderr, "\n") != 1 {
 			t.Errorf("streamctl %q: status %d, %q, %q", args, status, stdout, stderr)
 		}
 	}
