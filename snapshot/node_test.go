@@ -82,7 +82,7 @@ func (n *testNode) start() {
 	}
 	mounts, err := fs.New(fs.Options{Dir: filepath.Join(n.root, "devices"), Mode: n.mode})
 	check(err)
-	chunks, err := cache.Open(filepath.Join(n.root, "cache"))
+	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{})
 	check(err)
 	client, err := registryclient.New(registryclient.Options{Budget: 2 * time.Second})
 	check(err)

@@ -27,6 +27,7 @@ type config struct {
 	Address        string      `toml:"address" comment:"Unix socket of the snapshots service: the address in containerd's proxy_plugins."`
 	MountMode      nodefs.Mode `toml:"mount_mode" comment:"auto (the first that works here), file, loop or tree."`
 	Stream         patterns    `toml:"stream" comment:"Repositories to stream from: HOST/REPOSITORY, each part a glob; a last part of * stands for everything below.\nSnapshots are shared by chain ID: list only what you would let provide the base layers of every image. Nothing is listed by default."`
+	ReadAhead      bool        `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
 	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
 	LogLevel       slog.Level  `toml:"log_level" comment:"debug, info, warn or error."`
@@ -39,6 +40,7 @@ func defaults() config {
 		Address:        "/run/streaming-snapshotter/snapshotter.sock",
 		MountMode:      nodefs.ModeAuto,
 		Stream:         patterns{},
+		ReadAhead:      true,
 		HostsDir:       "/etc/containerd/certs.d",
 		ResolveTimeout: duration(15 * time.Second),
 		LogLevel:       slog.LevelInfo,

@@ -37,10 +37,14 @@ func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err
 			err = errors.Join(err, n.close())
 		}
 	}()
-	if n.mounts, err = nodefs.New(nodefs.Options{Dir: filepath.Join(c.State, "devices"), Mode: c.MountMode}); err != nil {
+	o := nodefs.Options{Dir: filepath.Join(c.State, "devices"), Mode: c.MountMode}
+	if !c.ReadAhead {
+		o.ReadAhead = 4096 // a page, the kernel's least
+	}
+	if n.mounts, err = nodefs.New(o); err != nil {
 		return n, err
 	}
-	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache")); err != nil {
+	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{NoReadAhead: !c.ReadAhead}); err != nil {
 		return n, err
 	}
 	reg, err := registryclient.New(registryclient.Options{

@@ -80,6 +80,7 @@ type Cache struct {
 	disk  disk
 	bufs  buffers
 	stats counters
+	exact bool // no read-ahead
 
 	unsaved atomic.Int64  // bytes written since the last flush
 	kick    chan struct{} // asks the flusher to flush now
@@ -104,7 +105,18 @@ type slot struct {
 
 // Open opens or creates the cache in dir. Damage is a miss, never an error. It fails if dir cannot be made or another
 // process has it open.
-func Open(dir string) (*Cache, error) { return open(dir, osDisk{}) }
+func Open(dir string, o Options) (*Cache, error) {
+	c, err := open(dir, osDisk{})
+	if err == nil {
+		c.exact = o.NoReadAhead
+	}
+	return c, err
+}
+
+// Options of a Cache.
+type Options struct {
+	NoReadAhead bool // fetch the chunks that reads touch and no others
+}
 
 func open(dir string, d disk) (*Cache, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {

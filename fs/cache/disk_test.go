@@ -391,7 +391,7 @@ func TestFailedSyncLosesWrites(t *testing.T) {
 func fillUntilKilled(dir string) {
 	t := &testing.T{}
 	ly := killedLayer(t)
-	c, err := Open(dir)
+	c, err := Open(dir, Options{})
 	if err != nil {
 		panic(err)
 	}

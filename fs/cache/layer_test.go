@@ -133,7 +133,7 @@ func must(t testing.TB, err error) {
 
 func openCache(t testing.TB, dir string) *Cache {
 	t.Helper()
-	c, err := Open(dir)
+	c, err := Open(dir, Options{})
 	must(t, err)
 	t.Cleanup(func() { must(t, c.Close()) })
 	return c
@@ -342,7 +342,7 @@ func openFiles(t testing.TB, dir string) (n int) {
 func TestOneProcessHoldsACache(t *testing.T) {
 	dir := t.TempDir()
 	c := openCache(t, dir)
-	if _, err := Open(dir); err == nil {
+	if _, err := Open(dir, Options{}); err == nil {
 		t.Fatal("opened twice")
 	}
 	must(t, c.Close())

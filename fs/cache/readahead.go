@@ -53,6 +53,9 @@ type stream struct {
 
 // read notes a read of [off, end) and fetches ahead if that continues a stream.
 func (r *readAhead) read(off, end int64) {
+	if r.layer.store.cache.exact {
+		return
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if st := r.note(off, end); st != nil {

@@ -146,7 +146,7 @@ func TestReadAheadEnds(t *testing.T) {
 	ly := aheadLayer(t)
 	b := ly.serve()
 	before := runtime.NumGoroutine()
-	c, err := Open(t.TempDir())
+	c, err := Open(t.TempDir(), Options{})
 	must(t, err)
 	l := openLayer(t, c, ly, b)
 	off, _ := body(ly, 0)
