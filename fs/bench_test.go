@@ -45,7 +45,7 @@ func eachMount(b *testing.B, f func(b *testing.B, root string)) {
 		if err := os.CopyFS(root, os.DirFS(mountImage(b, newServer(b, Options{Mode: ModeFile}), m.write(b, "image")))); err != nil {
 			b.Fatal(err)
 		}
-		unix.Sync() // dirty pages stay
+		syncTree(b, root) // dirty pages stay
 		f(b, root)
 	})
 	for _, mode := range modes {
@@ -75,6 +75,18 @@ func chill(b *testing.B, root string) {
 		b.Fatal(err)
 	}
 	if err := os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0); err != nil {
+		b.Fatal(err)
+	}
+}
+
+// syncTree writes the file system of root to disk.
+func syncTree(b *testing.B, root string) {
+	f, err := os.Open(root)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
 		b.Fatal(err)
 	}
 }

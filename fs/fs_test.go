@@ -23,8 +23,9 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs/erofstest"
 )
 
-// TestMain runs the tests in a mount namespace of their own: nobody else's copies of our mounts keep them in use, and none are left if
-// the tests are killed. It also lets the test binary be the other process in tests that need one.
+// TestMain runs the tests in a mount namespace of their own, so that nobody else's copies of our mounts keep them in use. They run in a
+// second process: if that dies with a read in flight, the kernel ends its FUSE connections before the namespace, whose unmounting would
+// wait for the read. It also lets the test binary be the other process in tests that need one.
 func TestMain(m *testing.M) {
 	if path := os.Getenv("FS_TEST_READ"); path != "" {
 		os.Exit(readInChild(path))
@@ -32,15 +33,24 @@ func TestMain(m *testing.M) {
 	if os.Getenv("FS_TEST_IN_NAMESPACE") != "" || os.Geteuid() != 0 {
 		os.Exit(m.Run())
 	}
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), "FS_TEST_IN_NAMESPACE=1")
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	runtime.LockOSThread() // of which Pdeathsig is the death
-	if err := cmd.Run(); err != nil {
+	if err := runInNamespace(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
+}
+
+func runInNamespace() error {
+	runtime.LockOSThread() // a namespace is a thread's
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("unshare: %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
+	cmd.Env = append(os.Environ(), "FS_TEST_IN_NAMESPACE=1")
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	return cmd.Run()
 }
 
 func inModes(t *testing.T, f func(t *testing.T, s *Server)) {
