@@ -107,9 +107,17 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
+func needRoot(t testing.TB) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+}
+
 // newServer starts a Server and checks at the end of the test that Close leaves nothing behind.
 func newServer(t testing.TB, o Options) *Server {
 	t.Helper()
+	needRoot(t)
 	dir := t.TempDir()
 	if o.Dir == "" {
 		o.Dir = filepath.Join(dir, "devices")

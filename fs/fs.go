@@ -9,6 +9,9 @@
 // A process in a read sees the right bytes or an error, never fewer or others. It can be killed at any time, and no other signal
 // disturbs its read.
 //
+// The process that serves a mount must not map a file of it or execute a program that lies on it: the Go runtime does not know that such
+// a thread waits, and if it wants to collect garbage meanwhile, waits for it with all the others that could answer. System calls are fine.
+//
 // The package does not verify or cache what a Device gives, does not make metadata images (package erofs does), and does not combine
 // layers with a writable one (overlayfs does).
 package fs
@@ -31,8 +34,8 @@ import (
 
 // Device is an image's data device: the layers' tars of a chain laid end to end.
 type Device interface {
-	// ReadAt fills p from off and returns len(p), or less at the end of the device, or an error: context errors become
-	// EINTR, all others EIO. Called from many goroutines.
+	// ReadAt fills p from off and returns len(p), or less at the end of the device, or an error, which the reader sees as EIO. Less
+	// elsewhere is an error too. ctx ends when the reader is killed, or the mount is gone. Called from many goroutines.
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 	Size() int64
 }

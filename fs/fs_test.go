@@ -372,6 +372,7 @@ func TestModeAuto(t *testing.T) {
 }
 
 func TestStaleMount(t *testing.T) {
+	needRoot(t)
 	dir := filepath.Join(t.TempDir(), "devices")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)

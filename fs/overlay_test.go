@@ -21,6 +21,7 @@ import (
 // mountOverlay mounts an overlay on lower until the end of the test.
 func mountOverlay(t testing.TB, lower string) string {
 	t.Helper()
+	needRoot(t)
 	dir := t.TempDir()
 	for _, name := range []string{"upper", "work", "merged"} {
 		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
