@@ -66,10 +66,16 @@ func TestEquality(t *testing.T) {
 	for _, mode := range modes {
 		nodes[mode] = startNode(t, node.Options{Mode: mode, Stream: []string{registry.Host() + "/*"}})
 	}
-	for _, name := range []string{"weird-files", "debian-base", "nginx", "node-app", "postgres", "python-app"} {
+	for _, name := range []string{"weird", "weird-files", "debian-base", "nginx", "node-app", "postgres", "python-app"} {
 		t.Run(name, func(t *testing.T) {
 			ref := registry.Host() + "/" + name + ":latest"
-			pushLayout(t, ref, name)
+			ready := regexp.MustCompile(`(?m)^` + name + `: ready`)
+			if name == "weird" {
+				ready = regexp.MustCompile(`(?m)^done$`)
+				push(t, ref, func(dir string, guest []byte) (v1.Image, error) { return ociimage.Weird(t.Context(), dir, guest) })
+			} else {
+				pushLayout(t, ref, name)
+			}
 			run(t, "streamctl", "create", ref)
 			begin := time.Now()
 			want := walkContainer(t, plain, ref)
@@ -88,7 +94,7 @@ func TestEquality(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-					if !regexp.MustCompile(`(?m)^` + name + `: ready`).MatchString(out) {
+					if !ready.MatchString(out) {
 						t.Errorf("the container did not say that it is ready:\n%s", out)
 					}
 				})

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/crane"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -90,6 +91,22 @@ func TestFallback(t *testing.T) {
 			checkSums(t, out, seed)
 			checkIdentity(t, n, ref, digestOf(t, img), img)
 		})
+	}
+}
+
+// TestRefused: what containerd refuses to unpack is not streamed either, and the pull fails with containerd's own words.
+func TestRefused(t *testing.T) {
+	registry := startRegistry(t, registrytest.Options{})
+	n := startNode(t, node.Options{Stream: []string{registry.Host() + "/*"}})
+	ref := registry.Host() + "/app:v1"
+	push(t, ref, func(dir string, guest []byte) (v1.Image, error) {
+		return ociimage.OldGNUSparse(t.Context(), dir, guest)
+	})
+	out, err := tryRun(t, "streamctl", "create", ref)
+	t.Logf("streamctl create: %s, %v", out, err) // it may refuse, too
+	err = n.Pull(t.Context(), ref)
+	if want := "unhandled tar header type 83"; err == nil || !strings.Contains(err.Error(), want) {
+		t.Errorf("the pull ended with %v, want %q", err, want)
 	}
 }
 
