@@ -10,9 +10,9 @@
 //
 // On disk, below the root:
 //
-//	metadata.db            upstream's, shared with the inner snapshotter
+//	metadata.db            upstream's, shared with the inner snapshotter; the name of a streamed snapshot says which image it is of
 //	snapshots/<id>/fs      upstream's; of a streamed snapshot, the mount point of its chain
-//	streamed/*.json        which snapshots are streamed, and from which image: one file for each pull
+//	snapshots/removed-*    being removed
 package snapshot
 
 import (
@@ -53,7 +53,7 @@ type Images interface {
 
 // Snapshotter implements snapshots.Snapshotter.
 //
-// LOCK ORDER: mountMu before a transaction of ms before mu. No network or mount call is made under a transaction or mu.
+// LOCK ORDER: mountMu or making, a transaction of ms, mu. No network or mount call is made under any but mountMu.
 type Snapshotter struct {
 	snapshots.Snapshotter // upstream's overlay, sharing ms
 
@@ -63,6 +63,7 @@ type Snapshotter struct {
 	log    *slog.Logger
 
 	mountMu keyedMutex // by snapshot id: held while its chain is mounted or unmounted
+	making  sync.Mutex // held while streamed snapshots are made
 
 	mu       sync.Mutex
 	streamed map[string]*streamedSnapshot // by snapshot id
@@ -76,10 +77,12 @@ var _ snapshots.Cleaner = (*Snapshotter)(nil)
 
 // New opens or creates the snapshotter's state in root. It detaches what a former life left mounted there, and needs no network.
 func New(root string, images Images, log *slog.Logger) (*Snapshotter, error) {
-	for _, d := range []string{root, filepath.Join(root, "streamed")} {
-		if err := os.MkdirAll(d, 0o700); err != nil {
-			return nil, err
-		}
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return nil, err
+	}
+	root, err := filepath.EvalSymlinks(root) // as the kernel names mount points
+	if err != nil {
+		return nil, err
 	}
 	if err := detachBelow(filepath.Join(root, "snapshots")); err != nil {
 		return nil, err
@@ -97,10 +100,8 @@ func New(root string, images Images, log *slog.Logger) (*Snapshotter, error) {
 		Snapshotter: inner, root: root, ms: ms, images: images, log: log,
 		streamed: map[string]*streamedSnapshot{}, logged: map[string]time.Time{}, unused: map[string]bool{},
 	}
-	if err := s.loadStreamed(); err != nil {
-		return nil, errors.Join(err, ms.Close())
-	}
-	if err := s.Cleanup(context.Background()); err != nil {
+	ctx := context.Background()
+	if err := errors.Join(s.loadStreamed(ctx), s.Cleanup(ctx)); err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
 	return s, nil
@@ -114,6 +115,9 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	}
 	if l.target != "" && s.stream(ctx, key, parent, l) {
 		return nil, fmt.Errorf("snapshot %s is streamed: %w", l.target, errdefs.ErrAlreadyExists)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err // it went away during the search: nobody would remove what is made now
 	}
 	return s.create(ctx, parent, func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
 }
@@ -148,7 +152,7 @@ func (s *Snapshotter) create(ctx context.Context, parent string, f func() ([]mou
 	if err != nil {
 		return nil, err
 	}
-	return cutBelow(mounts, s.fsPath(base.ID)), nil
+	return cutBelow(mounts, s.fsPath(base.id)), nil
 }
 
 // streamedBase returns the topmost streamed snapshot among name and its ancestors, nil if there is none.
@@ -165,28 +169,32 @@ func (s *Snapshotter) streamedBase(ctx context.Context, name string) (base *stre
 			if err != nil {
 				return err
 			}
-			base, name = s.streamedByID(id), info.Parent
+			base, name = parseStreamed(id, info), info.Parent
 		}
 		return nil
 	})
 	return base, err
 }
 
-func (s *Snapshotter) streamedByID(id string) *streamedSnapshot {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.streamed[id]
-}
-
+// mount mounts sn unless it is mounted. The kernel is asked: somebody else may have unmounted it, and a container on the bare
+// directory would miss the image.
 func (s *Snapshotter) mount(ctx context.Context, sn *streamedSnapshot) error {
-	defer s.mountMu.lock(sn.ID)()
-	if sn.mounted {
-		return nil
+	defer s.mountMu.lock(sn.id)()
+	path := s.fsPath(sn.id)
+	mounted, err := mountinfo.Mounted(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("streamed snapshot %s was removed: %w", sn.ref, errdefs.ErrNotFound)
 	}
-	if err := s.images.Mount(ctx, sn.Image, sn.Layers, s.fsPath(sn.ID)); err != nil {
-		return fmt.Errorf("streamed snapshot %s: %w", sn.Ref, err)
+	if err != nil || mounted {
+		return err
 	}
-	sn.mounted = true
+	err = s.images.Unmount(path) // Images may know of the mount that is gone
+	if err == nil || errors.Is(err, unix.EBUSY) {
+		err = s.images.Mount(ctx, sn.image, sn.layers, path)
+	}
+	if err != nil {
+		return fmt.Errorf("streamed snapshot %s: %w", sn.ref, err)
+	}
 	return nil
 }
 
@@ -203,57 +211,70 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	if err := s.Snapshotter.Remove(ctx, key); err != nil {
 		return err
 	}
-	if err := s.removeDir(id); err != nil {
-		s.log.Warn("snapshot directory stays until the next cleanup", "key", key, "error", err)
+	if err := s.removed(id); err != nil {
+		s.log.Warn("files of a removed snapshot stay until the next cleanup", "key", key, "error", err)
 	}
 	return nil
 }
 
-// removeDir removes the directory of a snapshot whose row is gone, and, with the last snapshot of an image, what was kept for that.
-func (s *Snapshotter) removeDir(id string) error {
+// removed removes the directory of a snapshot whose row is gone, and, with the last snapshot of an image, what was kept for that.
+func (s *Snapshotter) removed(id string) error {
 	defer s.mountMu.lock(id)()
-	if err := s.images.Unmount(s.fsPath(id)); err != nil {
-		return err
+	streamed := s.dropStreamed(id) // whatever fails below: it must not be promised to another pull
+	if streamed {
+		// EBUSY: it is not mounted there any more, but a mount namespace that nobody told still has it.
+		if err := s.images.Unmount(s.fsPath(id)); err != nil && !errors.Is(err, unix.EBUSY) {
+			return err
+		}
 	}
-	if err := os.RemoveAll(filepath.Join(s.root, "snapshots", id)); err != nil {
-		return err
+	err := os.RemoveAll(filepath.Join(s.root, "snapshots", id))
+	if streamed {
+		err = errors.Join(err, s.forgetUnused())
 	}
-	return s.dropStreamed(id)
+	return err
 }
 
 // Cleanup removes directories that belong to no snapshot.
 func (s *Snapshotter) Cleanup(ctx context.Context) error {
-	var orphans []string
-	// Directories are made inside write transactions: within one, there are none in the making.
+	var aside []string
+	// Directories are made inside write transactions: within one, there are none in the making. After it, the id of an orphan
+	// may be in use again, so it is given another name here.
 	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		ids, err := storage.IDMap(ctx)
-		if err != nil {
-			if errdefs.IsNotFound(err) {
-				ids = nil // nothing was ever created
-			} else {
-				return err
-			}
+		if err != nil && !errdefs.IsNotFound(err) { // which says that nothing was ever created
+			return err
 		}
 		dirs, err := os.ReadDir(filepath.Join(s.root, "snapshots"))
 		if err != nil {
 			return err
 		}
 		for _, d := range dirs {
-			if _, ok := ids[d.Name()]; !ok {
-				orphans = append(orphans, d.Name())
+			if _, ok := ids[d.Name()]; ok {
+				continue
 			}
+			path := filepath.Join(s.root, "snapshots", d.Name())
+			if !strings.HasPrefix(d.Name(), "removed-") {
+				from := path
+				path = filepath.Join(s.root, "snapshots", "removed-"+d.Name())
+				if err := os.Rename(from, path); err != nil {
+					s.log.Warn("orphan snapshot directory", "dir", from, "error", err)
+					continue
+				}
+			}
+			aside = append(aside, path)
 		}
 		return nil
 	})
-	if err != nil {
-		return err
-	}
-	for _, id := range orphans {
-		if err := s.removeDir(id); err != nil {
-			s.log.Warn("orphan snapshot directory", "dir", id, "error", err)
+	for _, path := range aside {
+		err := detachBelow(path)
+		if err == nil {
+			err = os.RemoveAll(path)
+		}
+		if err != nil {
+			s.log.Warn("files of a removed snapshot stay until the next cleanup", "dir", path, "error", err)
 		}
 	}
-	return nil
+	return err
 }
 
 func (s *Snapshotter) fsPath(id string) string { return filepath.Join(s.root, "snapshots", id, "fs") }
@@ -303,7 +324,7 @@ func idMaps(options []string) (maps []string) {
 
 // detachBelow detaches what is mounted at the fs directories of snapshots: a dead daemon's mounts, which answer only errors.
 func detachBelow(dir string) error {
-	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir + "/"))
+	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return err
 	}

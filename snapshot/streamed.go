@@ -2,13 +2,14 @@ package snapshot
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"sync"
 	"time"
 
@@ -42,15 +43,33 @@ func parseLabels(opts []snapshots.Opt) (labels, error) {
 
 // streamedSnapshot is a committed snapshot whose content is mounted, not unpacked.
 type streamedSnapshot struct {
-	ID     string `json:"id"`     // upstream's snapshot id: its directory
-	Name   string `json:"name"`   // in the metadata store
-	Parent string `json:"parent"` // likewise
-	Ref    string `json:"ref"`    // chain ID
-	Image  string `json:"image"`  // as Images names it
-	Layers int    `json:"layers"` // length of the chain
+	id     string // upstream's snapshot id: its directory
+	name   string // in the metadata store
+	parent string // likewise
+	ref    string // chain ID
+	image  string // as Images names it
+	layers int    // length of the chain
+}
 
-	file    string // record it stands in
-	mounted bool   // guarded by mountMu of ID
+// The name of a streamed snapshot is the record of what it is: it comes and goes with the snapshot, and unlike labels nobody can
+// change it. It ends in the key that was prepared, because the same chain may be streamed on two parents.
+// containerd's names cannot be taken for one: a number follows their first slash.
+var streamedName = regexp.MustCompile(`^streamed/([0-9a-f]{64,})/([1-9][0-9]{0,5})/`)
+
+func (sn *streamedSnapshot) setName(key string) {
+	sn.name = fmt.Sprintf("streamed/%s/%d/%s", sn.image, sn.layers, key)
+}
+
+// parseStreamed returns what the name of snapshot id says, nil if it is not streamed.
+func parseStreamed(id string, info snapshots.Info) *streamedSnapshot {
+	m := streamedName.FindStringSubmatch(info.Name)
+	if m == nil {
+		return nil
+	}
+	layers, _ := strconv.Atoi(m[2]) // at most six digits
+	return &streamedSnapshot{
+		id: id, name: info.Name, parent: info.Parent, ref: info.Labels[snapshots.LabelSnapshotRef], image: m[1], layers: layers,
+	}
 }
 
 // stream reports whether the layer that l.target names is streamed, and makes its snapshot if there is none yet. All failures
@@ -70,6 +89,9 @@ func (s *Snapshotter) stream(ctx context.Context, key, parent string, l labels) 
 	s.beginFind()
 	id, chainIDs, err := s.images.Find(ctx, l.ref, l.manifest)
 	defer func() { s.endFind(id) }()
+	if ctx.Err() != nil {
+		return false // nobody pulls any more
+	}
 	if err != nil {
 		s.fallback(l, err)
 		return false
@@ -111,7 +133,7 @@ func (s *Snapshotter) lookup(ref, parent string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, sn := range s.streamed {
-		if sn.Ref == ref && sn.Parent == parent {
+		if sn.ref == ref && sn.parent == parent {
 			return true
 		}
 	}
@@ -120,171 +142,98 @@ func (s *Snapshotter) lookup(ref, parent string) bool {
 
 // commitStreamed commits snapshots for chains first.. of the image, on top of parent, in one transaction: containerd asks for them one
 // after the other, and finds them made. Names are unique to the key; the chain ID as a name may belong to another namespace.
-func (s *Snapshotter) commitStreamed(ctx context.Context, key, parent, image string, chainIDs []digest.Digest, first int) (err error) {
+func (s *Snapshotter) commitStreamed(ctx context.Context, key, parent, image string, chainIDs []digest.Digest, first int) error {
+	s.making.Lock()
+	defer s.making.Unlock()
+	// Another Prepare may have been quicker: it is the same image then, or one with the same chain.
+	if s.lookup(chainIDs[first].String(), parent) {
+		return nil
+	}
 	var made []*streamedSnapshot
-	var file string
-	defer func() {
-		if err == nil {
-			return
-		}
-		// An id is used again after a transaction that was rolled back: nothing may lie in its directory.
-		for _, sn := range made {
-			err = errors.Join(err, os.RemoveAll(filepath.Dir(s.fsPath(sn.ID))))
-		}
-		if file != "" {
-			os.Remove(file)
-		}
-	}()
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
-		// Another Prepare may have been quicker: it is the same image then, or one with the same chain.
-		if s.lookup(chainIDs[first].String(), parent) {
-			return nil
-		}
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 		for i := first; i < len(chainIDs); i++ {
-			name := fmt.Sprintf("%s streamed-%d", key, i)
-			sn := &streamedSnapshot{Name: name, Parent: parent, Ref: chainIDs[i].String(), Image: image, Layers: i + 1}
+			sn := &streamedSnapshot{parent: parent, ref: chainIDs[i].String(), image: image, layers: i + 1}
+			sn.setName(key)
 			if err := s.commitOne(ctx, sn); err != nil {
 				return err
 			}
 			made = append(made, sn)
-			parent = name
+			parent = sn.name
 		}
-		file = filepath.Join(s.root, "streamed", made[0].ID+".json")
-		if err := saveStreamed(file, made); err != nil {
-			return err
-		}
-		// Visible before the transaction ends, so that the next writer finds them; containerd asks only after it.
-		s.mu.Lock()
-		for _, sn := range made {
-			sn.file = file
-			s.streamed[sn.ID] = sn
-		}
-		s.mu.Unlock()
 		return nil
 	})
 	if err != nil {
-		s.mu.Lock()
-		for _, sn := range made {
-			delete(s.streamed, sn.ID)
-		}
-		s.mu.Unlock()
+		// An id is used again after a transaction that was rolled back: nothing may lie in its directory.
+		return errors.Join(err, s.Cleanup(context.WithoutCancel(ctx)))
 	}
-	return err
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, sn := range made {
+		s.streamed[sn.id] = sn
+	}
+	return nil
 }
 
 func (s *Snapshotter) commitOne(ctx context.Context, sn *streamedSnapshot) error {
-	l := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: sn.Ref})
-	active := sn.Name + " active"
-	created, err := storage.CreateSnapshot(ctx, snapshots.KindActive, active, sn.Parent, l)
+	l := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: sn.ref})
+	active := sn.name + " active"
+	created, err := storage.CreateSnapshot(ctx, snapshots.KindActive, active, sn.parent, l)
 	if err != nil {
 		return err
 	}
-	if _, err := storage.CommitActive(ctx, active, sn.Name, snapshots.Usage{}, l); err != nil {
+	if _, err := storage.CommitActive(ctx, active, sn.name, snapshots.Usage{}, l); err != nil {
 		return err
 	}
-	sn.ID = created.ID
-	dir := filepath.Dir(s.fsPath(sn.ID))
+	sn.id = created.ID
+	dir := filepath.Dir(s.fsPath(sn.id))
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
 	return os.MkdirAll(filepath.Join(dir, "fs"), 0o755)
 }
 
-// saveStreamed makes the record of one pull's snapshots durable, before the transaction that makes them is.
-func saveStreamed(path string, made []*streamedSnapshot) error {
-	b, err := json.Marshal(made)
-	if err != nil {
-		return err
-	}
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, err := f.Write(b); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	d, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
-}
-
-// loadStreamed reads the records of former lives, drops what the metadata store does not know, and makes directories that a
-// power loss took.
-func (s *Snapshotter) loadStreamed() error {
-	var ids map[string]string
-	err := s.ms.WithTransaction(context.Background(), false, func(ctx context.Context) (err error) {
-		ids, err = storage.IDMap(ctx)
-		return err
-	})
-	if err != nil && !errdefs.IsNotFound(err) {
-		return err
-	}
-	files, err := filepath.Glob(filepath.Join(s.root, "streamed", "*.json"))
-	if err != nil {
-		return err
-	}
-	for _, file := range files {
-		var sns []*streamedSnapshot
-		b, err := os.ReadFile(file)
-		if err == nil {
-			err = json.Unmarshal(b, &sns)
-		}
+// loadStreamed finds the streamed snapshots of former lives, and makes directories that a power loss took.
+func (s *Snapshotter) loadStreamed(ctx context.Context) error {
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		names, err := storage.IDMap(ctx)
 		if err != nil {
-			s.log.Error("record of streamed snapshots is unreadable: their images must be removed and pulled again", "file", file, "error", err)
-			continue
+			return err
 		}
-		alive := 0
-		for _, sn := range sns {
-			if ids[sn.ID] != sn.Name {
-				continue
-			}
-			if err := os.MkdirAll(s.fsPath(sn.ID), 0o755); err != nil {
+		for id, name := range names {
+			_, info, _, err := storage.GetInfo(ctx, name)
+			if err != nil {
 				return err
 			}
-			sn.file = file
-			s.streamed[sn.ID] = sn
-			alive++
-		}
-		if alive == 0 {
-			if err := os.Remove(file); err != nil {
-				return err
+			if sn := parseStreamed(id, info); sn != nil {
+				s.streamed[id] = sn
 			}
 		}
+		return nil
+	})
+	if err != nil && !errdefs.IsNotFound(err) { // which says that nothing was ever created
+		return err
 	}
 	used := map[string]bool{}
-	for _, sn := range s.streamed {
-		used[sn.Image] = true
+	for id, sn := range s.streamed {
+		if err := os.MkdirAll(s.fsPath(id), 0o755); err != nil {
+			return err
+		}
+		used[sn.image] = true
 	}
 	return s.images.Retain(func(id string) bool { return used[id] })
 }
 
-// dropStreamed forgets a removed snapshot, and its image with the last one.
-func (s *Snapshotter) dropStreamed(id string) error {
+// dropStreamed forgets a removed snapshot, and marks its image as one that may be unused.
+func (s *Snapshotter) dropStreamed(id string) (was bool) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	sn := s.streamed[id]
 	if sn == nil {
-		s.mu.Unlock()
-		return nil
+		return false
 	}
 	delete(s.streamed, id)
-	lastOfFile := true
-	for _, other := range s.streamed {
-		lastOfFile = lastOfFile && other.file != sn.file
-	}
-	s.unused[sn.Image] = true
-	s.mu.Unlock()
-	var err error
-	if lastOfFile {
-		err = os.Remove(sn.file)
-	}
-	return errors.Join(err, s.forgetUnused())
+	s.unused[sn.image] = true
+	return true
 }
 
 // beginFind and endFind bracket the time from a search for an image until its snapshots are made: no image is forgotten in it.
@@ -314,7 +263,7 @@ func (s *Snapshotter) forgetUnused() error {
 		return nil // the last search to end comes here again
 	}
 	for _, sn := range s.streamed {
-		delete(s.unused, sn.Image)
+		delete(s.unused, sn.image)
 	}
 	var errs []error
 	for id := range s.unused {

@@ -200,7 +200,7 @@ func TestRemove(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		for _, d := range []string{"snapshots", "streamed", "images", "indexes"} {
+		for _, d := range []string{"snapshots", "images", "indexes"} {
 			if left, err := os.ReadDir(filepath.Join(n.root, d)); err != nil || len(left) != 0 {
 				t.Errorf("%s: %v left, %v", d, left, err)
 			}

@@ -1,0 +1,231 @@
+package snapshot
+
+import (
+	"context"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// dirs lists what lies in the snapshots directory.
+func (n *testNode) dirs() []string {
+	n.t.Helper()
+	entries, err := os.ReadDir(filepath.Join(n.root, "snapshots"))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Name())
+	}
+	return names
+}
+
+// pulled returns a node that has pulled an image of three layers, and the name of its top snapshot.
+func pulled(t *testing.T) (n *testNode, img testImage, top string) {
+	n = newTestNode(t)
+	img = n.push("app", threeLayers(t)...)
+	n.convert(img)
+	return n, img, n.prepareAll(img, 0, "")
+}
+
+func (n *testNode) wantContainer(key, top string) {
+	n.t.Helper()
+	mounts, err := n.sn.Prepare(testContext(), key, top)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	inMounts(n.t, mounts, func(root string) { wantFiles(n.t, root, threeLayersMerged) })
+}
+
+// base returns where the chain is mounted that top stands on.
+func (n *testNode) base(top string) string {
+	n.t.Helper()
+	base, err := n.sn.streamedBase(testContext(), top)
+	if err != nil || base == nil {
+		n.t.Fatalf("base of %s: %v, %v", top, base, err)
+	}
+	return n.sn.fsPath(base.id)
+}
+
+// A container must not start on the bare directory of a snapshot that somebody has unmounted.
+func TestUnmountedByOthers(t *testing.T) {
+	n, _, top := pulled(t)
+	n.wantContainer("first", top)
+	if err := unix.Unmount(n.base(top), 0); err != nil {
+		t.Fatal(err)
+	}
+	n.wantContainer("second", top)
+}
+
+// An image is removed while a process still has a file of it open, and pulled again: both see all of it.
+func TestRemoveInUse(t *testing.T) {
+	n, img, top := pulled(t)
+	ctx := testContext()
+	n.wantContainer("container", top)
+	held, err := os.Open(filepath.Join(n.base(top), "etc/base"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	for name := "container"; name != ""; {
+		info, err := n.sn.Stat(ctx, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.sn.Remove(ctx, name); err != nil {
+			t.Fatal(err)
+		}
+		name = info.Parent
+	}
+	if left := n.dirs(); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+	n.wantContainer("again", n.prepareAll(img, 0, ""))
+	if b, err := io.ReadAll(held); err != nil || string(b) != "from the base" {
+		t.Errorf("the open file: got %q, %v", b, err)
+	}
+}
+
+// What a crash leaves between any two steps is made whole at the next start.
+func TestCrash(t *testing.T) {
+	cases := map[string]func(n *testNode) error{
+		"before the transaction: directories of nobody": func(n *testNode) error {
+			for _, d := range []string{"4711/fs/x", "new-123/fs", "removed-9/fs"} {
+				if err := os.MkdirAll(filepath.Join(n.root, "snapshots", d), 0o755); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+		"after the transaction: directories lost": func(n *testNode) error {
+			return os.RemoveAll(filepath.Join(n.root, "snapshots"))
+		},
+		"halfway through a removal": func(n *testNode) error {
+			return os.Rename(filepath.Join(n.root, "snapshots", "1"), filepath.Join(n.root, "snapshots", "removed-1"))
+		},
+	}
+	for name, crash := range cases {
+		t.Run(name, func(t *testing.T) {
+			n, _, top := pulled(t)
+			n.stop()
+			if err := crash(n); err != nil {
+				t.Fatal(err)
+			}
+			n.start()
+			if got := n.dirs(); len(got) != 3 {
+				t.Errorf("directories: got %v, want those of three snapshots", got)
+			}
+			n.wantContainer("container", top)
+		})
+	}
+}
+
+// A streamed snapshot whose image is gone is an error, not an empty directory.
+func TestLostImage(t *testing.T) {
+	n, _, top := pulled(t)
+	n.stop()
+	if err := os.RemoveAll(filepath.Join(n.root, "images")); err != nil {
+		t.Fatal(err)
+	}
+	n.start()
+	if mounts, err := n.sn.Prepare(testContext(), "container", top); err == nil {
+		t.Errorf("got %v, want an error", mounts)
+	}
+}
+
+// When a transaction cannot be completed, the pull is a normal one, and nothing lies where the next snapshot's directory will be.
+func TestRolledBack(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	ctx := testContext()
+	id, _, err := n.images.Find(ctx, img.ref, img.manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	taken := &streamedSnapshot{image: id, layers: 3}
+	taken.setName("extract")
+	if _, err := n.sn.Snapshotter.Prepare(ctx, taken.name, ""); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.sn.Prepare(ctx, "extract", "", img.labels(0)); err != nil {
+		t.Fatalf("got %v, want mounts for a normal pull", err)
+	}
+	if got := n.dirs(); len(got) != 2 {
+		t.Errorf("directories: got %v, want two", got)
+	}
+	if n.sn.lookup(img.chainIDs[0].String(), "") {
+		t.Error("a snapshot is promised that was not made")
+	}
+}
+
+// Who went away during the search gets no snapshot, and no log line.
+func TestPrepareCancelled(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	ctx, cancel := context.WithCancel(testContext())
+	cancel()
+	if _, err := n.sn.Prepare(ctx, "extract", "", img.labels(0)); err == nil {
+		t.Error("got mounts, want an error")
+	}
+	if left := n.dirs(); len(left) != 0 || n.log.lines() != 0 {
+		t.Errorf("left: %v; log:\n%s", left, n.log.b.String())
+	}
+}
+
+// A root behind a symbolic link: what a dead daemon left mounted below it is found.
+func TestRootIsSymlink(t *testing.T) {
+	n, _, top := pulled(t)
+	path := n.base(top)
+	n.stop()
+	if err := unix.Mount("left", path, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(path, unix.MNT_DETACH) })
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(n.root, link); err != nil {
+		t.Fatal(err)
+	}
+	n.root = link
+	n.start()
+	n.wantContainer("container", top)
+}
+
+func TestStreamedName(t *testing.T) {
+	image := strings.Repeat("0a", 32)
+	sn := &streamedSnapshot{image: image, layers: 120}
+	sn.setName("k8s.io/7/extract-123 sha256:abc")
+	got := parseStreamed("5", snapshots.Info{Name: sn.name})
+	if got == nil || got.image != image || got.layers != 120 || got.id != "5" {
+		t.Errorf("got %+v", got)
+	}
+	for _, name := range []string{
+		"", "k8s.io/7/extract-123", "sha256:" + image, image,
+		"streamed/7/" + sn.name, // a client's key, in a namespace of that name
+		"streamed/" + image, "streamed/" + image + "/0/k", "streamed/" + image + "/x/k", "streamed/" + image + "/9999999/k", "x" + sn.name,
+	} {
+		if got := parseStreamed("5", snapshots.Info{Name: name}); got != nil {
+			t.Errorf("%q: got %+v, want none", name, got)
+		}
+	}
+}
+
+// Labels are the client's to change, without harm to what is streamed.
+func TestUpdateLabels(t *testing.T) {
+	n, _, top := pulled(t)
+	if _, err := n.sn.Update(testContext(), snapshots.Info{Name: top, Labels: map[string]string{"a": "b"}}); err != nil {
+		t.Fatal(err)
+	}
+	n.restart()
+	n.wantContainer("container", top)
+	if err := n.sn.Remove(testContext(), top); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("got %v, want ErrFailedPrecondition", err)
+	}
+}
