@@ -33,6 +33,7 @@ import (
 const (
 	superOffset  = 1024
 	superSize    = 128
+	superUUID    = 48 // offset in the superblock
 	deviceOffset = superOffset + superSize
 	deviceSize   = 128
 	rootOffset   = deviceOffset + deviceSize // of the root inode: its nid has only 16 bits in the superblock

@@ -1,6 +1,7 @@
 package erofs
 
 import (
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -63,6 +64,18 @@ func Open(b []byte) (*Image, error) {
 		return nil, fmt.Errorf("%w: no root directory", ErrCorrupt)
 	}
 	return m, nil
+}
+
+// Verify reads the whole image and compares it with the digest in its superblock: an image that was damaged at rest is ErrCorrupt.
+func (m *Image) Verify() error {
+	h := sha256.New()
+	h.Write(m.b[:superOffset])
+	h.Write(make([]byte, superSize))
+	h.Write(m.b[superOffset+superSize:])
+	if imageID(h.Sum(nil)) != [16]byte(m.b[superOffset+superUUID:]) {
+		return fmt.Errorf("%w: its bytes are not those that were written", ErrCorrupt)
+	}
+	return nil
 }
 
 // bytes returns n bytes at off. Every access to the image goes through it.

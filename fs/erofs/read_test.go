@@ -110,6 +110,41 @@ func first(_ []byte, err error) error                            { return err }
 func second(_ uint64, _ bool, err error) error                   { return err }
 func mapError(_ []byte, _ int64, _ bool, _ int64, e error) error { return e }
 
+// TestVerify: no bit of an image can change unnoticed, nor its length.
+func TestVerify(t *testing.T) {
+	check := func(b []byte) error {
+		m, err := erofs.Open(b)
+		if err != nil {
+			return err
+		}
+		return m.Verify()
+	}
+	for _, blockSize := range []int{512, 4096} {
+		image := write(t, special(blockSize), blockSize)
+		if err := check(image); err != nil {
+			t.Fatal(err)
+		}
+		r := rand.New(rand.NewPCG(1, 1))
+		for i := range 400 {
+			off := r.IntN(len(image))
+			if i < 140 {
+				off = 1020 + i // the superblock, and a little around it
+			}
+			bit := byte(1) << r.IntN(8)
+			image[off] ^= bit
+			if err := check(image); !errors.Is(err, erofs.ErrCorrupt) {
+				t.Errorf("bit %#x of byte %d flipped: got %v, want %v", bit, off, err, erofs.ErrCorrupt)
+			}
+			image[off] ^= bit
+		}
+		for _, b := range [][]byte{nil, image[:4096], image[:len(image)-1], append(bytes.Clone(image), 0)} {
+			if err := check(b); !errors.Is(err, erofs.ErrCorrupt) {
+				t.Errorf("with %d of %d bytes: got %v, want %v", len(b), len(image), err, erofs.ErrCorrupt)
+			}
+		}
+	}
+}
+
 func TestHasXattrs(t *testing.T) {
 	root := &erofs.Inode{Mode: unix.S_IFDIR | 0o755}
 	if open(t, write(t, root, 512)).HasXattrs() {

@@ -45,7 +45,7 @@ func Write(w io.Writer, root *Inode, o Options) error {
 	if err := p.encode(d, make([]byte, superSize)); err != nil {
 		return err
 	}
-	super := p.superblock([16]byte(d.hash.Sum(nil)))
+	super := p.superblock(imageID(d.hash.Sum(nil)))
 	block := d.super.Bytes()[superOffset:max(int64(o.BlockSize), superOffset+512)]
 	copy(block, super)
 	// The kernel's crc32c starts with all ones, as Go's, but does not invert the result.
@@ -64,10 +64,16 @@ func (d *digester) Write(b []byte) (int, error) {
 	return d.hash.Write(b)
 }
 
-// superblock returns the superblock with the UUID made of the bytes in id, without its checksum.
-func (p *plan) superblock(id [16]byte) []byte {
+// imageID makes the image's UUID of the SHA-256 of the image with zeros for its superblock.
+func imageID(sum []byte) [16]byte {
+	id := [16]byte(sum)
 	id[6] = id[6]&0x0f | 0x80 // version 8 of RFC 9562: the content is ours to define
 	id[8] = id[8]&0x3f | 0x80
+	return id
+}
+
+// superblock returns the superblock, without its checksum.
+func (p *plan) superblock(id [16]byte) []byte {
 	b := make([]byte, superSize)
 	le := binary.LittleEndian
 	le.PutUint32(b, superMagic)
@@ -77,7 +83,7 @@ func (p *plan) superblock(id [16]byte) []byte {
 	le.PutUint64(b[16:], uint64(len(p.nodes)))
 	le.PutUint32(b[36:], uint32(p.size>>p.blockBits))
 	le.PutUint32(b[44:], uint32(p.sharedOff>>p.blockBits)) // inodes are addressed from block 0: offset 40 stays zero
-	copy(b[48:], id[:])
+	copy(b[superUUID:], id[:])
 	if !p.xattrs.any {
 		copy(b[64:], volumePlain)
 	}

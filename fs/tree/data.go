@@ -14,8 +14,10 @@ import (
 // Limits of a chain.
 const (
 	maxData  = 64 << 20 // bytes of file data kept in the metadata image
-	maxNodes = 8 << 20
-	maxHeld  = 1 << 30 // bytes of symlinks and xattrs in all nodes, and of names remembered
+	maxNodes = 2 << 20
+	maxHeld  = 256 << 20 // bytes of symlinks, xattrs and sparse maps in all nodes, and of names remembered
+
+	runSize = 24 // of a run of a sparse map, in memory
 )
 
 // files makes the nodes of all layers, follows paths through them, and knows the data of those that extents cannot express.
@@ -52,7 +54,7 @@ func (f *files) newNode() *node {
 func (f *files) account(n *node) error {
 	f.held += len(n.Data) + n.xattrSize()
 	if f.made > maxNodes || f.held > maxHeld {
-		return errors.New("too many files, symlinks and xattrs for one image")
+		return errors.New("too many files, symlinks, xattrs and sparse maps for one image")
 	}
 	return nil
 }
@@ -80,6 +82,9 @@ func (a *applier) setData(n *node, e *artifact.Entry) error {
 	runs, err := a.checkRuns(runs, e.Size)
 	if err != nil || len(runs) == 0 {
 		return err
+	}
+	if len(runs) > 1 {
+		a.files.held += len(runs) * runSize
 	}
 	if !a.isAligned(runs, e.Size) {
 		a.files.scattered[n] = scattered{runs, &a.source}

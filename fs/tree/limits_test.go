@@ -61,6 +61,18 @@ func TestTooManySteps(t *testing.T) {
 	}
 }
 
+// A sparse map of a few bytes a run is held as 24: what maps hold counts, and so does what symlinks and names do.
+func TestSparseMapsAreCounted(t *testing.T) {
+	c := chain{}.with(t, sparseTar(3000, 0, 1, 1000, 1, 2000, 1))
+	s := source{entries: func() entryReader { return c.layers[0].Index.Entries() }, tarSize: c.layers[0].Index.TarSize}
+	for held, want := range map[int]bool{0: false, maxHeld - 2*runSize: true} {
+		f := &files{blockSize: 512, scattered: map[*node]scattered{}, held: held}
+		if _, err := applyLayer(context.Background(), &s, nil, f); errors.Is(err, ErrRefused) != want {
+			t.Errorf("with %d bytes held before: got %v, want refused %v", held, err, want)
+		}
+	}
+}
+
 func TestCancelled(t *testing.T) {
 	c := chain{}.with(t, tarOf(t, parseEntries("a")...))
 	ctx, cancel := context.WithCancel(context.Background())

@@ -16,7 +16,7 @@
 //     a file (ext4's limit), files larger than 16 TiB, security.capability without a value
 //   - xattrs of more than 64 KiB in one value or 192 KiB in one file, and sparse files whose parts are not aligned when
 //     their sizes add up to more than 64 MiB
-//   - more than 8 Mi files or 1 GiB of symlinks and xattrs in all layers, and symlinks that take very long to follow
+//   - more than 2 Mi files or 256 MiB of symlinks, xattrs and sparse maps in all layers, and symlinks that take very long to follow
 //
 // Where what containerd shows is not defined by the layers, this package decides:
 //   - A directory that no entry describes gets its owner, mode, time and xattrs from the lower layers (as the applier does

@@ -100,10 +100,14 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 			d.close()
 		}
 	}()
+	headers := int64(0)
 	for i, l := range img.rec.Layers {
 		x, err := img.store.openIndex(ctx, img.rec.Repository, l)
 		if err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
+		}
+		if headers += x.HeadersSize; headers > maxHeaders {
+			return nil, fmt.Errorf("layer %d: %w: the headers up to here have more than %d MiB", i, artifact.ErrUnsupported, maxHeaders>>20)
 		}
 		d.indexes = append(d.indexes, x)
 		cl, err := img.store.o.Cache.Layer(l.Digest, x, blob{img.store.o.Registry, img.rec.Repository, l.Digest})
@@ -118,7 +122,7 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 }
 
 // metadata opens the data device and returns the path of the metadata image of the first n layers, which it makes if it is not
-// there. The caller holds mu, and calls release in the end.
+// there or damaged. The caller holds mu, and calls release in the end.
 func (img *image) metadata(ctx context.Context, n int) (string, error) {
 	if img.dev == nil {
 		dev, err := img.open(ctx)
@@ -128,9 +132,17 @@ func (img *image) metadata(ctx context.Context, n int) (string, error) {
 		img.dev = dev
 	}
 	path := filepath.Join(img.store.imageDir(img.id), fmt.Sprintf("%d.erofs", n))
-	if _, err := os.Stat(path); err == nil {
+	if verifyMetadata(path) == nil {
 		return path, nil
 	}
+	weight := int64(0)
+	for _, x := range img.dev.indexes[:n] {
+		weight += x.HeadersSize
+	}
+	if err := img.store.merges.Acquire(ctx, weight); err != nil {
+		return "", err
+	}
+	defer img.store.merges.Release(weight)
 	layers := make([]tree.Layer, n)
 	for i := range layers {
 		layers[i] = tree.Layer{Index: img.dev.indexes[i], Base: img.dev.bases[i], ReadAt: img.dev.layers[i].ReadAt}
@@ -139,7 +151,7 @@ func (img *image) metadata(ctx context.Context, n int) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*")
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+tmpSuffix)
 	if err != nil {
 		return "", err
 	}

@@ -1,9 +1,9 @@
 package stream
 
 import (
-	"bytes"
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,6 +27,16 @@ const maxConfigSize = 8 << 20
 // indexFetches is how many indexes are fetched at once: enough that the indexes of an image of 128 layers (the most that
 // overlayfs is used with) are one round trip.
 const indexFetches = 128
+
+// Limits of an image, so that no artifact can take the node's disk or memory. They are far from what images have: 100,000 files have 50 MiB of
+// headers, 2 to 5 MiB of indexes.
+const (
+	maxIndexes = 512 << 20 // bytes of the indexes of all layers
+	maxHeaders = 1 << 30   // bytes of their headers, uncompressed: 2 Mi files, whose merged tree takes 1.4 GiB while it is made
+
+	// mergeHeaders bounds the headers of all images whose trees are made at once: the largest image leaves room for others.
+	mergeHeaders = maxHeaders + maxHeaders/2
+)
 
 // image facts that come from the source alone, never from the artifact.
 type source struct {
@@ -145,7 +155,7 @@ func (src *source) check(manifest digest.Digest, m *artifact.Manifest) error {
 }
 
 // adopt fetches the indexes of an artifact, checks them and adds the image to the set.
-func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, m *artifact.Manifest, src *source) (*image, error) {
+func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, m *artifact.Manifest, src *source) (_ *image, err error) {
 	rec := &record{
 		Version: recordVersion, Artifact: dgst, Manifest: manifest, Repository: repo,
 		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers,
@@ -155,7 +165,11 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 		return nil, err
 	}
 	unpin := s.pin(rec)
-	defer unpin()
+	defer func() {
+		if unpin(); err != nil {
+			err = errors.Join(err, s.discardIndexes())
+		}
+	}()
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(indexFetches)
 	for _, i := range first {
@@ -174,26 +188,34 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	img, err := s.add(rec)
+	img, isNew, err := s.add(rec)
 	if err != nil {
 		return nil, err
 	}
 	// What cannot be mounted must be known now: once a layer is promised to containerd, there is no normal pull to fall back to.
 	if err := img.prepare(ctx); err != nil {
-		return nil, errors.Join(err, s.drop(img))
+		if isNew { // snapshots of a former life may need what was there
+			err = errors.Join(err, s.drop(img))
+		}
+		return nil, err
 	}
 	return img, nil
 }
 
-// firsts lists the layers without those that repeat the blob of one below. A blob that stands for two different layers of the image is an error.
+// firsts lists the layers without those that repeat the blob of one below. A blob that stands for two different layers of the image is an error, and so are
+// indexes beyond the limit.
 func (rec *record) firsts() ([]int, error) {
 	var list []int
 	seen := map[digest.Digest]int{}
+	size := int64(0)
 	for i, l := range rec.Layers {
 		k, again := seen[l.Digest]
 		if !again {
 			seen[l.Digest] = i
 			list = append(list, i)
+			if size += l.IndexSize; size > maxIndexes {
+				return nil, fmt.Errorf("%w: its indexes have more than %d MiB", artifact.ErrUnsupported, maxIndexes>>20)
+			}
 			continue
 		}
 		same := rec.Layers[k]
@@ -229,11 +251,8 @@ func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l
 	}
 	var errs []error
 	for try := 0; ; try++ {
-		b, err := s.fetchIndex(ctx, repo, l, try)
+		err := s.fetchIndex(ctx, repo, l, try, path)
 		if err == nil {
-			if err = writeFile(path, b); err != nil {
-				return nil, err
-			}
 			return mapIndex(path, l)
 		}
 		errs = append(errs, err)
@@ -244,32 +263,26 @@ func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l
 	}
 }
 
-func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer, try int) ([]byte, error) {
+// fetchIndex fetches the index of layer l into the file at path, not into memory: an index may be large, and 128 of them are fetched at once. The
+// file can be fetched again, so it is not synced: what a crash leaves is verified when opened.
+func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer, try int, path string) error {
 	r, err := s.o.Registry.ReadRange(ctx, repo, l.Digest, l.IndexOffset, l.IndexSize, try)
-	if err != nil {
-		return nil, err
-	}
-	defer r.Close()
-	// Grows with what arrives: a manifest that claims a large index costs memory only if the registry sends one.
-	var b bytes.Buffer
-	if _, err := io.Copy(&b, io.LimitReader(r, l.IndexSize)); err != nil {
-		return nil, err
-	}
-	if got := digest.FromBytes(b.Bytes()); got != l.IndexDigest {
-		return nil, fmt.Errorf("%w: index hashes to %s, the artifact's manifest says %s", artifact.ErrInvalid, got, l.IndexDigest)
-	}
-	return b.Bytes(), nil
-}
-
-// writeFile replaces path by b. It can be fetched again, so it is not synced: what a crash leaves is verified when opened.
-func writeFile(path string, b []byte) error {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".tmp*")
 	if err != nil {
 		return err
 	}
-	_, err = f.Write(b)
+	defer r.Close()
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+tmpSuffix)
+	if err != nil {
+		return err
+	}
+	hash := sha256.New()
+	_, err = io.Copy(io.MultiWriter(f, hash), io.LimitReader(r, l.IndexSize))
 	if err = errors.Join(err, f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
+		if got := digest.NewDigest(digest.SHA256, hash); got != l.IndexDigest {
+			err = fmt.Errorf("%w: index hashes to %s, the artifact's manifest says %s", artifact.ErrInvalid, got, l.IndexDigest)
+		} else {
+			err = os.Rename(f.Name(), path)
+		}
 	}
 	if err != nil {
 		os.Remove(f.Name())

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
@@ -57,7 +58,7 @@ func (rec *record) save(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, recordName+".tmp*")
+	f, err := os.CreateTemp(dir, recordName+tmpSuffix)
 	if err != nil {
 		return err
 	}
@@ -92,6 +93,34 @@ func syncDir(dir string) error {
 // mapIndex maps, verifies and decodes the index file at path against what the artifact's manifest says of layer l. The
 // map lives as long as the Index: a reader that comes late, after an unmount that was only lazy, still finds it.
 func mapIndex(path string, l artifact.Layer) (*artifact.Index, error) {
+	mem, err := mapFile(path)
+	if err != nil {
+		return nil, err
+	}
+	x, err := l.Index(mem)
+	if err != nil {
+		unix.Munmap(mem)
+		return nil, err
+	}
+	runtime.AddCleanup(x, func(mem []byte) { unix.Munmap(mem) }, mem)
+	return x, nil
+}
+
+// verifyMetadata reads the metadata image at path and compares it with its own digest.
+func verifyMetadata(path string) error {
+	mem, err := mapFile(path)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(mem)
+	m, err := erofs.Open(mem)
+	if err != nil {
+		return err
+	}
+	return m.Verify()
+}
+
+func mapFile(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -101,18 +130,9 @@ func mapIndex(path string, l artifact.Layer) (*artifact.Index, error) {
 	if err != nil {
 		return nil, err
 	}
-	if st.Size() != l.IndexSize || l.IndexSize == 0 {
-		return nil, fmt.Errorf("%w: %s has %d bytes, want %d", artifact.ErrInvalid, path, st.Size(), l.IndexSize)
-	}
-	mem, err := unix.Mmap(int(f.Fd()), 0, int(l.IndexSize), unix.PROT_READ, unix.MAP_SHARED)
+	mem, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", path, err)
 	}
-	x, err := l.Index(mem)
-	if err != nil {
-		unix.Munmap(mem)
-		return nil, err
-	}
-	runtime.AddCleanup(x, func(mem []byte) { unix.Munmap(mem) }, mem)
-	return x, nil
+	return mem, nil
 }

@@ -22,11 +22,13 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
@@ -53,6 +55,12 @@ type Mounter interface {
 	Unmount(target string) error
 }
 
+// Files are written under a name of their own with this at its end.
+const (
+	tmpInfix  = ".tmp"
+	tmpSuffix = tmpInfix + "*"
+)
+
 // Options of a Store.
 type Options struct {
 	Root     string // directory; created
@@ -76,6 +84,8 @@ type Store struct {
 	images   map[string]*image         // by ID
 	targets  map[string]*image         // mounted, by target
 	pins     map[string]int            // indexes that a search is about to need, by file name
+
+	merges *semaphore.Weighted // bytes of headers of the images whose trees are being made
 }
 
 // search is one look for an artifact, shared by all that want it at the same time.
@@ -99,7 +109,7 @@ func New(o Options) (*Store, error) {
 			return nil, err
 		}
 	}
-	s := &Store{o: o, searches: map[digest.Digest]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}}
+	s := &Store{o: o, searches: map[digest.Digest]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}, merges: semaphore.NewWeighted(mergeHeaders)}
 	return s, s.sweep()
 }
 
@@ -126,6 +136,11 @@ func (s *Store) find(ctx context.Context, ref string, manifest digest.Digest) (*
 	s.mu.Lock()
 	q := s.searches[manifest]
 	if q == nil || q.stale() {
+		for m, old := range s.searches { // so that images without an artifact leave nothing behind
+			if old.stale() {
+				delete(s.searches, m)
+			}
+		}
 		q = &search{done: make(chan struct{})}
 		s.searches[manifest] = q
 		go s.search(context.WithoutCancel(ctx), q, repo, manifest)
@@ -160,20 +175,24 @@ func (s *Store) search(ctx context.Context, q *search, repo registryclient.Repos
 	}
 }
 
-// add puts a record on disk and in the set. An image that is there already stays as it is: its ID names its bytes.
-func (s *Store) add(rec *record) (*image, error) {
+// add puts a record on disk and in the set. An image that is there already, maybe from a former life, stays as it is: its ID names its bytes.
+func (s *Store) add(rec *record) (img *image, isNew bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	id := rec.Artifact.Encoded()
 	if img := s.images[id]; img != nil {
-		return img, nil
+		return img, false, nil
 	}
-	if err := rec.save(s.imageDir(id)); err != nil {
-		return nil, err
+	if old, err := loadRecord(s.imageDir(id)); err == nil {
+		rec = old
+	} else if err := rec.save(s.imageDir(id)); err != nil {
+		return nil, false, errors.Join(err, os.RemoveAll(s.imageDir(id)))
+	} else {
+		isNew = true
 	}
-	img := &image{store: s, id: id, rec: rec}
+	img = &image{store: s, id: id, rec: rec}
 	s.images[id] = img
-	return img, nil
+	return img, isNew, nil
 }
 
 // drop undoes add for an image that turned out not to be mountable.
@@ -264,11 +283,18 @@ func (s *Store) sweep() error {
 			}
 			continue
 		}
-		tmp, _ := filepath.Glob(filepath.Join(dir, "*.tmp*"))
+		tmp, _ := filepath.Glob(filepath.Join(dir, "*"+tmpSuffix))
 		for _, t := range tmp {
 			os.Remove(t)
 		}
 	}
+	return s.sweepIndexes()
+}
+
+// discardIndexes removes what a search has fetched in vain.
+func (s *Store) discardIndexes() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	return s.sweepIndexes()
 }
 
@@ -296,7 +322,8 @@ func (s *Store) sweepIndexes() error {
 		return err
 	}
 	for _, f := range files {
-		if !used[f.Name()] {
+		// One that is being written belongs to whoever names it, too.
+		if name, _, _ := strings.Cut(f.Name(), tmpInfix); !used[name] {
 			os.Remove(filepath.Join(s.o.Root, "indexes", f.Name()))
 		}
 	}

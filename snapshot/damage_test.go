@@ -1,0 +1,42 @@
+package snapshot
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// A metadata image that the disk has damaged is made anew before it is mounted.
+func TestDamagedMetadataImage(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	top := n.prepareAll(img, 0, "")
+	n.stop()
+	images, err := filepath.Glob(filepath.Join(n.root, "images", "*", "*.erofs"))
+	if err != nil || len(images) != 1 {
+		t.Fatalf("metadata images: %v, %v", images, err)
+	}
+	whole, err := os.ReadFile(images[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	// "top" becomes "tod" in the directory's entries: an image that is well formed, of another tree.
+	damaged := bytes.Replace(whole, []byte("top"), []byte("tod"), 1)
+	if bytes.Equal(whole, damaged) {
+		t.Fatal("nothing to damage")
+	}
+	if err := os.WriteFile(images[0], damaged, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.start()
+	mounts, err := n.sn.Prepare(testContext(), "container", top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inMounts(t, mounts, func(root string) { wantFiles(t, root, threeLayersMerged) })
+	if b, err := os.ReadFile(images[0]); err != nil || !bytes.Equal(b, whole) {
+		t.Errorf("the image was not made anew (%v)", err)
+	}
+}

@@ -1,0 +1,111 @@
+package snapshot
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// filesIn lists all regular files below the node's images and indexes.
+func (n *testNode) filesIn(dirs ...string) (found []string) {
+	n.t.Helper()
+	for _, dir := range dirs {
+		err := filepath.WalkDir(filepath.Join(n.root, dir), func(path string, d os.DirEntry, err error) error {
+			if err == nil && !d.IsDir() {
+				found = append(found, path)
+			}
+			return err
+		})
+		if err != nil {
+			n.t.Fatal(err)
+		}
+	}
+	return found
+}
+
+// An artifact whose indexes would fill the disk is refused before any is fetched.
+func TestIndexesBeyondTheLimit(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	bad := *n.artifactOf(img)
+	n.deleteArtifact(img)
+	for i := range bad.Layers {
+		l := &bad.Layers[i]
+		l.IndexSize = 200 << 20
+		l.Size = l.IndexOffset + l.IndexSize
+	}
+	n.attach(bad)
+	n.reg.Reset()
+	_, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+	if err == nil || !strings.Contains(err.Error(), "512 MiB") {
+		t.Errorf("got %v, want the limit", err)
+	}
+	ranged := func(q registrytest.Request) bool { return q.Range != "" }
+	if got, _ := n.reg.Count(ranged); got != 0 {
+		t.Errorf("%d indexes were asked for", got)
+	}
+}
+
+// What was fetched for an artifact that is then refused does not stay on disk.
+func TestRefusedLeavesNothing(t *testing.T) {
+	for name, tars := range map[string][][]byte{
+		"by its tree": {tarOf(t, file{"a", "a"}), tarOf(t, file{"b", "b"}, file{".wh.b", ""})},
+		"by an index": threeLayers(t),
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newTestNode(t)
+			img := n.push("app", tars...)
+			n.convert(img)
+			if name == "by an index" {
+				bad := *n.artifactOf(img)
+				n.deleteArtifact(img)
+				bad.Layers[2].IndexDigest = bad.Layers[1].IndexDigest
+				n.attach(bad)
+			}
+			if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); err == nil {
+				t.Fatal("the artifact was taken")
+			}
+			if left := n.filesIn("images", "indexes"); len(left) != 0 {
+				t.Errorf("left behind: %q", left)
+			}
+		})
+	}
+}
+
+// A search that fails takes nothing from the snapshots that an earlier one has made.
+func TestFailedSearchKeepsWhatIsUsed(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	top := n.prepareAll(img, 0, "")
+	n.restart()
+	for _, f := range n.filesIn("images") {
+		if strings.HasSuffix(f, ".erofs") { // it must be made again, and cannot
+			if err := os.Remove(f); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Mkdir(f, 0o700); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); err == nil {
+		t.Fatal("a metadata image was made where a directory is")
+	}
+	dirs, err := filepath.Glob(filepath.Join(n.root, "images", "*", "*.erofs"))
+	if err != nil || len(dirs) != 1 {
+		t.Fatalf("the image in use is gone: %v, %v", dirs, err)
+	}
+	if err := os.Remove(dirs[0]); err != nil {
+		t.Fatal(err)
+	}
+	mounts, err := n.sn.Prepare(testContext(), "container", top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inMounts(t, mounts, func(root string) { wantFiles(t, root, threeLayersMerged) })
+}
