@@ -1,7 +1,9 @@
 package artifact
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -86,11 +88,11 @@ func DecodeManifest(b []byte) (*Manifest, error) {
 	if len(b) > MaxManifestSize {
 		return nil, fmt.Errorf("manifest of %d bytes: %w", len(b), ErrInvalid)
 	}
-	var o ocispec.Manifest
-	if err := json.Unmarshal(b, &o); err != nil {
-		return nil, fmt.Errorf("manifest: %w: %w", err, ErrInvalid)
+	o, err := UnmarshalManifest(b)
+	if err != nil {
+		return nil, fmt.Errorf("manifest: %w", err)
 	}
-	if err := checkManifest(&o); err != nil {
+	if err := checkManifest(o); err != nil {
 		return nil, fmt.Errorf("manifest: %w", err)
 	}
 	m := &Manifest{
@@ -115,6 +117,44 @@ func DecodeManifest(b []byte) (*Manifest, error) {
 	return m, nil
 }
 
+// UnmarshalManifest decodes an image manifest, any image's, and takes no more memory than its size and MaxLayers call for: a megabyte of
+// empty descriptors makes hundreds in a []Descriptor. Its error is ErrInvalid.
+func UnmarshalManifest(b []byte) (*ocispec.Manifest, error) {
+	var o struct {
+		ocispec.Manifest
+		Layers layerList `json:"layers"`
+	}
+	if err := json.Unmarshal(b, &o); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, ErrInvalid)
+	}
+	o.Manifest.Layers = o.Layers
+	return &o.Manifest, nil
+}
+
+// layerList is decoded up to MaxLayers.
+type layerList []ocispec.Descriptor
+
+func (l *layerList) UnmarshalJSON(b []byte) error {
+	*l = nil // of two lists the last counts, as it does for containerd
+	d := json.NewDecoder(bytes.NewReader(b))
+	switch t, err := d.Token(); {
+	case err != nil || t == nil:
+		return err
+	case t != json.Delim('['):
+		return errors.New("layers are no list")
+	}
+	for d.More() {
+		if len(*l) == MaxLayers {
+			return fmt.Errorf("more than %d layers", MaxLayers)
+		}
+		*l = append(*l, ocispec.Descriptor{})
+		if err := d.Decode(&(*l)[len(*l)-1]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // checkManifest validates everything but the layers.
 func checkManifest(o *ocispec.Manifest) error {
 	switch {
@@ -126,8 +166,6 @@ func checkManifest(o *ocispec.Manifest) error {
 		return fmt.Errorf("no platform: %w", ErrInvalid)
 	case o.Subject == nil:
 		return fmt.Errorf("no subject: %w", ErrInvalid)
-	case len(o.Layers) > MaxLayers:
-		return fmt.Errorf("%d layers: %w", len(o.Layers), ErrInvalid)
 	}
 	for name, d := range map[string]ocispec.Descriptor{"subject": *o.Subject, "config": o.Config} {
 		if err := checkDigest(d.Digest); err != nil {

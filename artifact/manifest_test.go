@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -160,5 +161,33 @@ func TestManifestRefuses(t *testing.T) {
 	m.Layers[0].IndexOffset++
 	if _, err := m.Encode(); !errors.Is(err, ErrInvalid) {
 		t.Errorf("encode of what would be refused: got %v", err)
+	}
+}
+
+// A manifest's layers take memory for what they say, not for how many empty ones fit into it.
+func TestManifestMemory(t *testing.T) {
+	b := append(bytes.Repeat([]byte("{},"), MaxManifestSize/3-10), "{}]}"...)
+	b = append([]byte(`{"layers":[`), b...)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if _, err := UnmarshalManifest(b); !errors.Is(err, ErrInvalid) {
+		t.Errorf("got %v, want %v", err, ErrInvalid)
+	}
+	runtime.ReadMemStats(&after)
+	if got := after.TotalAlloc - before.TotalAlloc; got > 32<<20 {
+		t.Errorf("%d bytes were allocated for a manifest of %d", got, len(b))
+	}
+}
+
+// Where a key is there twice, containerd's and our idea of the layers must not differ.
+func TestManifestKeyTwice(t *testing.T) {
+	b := []byte(`{"layers":[{"size":1},{"size":2}],"Layers":[{"size":3}]}`)
+	var want ocispec.Manifest
+	if err := json.Unmarshal(b, &want); err != nil {
+		t.Fatal(err)
+	}
+	got, err := UnmarshalManifest(b)
+	if err != nil || !reflect.DeepEqual(*got, want) {
+		t.Errorf("got %+v, %v, want %+v", got, err, want)
 	}
 }

@@ -1,6 +1,7 @@
 package registryclient
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -148,23 +149,49 @@ func (k *call) byTag(h *host, subject digest.Digest, artifactType string) ([]oci
 // parseReferrers returns the entries of an index that have the artifact type; those that cannot be fetched by what they say are left out.
 // An entry that does not tell its type (old clients wrote such) is left out, too.
 func parseReferrers(b []byte, artifactType string) ([]ocispec.Descriptor, error) {
-	var index ocispec.Index
+	var index struct {
+		MediaType string       `json:"mediaType"`
+		Manifests referrerList `json:"manifests"`
+	}
+	index.Manifests.artifactType = artifactType
 	if err := json.Unmarshal(b, &index); err != nil {
 		return nil, refused("referrers are no index: %v", err)
 	}
 	if index.MediaType != "" && index.MediaType != ocispec.MediaTypeImageIndex {
 		return nil, refused("referrers are of type %q", index.MediaType)
 	}
-	var found []ocispec.Descriptor
-	for _, d := range index.Manifests {
-		if d.ArtifactType == artifactType && artifactType != "" && d.Size >= 0 && d.Digest.Validate() == nil {
-			found = append(found, d)
+	return index.Manifests.found, nil
+}
+
+// referrerList keeps what it decodes only if it is of the type: a page of empty descriptors would take a hundred times its size.
+type referrerList struct {
+	artifactType string
+	found        []ocispec.Descriptor
+}
+
+func (l *referrerList) UnmarshalJSON(b []byte) error {
+	l.found = nil
+	dec := json.NewDecoder(bytes.NewReader(b))
+	switch t, err := dec.Token(); {
+	case err != nil || t == nil:
+		return err
+	case t != json.Delim('['):
+		return errors.New("manifests are no list")
+	}
+	var d ocispec.Descriptor
+	for dec.More() {
+		d = ocispec.Descriptor{}
+		if err := dec.Decode(&d); err != nil {
+			return err
+		}
+		if d.ArtifactType != l.artifactType || d.ArtifactType == "" || d.Size < 0 || d.Digest.Validate() != nil {
+			continue
+		}
+		if l.found = append(l.found, d); len(l.found) > maxReferrers {
+			return fmt.Errorf("more than %d referrers of one type", maxReferrers)
 		}
 	}
-	if len(found) > maxReferrers {
-		return nil, refused("%d referrers of one type", len(found))
-	}
-	return found, nil
+	return nil
 }
 
 // nextPage returns the query of the page that a Link header with rel="next" names (RFC 8288).

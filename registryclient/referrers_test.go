@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -166,6 +167,28 @@ func TestReferrersFail(t *testing.T) {
 		c := newClient(t, Options{Budget: 300 * time.Millisecond})
 		if found, err := c.Referrers(t.Context(), repoOf(r), subject, artifactType); (err == nil) != tc.ok || errors.Is(err, ErrNotFound) {
 			t.Errorf("%s: got %d, %v, want success %v", name, len(found), err, tc.ok)
+		}
+	}
+}
+
+// A page of referrers takes memory for those that are looked for, not for how many empty ones fit into it.
+func TestReferrersMemory(t *testing.T) {
+	page := func(entry string) []byte {
+		return []byte(`{"manifests":[` + strings.Repeat(entry+",", maxReferrersPage/(len(entry)+1)-10) + entry + `]}`)
+	}
+	empty := page(`{}`)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	if found, err := parseReferrers(empty, artifactType); err != nil || len(found) > 0 {
+		t.Errorf("empty entries: got %d, %v, want none", len(found), err)
+	}
+	runtime.ReadMemStats(&after)
+	if got := after.TotalAlloc - before.TotalAlloc; got > 32<<20 {
+		t.Errorf("%d bytes were allocated for a page of %d", got, len(empty))
+	}
+	for _, entry := range []string{`1`, `{"artifactType":"` + artifactType + `","digest":"` + digest.FromString("x").String() + `"}`} {
+		if found, err := parseReferrers(page(entry), artifactType); err == nil {
+			t.Errorf("many %s: got %d, want an error", entry, len(found))
 		}
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -108,4 +110,21 @@ func TestFailedSearchKeepsWhatIsUsed(t *testing.T) {
 		t.Fatal(err)
 	}
 	inMounts(t, mounts, func(root string) { wantFiles(t, root, threeLayersMerged) })
+}
+
+// However many artifacts there are that cannot be used, one line says so.
+func TestManyRefusedArtifacts(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	bad := *n.artifactOf(img)
+	n.deleteArtifact(img)
+	for i := range 100 {
+		bad.Layers[0].IndexDigest = digest.FromString(string(rune('a' + i)))
+		n.attach(bad)
+	}
+	_, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+	if err == nil || len(err.Error()) > 4000 || !strings.Contains(err.Error(), "and 96 artifacts more") {
+		t.Errorf("got %v, want some reasons and the number of the others", err)
+	}
 }

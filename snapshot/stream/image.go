@@ -12,6 +12,8 @@ import (
 	"sort"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
@@ -64,25 +66,31 @@ func (img *image) prepare(ctx context.Context) error {
 	return err
 }
 
-// Unmount undoes Mount. A target that is not mounted is no error.
+// Unmount undoes Mount. A target that is not mounted is no error. EBUSY says that nothing is mounted at target any more, but somebody
+// still uses what was.
 func (s *Store) Unmount(target string) error {
 	s.mu.Lock()
 	img := s.targets[target]
 	s.mu.Unlock()
-	if err := s.o.Mounter.Unmount(target); err != nil || img == nil {
+	err := s.o.Mounter.Unmount(target)
+	busy := errors.Is(err, unix.EBUSY)
+	if err != nil && !busy || img == nil {
 		return err
 	}
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	s.mu.Lock()
-	again := s.targets[target] != img
-	delete(s.targets, target)
+	mine := s.targets[target] == img
+	if mine {
+		delete(s.targets, target)
+	}
 	s.mu.Unlock()
-	if !again {
+	// In use, the device is read on, by later mounts of this image too: it stays open as long as the process lives.
+	if mine && !busy {
 		img.mounts--
 		img.release()
 	}
-	return nil
+	return err
 }
 
 // release closes the data device if nothing is mounted. The caller holds mu.

@@ -38,10 +38,12 @@ const (
 	mergeHeaders = maxHeaders + maxHeaders/2
 )
 
+// maxReasons is of how many artifacts one log line tells why they cannot be used.
+const maxReasons = 4
+
 // image facts that come from the source alone, never from the artifact.
 type source struct {
-	manifest ocispec.Manifest
-	size     int64
+	manifest *ocispec.Manifest
 	chainIDs []digest.Digest
 	diffIDs  []digest.Digest
 }
@@ -64,11 +66,10 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 	})
 	g.Go(func() error {
 		b, err := s.o.Registry.Manifest(gctx, repo, manifest, artifact.MaxManifestSize)
-		if err != nil {
-			return err
+		if err == nil {
+			src.manifest, err = artifact.UnmarshalManifest(b)
 		}
-		src.size = int64(len(b))
-		return json.Unmarshal(b, &src.manifest)
+		return err
 	})
 	if err := g.Wait(); err != nil {
 		return nil, err
@@ -105,6 +106,9 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 			break
 		}
 	}
+	if n := len(errs); n > maxReasons {
+		errs = append(errs[:maxReasons], fmt.Errorf("and %d artifacts more", n-maxReasons))
+	}
 	return nil, errors.Join(errs...)
 }
 
@@ -123,7 +127,9 @@ func (s *Store) readConfig(ctx context.Context, repo registryclient.Repository, 
 	if err != nil {
 		return err
 	}
-	var c ocispec.Image
+	var c struct {
+		RootFS ocispec.RootFS `json:"rootfs"` // and nothing else, so that a long history costs nothing
+	}
 	if err := json.Unmarshal(b, &c); err != nil {
 		return fmt.Errorf("config %s: %w", src.manifest.Config.Digest, err)
 	}

@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -80,16 +81,25 @@ type Store struct {
 	o Options
 
 	mu       sync.Mutex
-	searches map[digest.Digest]*search // by platform manifest digest
-	images   map[string]*image         // by ID
-	targets  map[string]*image         // mounted, by target
-	pins     map[string]int            // indexes that a search is about to need, by file name
+	closed   bool
+	searches map[searchKey]*search
+	images   map[string]*image // by ID
+	targets  map[string]*image // mounted, by target
+	pins     map[string]int    // indexes that a search is about to need, by file name
 
-	merges *semaphore.Weighted // bytes of headers of the images whose trees are being made
+	running sync.WaitGroup      // searches
+	merges  *semaphore.Weighted // bytes of headers of the images whose trees are being made
 }
 
-// search is one look for an artifact, shared by all that want it at the same time.
+// searchKey is what is looked for: one repository may have an artifact of an image that another has without.
+type searchKey struct {
+	repo     registryclient.Repository
+	manifest digest.Digest // of the platform manifest
+}
+
+// search is one look for an artifact, shared by all that want it at the same time. It goes on when they no longer do: they may ask again.
 type search struct {
+	cancel  context.CancelFunc
 	done    chan struct{}
 	image   *image
 	err     error
@@ -109,8 +119,20 @@ func New(o Options) (*Store, error) {
 			return nil, err
 		}
 	}
-	s := &Store{o: o, searches: map[digest.Digest]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}, merges: semaphore.NewWeighted(mergeHeaders)}
+	s := &Store{o: o, searches: map[searchKey]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}, merges: semaphore.NewWeighted(mergeHeaders)}
 	return s, s.sweep()
+}
+
+// Close ends all searches and waits for them. What is mounted stays mounted.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	for _, q := range s.searches {
+		q.cancel()
+	}
+	s.mu.Unlock()
+	s.running.Wait()
+	return nil
 }
 
 // Find looks for the artifact of the image that ref names and whose platform manifest is manifest. The error wraps
@@ -133,42 +155,64 @@ func (s *Store) find(ctx context.Context, ref string, manifest digest.Digest) (*
 	if s.o.Allow != nil && !s.o.Allow(repo) {
 		return nil, fmt.Errorf("%w: %s is not listed in `stream` in the configuration", ErrNotStreamable, repo)
 	}
-	s.mu.Lock()
-	q := s.searches[manifest]
-	if q == nil || q.stale() {
-		for m, old := range s.searches { // so that images without an artifact leave nothing behind
-			if old.stale() {
-				delete(s.searches, m)
-			}
+	for {
+		q, err := s.join(ctx, searchKey{repo, manifest})
+		if err != nil {
+			return nil, err
 		}
-		q = &search{done: make(chan struct{})}
-		s.searches[manifest] = q
-		go s.search(context.WithoutCancel(ctx), q, repo, manifest)
-	}
-	s.mu.Unlock()
-	select {
-	case <-q.done:
-		return q.image, q.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
+		select {
+		case <-q.done:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		s.mu.Lock()
+		stale := s.stale(q) // its image was forgotten just now
+		s.mu.Unlock()
+		if q.err != nil || !stale {
+			return q.image, q.err
+		}
 	}
 }
 
-func (q *search) stale() bool {
+// join returns the search for key, and begins it if none stands.
+func (s *Store) join(ctx context.Context, key searchKey) (*search, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, fmt.Errorf("%w: the daemon is stopping", ErrNotStreamable)
+	}
+	maps.DeleteFunc(s.searches, func(_ searchKey, q *search) bool { return s.stale(q) })
+	q := s.searches[key]
+	if q == nil {
+		q = &search{done: make(chan struct{})}
+		ctx, q.cancel = context.WithTimeout(context.WithoutCancel(ctx), s.o.Timeout)
+		s.searches[key] = q
+		s.running.Go(func() { s.search(ctx, q, key) })
+	}
+	return q, nil
+}
+
+// stale reports whether q has ended and its result stands no longer. The caller holds mu.
+func (s *Store) stale(q *search) bool {
 	select {
 	case <-q.done:
-		return q.err != nil && time.Now().After(q.expires)
 	default:
 		return false
 	}
+	if q.err != nil {
+		return time.Now().After(q.expires)
+	}
+	return s.images[q.image.id] != q.image
 }
 
-func (s *Store) search(ctx context.Context, q *search, repo registryclient.Repository, manifest digest.Digest) {
+func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 	defer close(q.done)
-	ctx, cancel := context.WithTimeout(ctx, s.o.Timeout)
-	defer cancel()
+	defer q.cancel()
 	var err error
-	q.image, err = s.lookup(ctx, repo, manifest)
+	q.image, err = s.lookup(ctx, key.repo, key.manifest)
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) && err != nil {
+		err = fmt.Errorf("the search took longer than %v: %w", s.o.Timeout, err)
+	}
 	if err != nil {
 		q.err = fmt.Errorf("%w: %w", ErrNotStreamable, err)
 		q.expires = time.Now().Add(s.o.RetryAfter)
@@ -234,15 +278,6 @@ func (s *Store) Forget(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.images, id)
-	for m, q := range s.searches {
-		select {
-		case <-q.done:
-			if q.image == nil || q.image.id == id {
-				delete(s.searches, m)
-			}
-		default:
-		}
-	}
 	if err := os.RemoveAll(s.imageDir(id)); err != nil {
 		return err
 	}
