@@ -102,6 +102,9 @@ func TestRestart(t *testing.T) {
 					t.Fatalf("%s: %v", step.name, err)
 				}
 				checkSumsBelow(t, out, 50, step.read)
+				if t.Failed() {
+					t.Fatalf("after %s", step.name)
+				}
 			}
 		})
 	}

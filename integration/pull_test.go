@@ -119,14 +119,18 @@ func checkSumsBelow(t *testing.T, out string, seed uint64, path string) {
 	if last := lines[len(lines)-1]; last != "done" {
 		t.Errorf("the container ended with %q, not with \"done\"", last)
 	}
+	var wrong []string
 	for path, sum := range want {
 		if got[path] != sum {
-			t.Errorf("%s: sum is %q, want %q", path, got[path], sum)
+			wrong = append(wrong, fmt.Sprintf("%s: sum is %q, want %q", path, got[path], sum))
 		}
 		delete(got, path)
 	}
 	for path := range got {
-		t.Errorf("%s: should not be there", path)
+		wrong = append(wrong, path+": should not be there")
+	}
+	if len(wrong) > 0 {
+		t.Errorf("%d files are wrong, among them:\n%s", len(wrong), strings.Join(wrong[:min(5, len(wrong))], "\n"))
 	}
 }
 
