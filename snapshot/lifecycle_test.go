@@ -2,15 +2,21 @@ package snapshot
 
 import (
 	"context"
+	"errors"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
 // dirs lists what lies in the snapshots directory.
@@ -227,5 +233,77 @@ func TestUpdateLabels(t *testing.T) {
 	n.wantContainer("container", top)
 	if err := n.sn.Remove(testContext(), top); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("got %v, want ErrFailedPrecondition", err)
+	}
+}
+
+// The same image in two repositories, of which one has the artifact: each is asked, and what one lacks is not held against the other.
+func TestTwoRepositories(t *testing.T) {
+	n := newTestNode(t)
+	ctx := testContext()
+	without := n.push("without", threeLayers(t)...)
+	with := n.push("app", threeLayers(t)...)
+	if with.manifest != without.manifest {
+		t.Fatal("not the same image")
+	}
+	n.convert(with)
+	n.stop()
+	n.retryAfter = time.Hour
+	n.start()
+	if _, _, err := n.images.Find(ctx, without.ref, without.manifest); err == nil {
+		t.Error("got an artifact of a repository without")
+	}
+	if _, _, err := n.images.Find(ctx, with.ref, with.manifest); err != nil {
+		t.Error(err)
+	}
+}
+
+// An image that was forgotten is looked for anew.
+func TestFindForgotten(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	ctx := testContext()
+	for range 2 {
+		id, chain, err := n.images.Find(ctx, img.ref, img.manifest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		target := t.TempDir()
+		if err := n.images.Mount(ctx, id, len(chain), target); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.images.Unmount(target); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.images.Forget(id); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A search that is waited for ends with the Store.
+func TestCloseEndsSearches(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	asked := make(chan struct{}, 1)
+	n.reg.Inject(registrytest.Referrers, -1, func(r *registrytest.Registry, next http.Handler) http.Handler {
+		asked <- struct{}{}
+		return registrytest.Stall(-1)(r, next)
+	})
+	found := make(chan error, 1)
+	go func() {
+		_, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+		found <- err
+	}()
+	<-asked
+	if err := n.images.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-found; !errors.Is(err, stream.ErrNotStreamable) {
+		t.Errorf("got %v, want ErrNotStreamable", err)
+	}
+	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); !errors.Is(err, stream.ErrNotStreamable) {
+		t.Errorf("after Close: got %v, want ErrNotStreamable", err)
 	}
 }

@@ -42,6 +42,8 @@ type testNode struct {
 	sn     *Snapshotter
 	log    *logBuffer
 	stop   func()
+
+	retryAfter time.Duration // of stream.Options
 }
 
 // logBuffer counts the lines that operators would see.
@@ -65,7 +67,7 @@ func (l *logBuffer) lines() int {
 func newTestNode(t testing.TB) *testNode { return newTestNodeMode(t, fs.ModeFile) }
 
 func newTestNodeMode(t testing.TB, mode fs.Mode) *testNode {
-	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}}
+	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}, retryAfter: time.Nanosecond}
 	n.start()
 	t.Cleanup(func() { n.stop() })
 	return n
@@ -92,13 +94,14 @@ func (n *testNode) start() {
 			return r != registryclient.Repository(n.reg.Host()+"/unlisted")
 		},
 		Timeout:    5 * time.Second,
-		RetryAfter: time.Nanosecond,
+		RetryAfter: n.retryAfter,
 	})
 	check(err)
 	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)))
 	check(err)
 	n.stop = func() {
 		n.sn.Close()
+		n.images.Close()
 		mounts.Close()
 		if err := chunks.Close(); err != nil {
 			n.t.Error(err)

@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -19,7 +20,11 @@ const defaultConfig = "/etc/streaming-snapshotter/config.toml"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal kills, whatever the first is waiting for
 	if err := newCommand().ExecuteContext(ctx); err != nil {
+		if errors.Is(err, context.Canceled) && ctx.Err() != nil {
+			err = errors.New("interrupted")
+		}
 		fmt.Fprintln(os.Stderr, "streaming-snapshotter:", err)
 		os.Exit(1)
 	}
@@ -30,9 +35,10 @@ func newCommand() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "streaming-snapshotter",
 		Short:         "Streams container images to containerd from their streaming artifacts",
-		SilenceUsage:  true,
 		SilenceErrors: true,
 		Version:       version(),
+		// Usage is the answer to wrong arguments, not to what fails later.
+		PersistentPreRun: func(cmd *cobra.Command, _ []string) { cmd.SilenceUsage = true },
 	}
 	root.PersistentFlags().StringVar(&configFile, "config", "", "configuration file (default "+defaultConfig+" if it exists)")
 	root.AddCommand(

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,8 +11,10 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/platforms"
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
@@ -30,16 +33,17 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 			return err
 		}
 	}
-	st, err := os.Stat(o.dir)
-	if err != nil {
-		return err
+	matcher := platforms.Default()
+	if o.platform != "" {
+		p, err := platforms.Parse(o.platform)
+		if err != nil {
+			return fmt.Errorf("--platform: %w", err)
+		}
+		matcher = platforms.Only(p)
 	}
-	if !st.IsDir() {
-		return fmt.Errorf("mount %s: not a directory", o.dir)
-	}
-	target, err := filepath.Abs(o.dir)
+	target, err := mountPoint(o.dir)
 	if err != nil {
-		return err
+		return fmt.Errorf("mount at %s: %w", o.dir, err)
 	}
 	tmp, err := os.MkdirTemp("", "streaming-snapshotter-mount-")
 	if err != nil {
@@ -52,18 +56,13 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 			return err
 		}
 	}
-	unlock, err := lockRoot(c.Root)
-	if err != nil {
-		return err
-	}
-	defer unlock()
 	n, err := newNode(c, nil)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
 
-	manifest, err := resolve(ctx, c, o)
+	manifest, err := resolve(ctx, n.reg, o, matcher)
 	if err != nil {
 		return err
 	}
@@ -80,12 +79,28 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 	return n.images.Unmount(target)
 }
 
-// resolve returns the digest of the platform manifest that o names.
-func resolve(ctx context.Context, c config, o mountOptions) (digest.Digest, error) {
-	reg, err := registryclient.New(registryclient.Options{HostsDir: c.HostsDir, Credentials: registryclient.DockerCredentials()})
+// mountPoint returns the path of the directory dir without symbolic links. On top of another mount, whoever unmounts would not
+// know what.
+func mountPoint(dir string) (string, error) {
+	path, err := filepath.Abs(dir)
+	if err == nil {
+		path, err = filepath.EvalSymlinks(path)
+	}
 	if err != nil {
 		return "", err
 	}
+	if st, err := os.Stat(path); err != nil || !st.IsDir() {
+		return "", cmp.Or(err, error(unix.ENOTDIR))
+	}
+	mounted, err := mountinfo.Mounted(path)
+	if err == nil && mounted {
+		err = errors.New("something is mounted there already")
+	}
+	return path, err
+}
+
+// resolve returns the digest of the platform manifest that o names.
+func resolve(ctx context.Context, reg *registryclient.Client, o mountOptions, matcher platforms.MatchComparer) (digest.Digest, error) {
 	desc, b, err := reg.Resolve(ctx, o.ref)
 	if err != nil {
 		return "", err
@@ -96,14 +111,6 @@ func resolve(ctx context.Context, c config, o mountOptions) (digest.Digest, erro
 	}
 	if len(index.Manifests) == 0 {
 		return desc.Digest, nil
-	}
-	matcher := platforms.Default()
-	if o.platform != "" {
-		p, err := platforms.Parse(o.platform)
-		if err != nil {
-			return "", err
-		}
-		matcher = platforms.Only(p)
 	}
 	var best *ocispec.Descriptor
 	for i, m := range index.Manifests {

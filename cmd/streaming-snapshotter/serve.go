@@ -4,11 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
+	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
@@ -24,8 +25,10 @@ import (
 
 // node is everything below the snapshotter, plugged together.
 type node struct {
+	locks  []*os.File
 	mounts *nodefs.Server
 	cache  *cache.Cache
+	reg    *registryclient.Client
 	images *stream.Store
 }
 
@@ -37,6 +40,13 @@ func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err
 			err = errors.Join(err, n.close())
 		}
 	}()
+	for _, dir := range slices.Compact([]string{c.Root, c.State}) {
+		lock, err := lockDir(dir)
+		if err != nil {
+			return n, err
+		}
+		n.locks = append(n.locks, lock)
+	}
 	o := nodefs.Options{Dir: filepath.Join(c.State, "devices"), Mode: c.MountMode}
 	if !c.ReadAhead {
 		o.ReadAhead = 4096 // a page, the kernel's least
@@ -47,7 +57,7 @@ func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err
 	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{NoReadAhead: !c.ReadAhead}); err != nil {
 		return n, err
 	}
-	reg, err := registryclient.New(registryclient.Options{
+	n.reg, err = registryclient.New(registryclient.Options{
 		HostsDir:    c.HostsDir,
 		Credentials: registryclient.DockerCredentials(),
 		UserAgent:   "streaming-snapshotter/" + version(),
@@ -56,31 +66,38 @@ func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err
 		return n, err
 	}
 	n.images, err = stream.New(stream.Options{
-		Root: c.Root, Registry: reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.std(),
+		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.std(),
 	})
 	return n, err
 }
 
-// close unmounts everything, then lets go of the cache.
+// close unmounts everything, then lets go of the files.
 func (n *node) close() error {
 	var errs []error
+	if n.images != nil {
+		errs = append(errs, n.images.Close())
+	}
 	if n.mounts != nil {
 		errs = append(errs, n.mounts.Close())
 	}
 	if n.cache != nil {
 		errs = append(errs, n.cache.Close())
 	}
+	if n.reg != nil {
+		errs = append(errs, n.reg.Close())
+	}
+	for _, f := range n.locks {
+		errs = append(errs, f.Close())
+	}
 	return errors.Join(errs...)
 }
+
+// stopTimeout bounds the wait for calls in progress when the daemon stops: below the 10 s that a container gets to stop.
+const stopTimeout = 5 * time.Second
 
 func serve(ctx context.Context, c config) (err error) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel}))
 	slog.SetDefault(log)
-	unlock, err := lockRoot(c.Root)
-	if err != nil {
-		return err
-	}
-	defer unlock()
 	n, err := newNode(c, c.Stream.allow)
 	if err != nil {
 		return err
@@ -103,6 +120,9 @@ func serve(ctx context.Context, c config) (err error) {
 	go func() {
 		defer close(stopped)
 		<-ctx.Done()
+		n.images.Close() // pulls that wait for a search go on as normal ones
+		hurry := time.AfterFunc(stopTimeout, server.Stop)
+		defer hurry.Stop()
 		server.GracefulStop()
 	}()
 	if err := server.Serve(l); err != nil {
@@ -112,57 +132,48 @@ func serve(ctx context.Context, c config) (err error) {
 	return nil
 }
 
-// lockRoot keeps a second daemon off the same root. The lock ends with the process.
-func lockRoot(root string) (unlock func(), err error) {
-	if err := os.MkdirAll(root, 0o700); err != nil {
+// lockDir creates dir and keeps a second process off it. The lock ends with the process.
+func lockDir(dir string) (*os.File, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(filepath.Join(root, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, err
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("root %s is used by another streaming-snapshotter: %w", root, err)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("%s is in use by another streaming-snapshotter", dir)
+		}
+		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
-	return func() { f.Close() }, nil
+	return f, nil
 }
 
-// listen replaces a socket that a dead daemon left: the lock on the root says that none is alive.
+// listen replaces a socket that a dead daemon left, and nothing else.
 func listen(address string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
 		return nil, err
 	}
-	if err := os.Remove(address); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, err
+	if st, err := os.Lstat(address); err == nil {
+		if st.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("address %s exists and is no socket", address)
+		}
+		if conn, err := net.Dial("unix", address); err == nil {
+			conn.Close()
+			return nil, fmt.Errorf("address %s is served by another process", address)
+		}
+		if err := os.Remove(address); err != nil {
+			return nil, err
+		}
 	}
 	l, err := net.Listen("unix", address)
 	if err != nil {
 		return nil, err
 	}
-	return l, os.Chmod(address, 0o600)
-}
-
-func check(c config, w io.Writer) error {
-	dir, err := os.MkdirTemp("", "streaming-snapshotter-check-")
-	if err != nil {
-		return err
+	if err := os.Chmod(address, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
 	}
-	defer os.RemoveAll(dir)
-	s, err := nodefs.New(nodefs.Options{Dir: filepath.Join(dir, "devices"), Mode: c.MountMode})
-	if err != nil {
-		return err
-	}
-	mode, why := s.Mode()
-	fmt.Fprintf(w, "mount mode: %s\n", mode)
-	if why != "" {
-		fmt.Fprintf(w, "not taken: %s\n", why)
-	}
-	if len(c.Stream) == 0 {
-		fmt.Fprintln(w, "stream: nothing is listed in the configuration: every image is pulled in the normal way")
-	}
-	for _, p := range c.Stream {
-		fmt.Fprintf(w, "stream: %s\n", p)
-	}
-	return s.Close()
+	return l, nil
 }

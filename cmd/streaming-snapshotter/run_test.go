@@ -1,0 +1,343 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/errdefs"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// asCommand makes the test's executable the command.
+const asCommand = "STREAMING_SNAPSHOTTER_TEST_AS_COMMAND"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asCommand) != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// process is the command, running.
+type process struct {
+	*exec.Cmd
+	t      *testing.T
+	stderr bytes.Buffer
+	stdout *bufio.Reader
+	tmp    string // its TMPDIR
+	exited chan error
+}
+
+func start(t *testing.T, args ...string) *process {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	p := &process{Cmd: exec.Command(os.Args[0], args...), t: t, tmp: t.TempDir(), exited: make(chan error, 1)}
+	p.Env = append(os.Environ(), asCommand+"=1", "TMPDIR="+p.tmp)
+	p.Stderr = &p.stderr
+	out, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.stdout, p.Stdout = bufio.NewReader(out), w
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	go func() { p.exited <- p.Wait() }()
+	t.Cleanup(func() {
+		p.Process.Kill() // fails if it has ended
+		p.wait()
+		out.Close()
+	})
+	return p
+}
+
+// wait waits for the end of the process and returns its error. It may be called again.
+func (p *process) wait() error {
+	p.t.Helper()
+	select {
+	case err := <-p.exited:
+		p.exited <- err
+		return err
+	case <-time.After(60 * time.Second):
+		p.t.Fatalf("%s does not end", p.Args)
+		return nil
+	}
+}
+
+func (p *process) signal(s os.Signal) {
+	p.t.Helper()
+	if err := p.Process.Signal(s); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// wantFailure waits for the end, which must come with all of texts on standard error, and with nothing left behind.
+func (p *process) wantFailure(texts ...string) {
+	p.t.Helper()
+	if err := p.wait(); err == nil {
+		p.t.Errorf("%s: succeeded, want an error", p.Args)
+	}
+	for _, text := range texts {
+		if !strings.Contains(p.stderr.String(), text) {
+			p.t.Errorf("%s: want %q in\n%s", p.Args, text, &p.stderr)
+		}
+	}
+	p.wantNothingLeft()
+}
+
+func (p *process) wantNothingLeft() {
+	p.t.Helper()
+	if left, err := os.ReadDir(p.tmp); err != nil || len(left) != 0 {
+		p.t.Errorf("%s: left in TMPDIR: %v, %v", p.Args, left, err)
+	}
+}
+
+func writeConfig(t *testing.T, root, state, address string) string {
+	t.Helper()
+	file := filepath.Join(t.TempDir(), "config.toml")
+	text := fmt.Sprintf("root = %q\nstate = %q\naddress = %q\nhosts_dir = ''\n", root, state, address)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
+
+// serving starts the daemon and waits until it serves.
+func serving(t *testing.T, config, address string) *process {
+	t.Helper()
+	p := start(t, "serve", "--config", config)
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		conn, err := net.Dial("unix", address)
+		if err == nil {
+			conn.Close()
+			return p
+		}
+		if time.Now().After(deadline) {
+			p.Process.Kill()
+			p.wait()
+			t.Fatalf("the daemon does not serve: %v\n%s", err, &p.stderr)
+		}
+	}
+}
+
+func TestServe(t *testing.T) {
+	dir := t.TempDir()
+	root, state := filepath.Join(dir, "root"), filepath.Join(dir, "state")
+	address := filepath.Join(state, "s.sock")
+	config := writeConfig(t, root, state, address)
+	t.Cleanup(func() { // what the killed daemon leaves
+		for unix.Unmount(filepath.Join(state, "devices"), unix.MNT_DETACH) == nil {
+		}
+	})
+	p := serving(t, config, address)
+	start(t, "serve", "--config", config).wantFailure(root + " is in use by another")
+	start(t, "serve", "--config", writeConfig(t, root+"2", state, address+"2")).wantFailure(state + " is in use by another")
+	start(t, "serve", "--config", writeConfig(t, root+"2", state+"2", address)).wantFailure(address + " is served by another")
+
+	// Killed, it leaves its lock, its socket and its mount. Its successor goes on with them.
+	p.signal(unix.SIGKILL)
+	p.wait()
+	p = serving(t, config, address)
+	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
+	if _, err := sn.Stat(context.Background(), "nothing"); !errdefs.IsNotFound(err) {
+		t.Errorf("got %v, want ErrNotFound", err)
+	}
+	p.signal(unix.SIGTERM) // while a client is connected
+	if err := p.wait(); err != nil {
+		t.Errorf("%v\n%s", err, &p.stderr)
+	}
+	if _, err := os.Lstat(address); !os.IsNotExist(err) {
+		t.Errorf("the socket: %v, want it gone", err)
+	}
+	p.wantNothingLeft()
+}
+
+func TestListen(t *testing.T) {
+	address := filepath.Join(t.TempDir(), "sub", "s.sock")
+	l, err := listen(address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := listen(address); err == nil {
+		t.Error("the socket of a living process was taken")
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.Close()
+	l, err = listen(address)
+	if err != nil {
+		t.Fatalf("the socket of a dead process: %v", err)
+	}
+	l.Close()
+	if err := os.WriteFile(address, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := listen(address); err == nil {
+		t.Error("a file was replaced")
+	}
+}
+
+// push pushes an image of two layers for this machine's architecture.
+func push(t *testing.T, ref string) {
+	t.Helper()
+	img, err := random.Image(10_000, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cf, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cf = cf.DeepCopy()
+	cf.OS, cf.Architecture = "linux", runtime.GOARCH
+	if img, err = mutate.ConfigFile(img, cf); err != nil {
+		t.Fatal(err)
+	}
+	r, err := name.ParseReference(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(r, img); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func convert(t *testing.T, ref string) {
+	t.Helper()
+	p, r, err := converter.Open(ref, converter.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := converter.Create(context.Background(), p, r, converter.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestMount(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	ref := reg.Host() + "/app:v1"
+	push(t, ref)
+	convert(t, ref)
+	dir := t.TempDir()
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	for _, at := range []string{dir, link} {
+		p := start(t, "mount", ref, at)
+		line, err := p.stdout.ReadString('\n')
+		if err != nil || !strings.Contains(line, ref) {
+			p.wait()
+			t.Fatalf("got %q, %v\n%s", line, err, &p.stderr)
+		}
+		if files, err := os.ReadDir(dir); err != nil || len(files) != 2 {
+			t.Errorf("mounted: %v, %v, want two files", files, err)
+		}
+		start(t, "mount", ref, at).wantFailure("mounted there already")
+		p.signal(os.Interrupt)
+		if err := p.wait(); err != nil {
+			t.Errorf("%v\n%s", err, &p.stderr)
+		}
+		p.wantNothingLeft()
+		if mounted, err := mountinfo.Mounted(dir); err != nil || mounted {
+			t.Errorf("still mounted: %v, %v", mounted, err)
+		}
+	}
+}
+
+func TestMountFailures(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	plain := reg.Host() + "/plain:v1"
+	push(t, plain)
+	dir := t.TempDir()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cases := map[string]struct {
+		args []string
+		want []string
+	}{
+		"no arguments":    {nil, []string{"mount REF DIR"}},
+		"bad reference":   {[]string{"::", dir}, []string{`"::"`}},
+		"no such image":   {[]string{reg.Host() + "/gone", dir}, []string{"/gone", "404"}},
+		"no artifact":     {[]string{plain, dir}, []string{plain, "no streaming artifact", "streamctl create"}},
+		"no such dir":     {[]string{plain, dir + "/gone"}, []string{dir + "/gone", "no such file"}},
+		"not a directory": {[]string{plain, file}, []string{file, "not a directory"}},
+		"bad platform":    {[]string{plain, dir, "--platform", "a/b/c/d"}, []string{"--platform"}},
+		"bad mode":        {[]string{plain, dir, "--mount-mode", "magic"}, []string{"magic", "loop"}},
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			start(t, append([]string{"mount"}, c.args...)...).wantFailure(c.want...)
+		})
+	}
+}
+
+// Interrupted while the registry does not answer, it ends at once and leaves nothing.
+func TestMountInterrupted(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	ref := reg.Host() + "/app:v1"
+	push(t, ref)
+	convert(t, ref)
+	for name, what := range map[string]func(*http.Request) bool{
+		"resolving":    registrytest.Manifests,
+		"searching":    registrytest.Referrers,
+		"index wanted": registrytest.Blobs,
+	} {
+		t.Run(name, func(t *testing.T) {
+			asked := make(chan struct{}, 1)
+			defer reg.Inject(what, -1, func(r *registrytest.Registry, next http.Handler) http.Handler {
+				select {
+				case asked <- struct{}{}:
+				default:
+				}
+				return registrytest.Stall(-1)(r, next)
+			})()
+			p := start(t, "mount", ref, t.TempDir())
+			select {
+			case <-asked:
+			case <-time.After(30 * time.Second):
+				t.Fatal("it asks for nothing")
+			}
+			began := time.Now()
+			p.signal(os.Interrupt)
+			p.wantFailure("interrupted")
+			if took := time.Since(began); took > 5*time.Second {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+}
