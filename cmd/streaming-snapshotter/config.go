@@ -22,8 +22,7 @@ import (
 
 // config is the configuration file. It is decoded over the defaults, so a zero can be said; a key that is not here is an error.
 type config struct {
-	Root           string      `toml:"root" comment:"Snapshots, the records of streamed images and the chunk cache. On a local file system."`
-	State          string      `toml:"state" comment:"What does not outlive a reboot: the FUSE mount of the data devices."`
+	Root           string      `toml:"root" comment:"Snapshots, the records of streamed images, the chunk cache and the FUSE mount of the data devices. On a local file system."`
 	Address        string      `toml:"address" comment:"Unix socket of the snapshots service: the address in containerd's proxy_plugins."`
 	MountMode      nodefs.Mode `toml:"mount_mode" comment:"auto (the first that works here), file, loop or tree."`
 	Stream         patterns    `toml:"stream" comment:"Repositories to stream from: HOST/REPOSITORY, each part a glob; a last part of * stands for everything below.\nSnapshots are shared by chain ID: list only what you would let provide the base layers of every image. Nothing is listed by default."`
@@ -36,7 +35,6 @@ type config struct {
 func defaults() config {
 	return config{
 		Root:           "/var/lib/streaming-snapshotter",
-		State:          "/run/streaming-snapshotter",
 		Address:        "/run/streaming-snapshotter/snapshotter.sock",
 		MountMode:      nodefs.ModeAuto,
 		Stream:         patterns{},
@@ -91,7 +89,7 @@ func tomlError(err error) string {
 }
 
 func (c *config) validate() error {
-	for _, p := range []struct{ key, path string }{{"root", c.Root}, {"state", c.State}, {"address", c.Address}} {
+	for _, p := range []struct{ key, path string }{{"root", c.Root}, {"address", c.Address}} {
 		if !filepath.IsAbs(p.path) {
 			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
 		}

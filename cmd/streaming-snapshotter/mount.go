@@ -50,8 +50,7 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	c.State = tmp
-	if c.Root = filepath.Join(tmp, "root"); o.cache != "" {
+	if c.Root = tmp; o.cache != "" {
 		if c.Root, err = filepath.Abs(o.cache); err != nil {
 			return err
 		}

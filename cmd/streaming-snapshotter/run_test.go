@@ -120,10 +120,10 @@ func (p *process) wantNothingLeft() {
 	}
 }
 
-func writeConfig(t *testing.T, root, state, address string) string {
+func writeConfig(t *testing.T, root, address string) string {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "config.toml")
-	text := fmt.Sprintf("root = %q\nstate = %q\naddress = %q\nhosts_dir = ''\n", root, state, address)
+	text := fmt.Sprintf("root = %q\naddress = %q\nhosts_dir = ''\n", root, address)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -150,17 +150,13 @@ func serving(t *testing.T, config, address string) *process {
 
 func TestServe(t *testing.T) {
 	dir := t.TempDir()
-	root, state := filepath.Join(dir, "root"), filepath.Join(dir, "state")
-	address := filepath.Join(state, "s.sock")
-	config := writeConfig(t, root, state, address)
-	t.Cleanup(func() { // what the killed daemon leaves
-		for unix.Unmount(filepath.Join(state, "devices"), unix.MNT_DETACH) == nil {
-		}
-	})
+	root, address := filepath.Join(dir, "root"), filepath.Join(dir, "run", "s.sock")
+	config := writeConfig(t, root, address)
+	devices := filepath.Join(root, "devices")
+	t.Cleanup(func() { unix.Unmount(devices, unix.MNT_DETACH) }) // if the test fails between two daemons
 	p := serving(t, config, address)
 	start(t, "serve", "--config", config).wantFailure(root + " is in use by another")
-	start(t, "serve", "--config", writeConfig(t, root+"2", state, address+"2")).wantFailure(state + " is in use by another")
-	start(t, "serve", "--config", writeConfig(t, root+"2", state+"2", address)).wantFailure(address + " is served by another")
+	start(t, "serve", "--config", writeConfig(t, root+"2", address)).wantFailure(address + " is served by another")
 
 	// Killed, it leaves its lock, its socket and its mount. Its successor goes on with them.
 	p.signal(unix.SIGKILL)
@@ -183,6 +179,50 @@ func TestServe(t *testing.T) {
 		t.Errorf("the socket: %v, want it gone", err)
 	}
 	p.wantNothingLeft()
+	if mounted, err := mountinfo.Mounted(devices); err != nil || mounted {
+		t.Errorf("the killed daemon's mount is still there: %v, %v", mounted, err)
+	}
+}
+
+// A root on overlayfs, on which file-backed EROFS cannot be: serve and mount choose another way, and check says so.
+func TestRootOnOverlay(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	for _, d := range []string{"lower", "upper", "work", "merged"} {
+		if err := os.Mkdir(filepath.Join(dir, d), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	merged := filepath.Join(dir, "merged")
+	if err := unix.Mount("overlay", merged, "overlay", 0, fmt.Sprintf("lowerdir=%s/lower,upperdir=%s/upper,workdir=%s/work", dir, dir, dir)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(merged, unix.MNT_DETACH) })
+	reg := registrytest.Start(t, registrytest.Options{})
+	ref := reg.Host() + "/app:v1"
+	push(t, ref)
+	convert(t, ref)
+	p := start(t, "mount", "--cache", filepath.Join(merged, "cache"), ref, t.TempDir())
+	line, err := p.stdout.ReadString('\n')
+	if err != nil {
+		p.wait()
+		t.Fatalf("mount: %v\n%s", err, &p.stderr)
+	}
+	p.signal(os.Interrupt)
+	if err := p.wait(); err != nil {
+		t.Errorf("%v\n%s", err, &p.stderr)
+	}
+	p = start(t, "check", "--config", writeConfig(t, filepath.Join(merged, "root"), "/none"))
+	said, err := p.stdout.ReadString('\n')
+	if err != nil || p.wait() != nil {
+		t.Fatalf("check: %v\n%s", err, &p.stderr)
+	}
+	_, mode, _ := strings.Cut(strings.TrimSpace(said), "mount mode: ")
+	if mode == "" || !strings.Contains(line, "("+mode+" mode") {
+		t.Errorf("check says %q, mount %q", said, line)
+	}
 }
 
 func TestListen(t *testing.T) {

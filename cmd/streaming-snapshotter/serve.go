@@ -8,7 +8,6 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -25,14 +24,14 @@ import (
 
 // node is everything below the snapshotter, plugged together.
 type node struct {
-	locks  []*os.File
+	lock   *os.File // of root
 	mounts *nodefs.Server
 	cache  *cache.Cache
 	reg    *registryclient.Client
 	images *stream.Store
 }
 
-// newNode opens the node's parts with their files in root and state. allow is nil to stream from everywhere.
+// newNode opens the node's parts with their files in root. allow is nil to stream from everywhere.
 func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err error) {
 	n = &node{}
 	defer func() {
@@ -40,14 +39,14 @@ func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err
 			err = errors.Join(err, n.close())
 		}
 	}()
-	for _, dir := range slices.Compact([]string{c.Root, c.State}) {
-		lock, err := lockDir(dir)
-		if err != nil {
-			return n, err
-		}
-		n.locks = append(n.locks, lock)
+	if n.lock, err = lockDir(c.Root); err != nil {
+		return n, err
 	}
-	o := nodefs.Options{Dir: filepath.Join(c.State, "devices"), Mode: c.MountMode}
+	// In root, so that the way to mount is tried on the file system where the metadata images are.
+	o := nodefs.Options{Dir: filepath.Join(c.Root, "devices"), Mode: c.MountMode}
+	for unix.Unmount(o.Dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
+		// A daemon that was killed left it; none is alive that has the lock.
+	}
 	if !c.ReadAhead {
 		o.ReadAhead = 4096 // a page, the kernel's least
 	}
@@ -86,8 +85,8 @@ func (n *node) close() error {
 	if n.reg != nil {
 		errs = append(errs, n.reg.Close())
 	}
-	for _, f := range n.locks {
-		errs = append(errs, f.Close())
+	if n.lock != nil {
+		errs = append(errs, n.lock.Close())
 	}
 	return errors.Join(errs...)
 }

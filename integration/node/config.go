@@ -52,7 +52,6 @@ disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.tracing.processor
 
 const snapshotterConfig = `address = "DIR/run/s.sock"
 root = "DIR/s"
-state = "DIR/run/s"
 hosts_dir = "DIR/certs.d"
 mount_mode = %q
 stream = [%s]
