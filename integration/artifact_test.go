@@ -59,7 +59,7 @@ func TestArtifactIsAnImage(t *testing.T) {
 	registry := startRegistry(t, registrytest.Options{})
 	ref := registry.Host() + "/app:v1"
 	img := pushSmall(t, ref, 20)
-	run(t, "streamctl", "create", ref)
+	run(t, "streamctl", "create", "--record", "", ref)
 	_, dgst, _ := artifactOf(t, registry, "app")
 	byDigest := registry.Host() + "/app@" + dgst
 
@@ -137,7 +137,7 @@ func TestDockerRegistry(t *testing.T) {
 	n := startNode(t, node.Options{Stream: []string{proxy.Addr() + "/team/*"}})
 	ref := proxy.Addr() + "/team/app:v1"
 	img := pushSmall(t, ref, 30)
-	run(t, "streamctl", "create", ref)
+	run(t, "streamctl", "create", "--record", "", ref)
 	run(t, "streamctl", "verify", ref)
 
 	before := proxy.Count()

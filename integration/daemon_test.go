@@ -24,7 +24,7 @@ func TestMountCommand(t *testing.T) {
 	registry := startRegistry(t, registrytest.Options{})
 	ref := registry.Host() + "/app:v1"
 	pushSmall(t, ref, 40)
-	run(t, "streamctl", "create", ref)
+	run(t, "streamctl", "create", "--record", "", ref)
 	begin := time.Now()
 	want := walkContainer(t, startNode(t, node.Options{Pull: node.Plain}), ref)
 	untimed := unpackTimes(want, begin)
@@ -75,7 +75,7 @@ func TestRestart(t *testing.T) {
 	registry := startRegistry(t, registrytest.Options{})
 	ref := registry.Host() + "/app:v1"
 	pushSmall(t, ref, 50)
-	run(t, "streamctl", "create", ref)
+	run(t, "streamctl", "create", "--record", "", ref)
 	for _, mode := range modes {
 		t.Run(mode, func(t *testing.T) {
 			n := startNode(t, node.Options{Mode: mode, Stream: []string{registry.Host() + "/*"}})

@@ -76,7 +76,7 @@ func TestEquality(t *testing.T) {
 			} else {
 				pushLayout(t, ref, name)
 			}
-			run(t, "streamctl", "create", ref)
+			run(t, "streamctl", "create", "--record", "", ref)
 			begin := time.Now()
 			want := walkContainer(t, plain, ref)
 			untimed := unpackTimes(want, begin)

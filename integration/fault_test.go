@@ -29,7 +29,7 @@ func TestFallback(t *testing.T) {
 	host := registry.Host()
 	inject := func(match func(*http.Request) bool, f registrytest.Fault) func(*testing.T, string) {
 		return func(t *testing.T, repo string) {
-			run(t, "streamctl", "create", host+"/"+repo+":v1")
+			run(t, "streamctl", "create", "--record", "", host+"/"+repo+":v1")
 			t.Cleanup(registry.Inject(func(r *http.Request) bool { return snapshotters(r) && match(r) }, -1, f))
 		}
 	}
@@ -39,7 +39,7 @@ func TestFallback(t *testing.T) {
 		spoil func(t *testing.T, repo string)
 	}{
 		{"no artifact", "team/app", func(*testing.T, string) {}},
-		{"not listed", "others/app", func(t *testing.T, repo string) { run(t, "streamctl", "create", host+"/"+repo+":v1") }},
+		{"not listed", "others/app", func(t *testing.T, repo string) { run(t, "streamctl", "create", "--record", "", host+"/"+repo+":v1") }},
 		{"referrers fail", "team/app", inject(registrytest.Referrers, registrytest.Status(http.StatusInternalServerError))},
 		{"referrers forbidden", "team/app", inject(registrytest.Referrers, registrytest.Status(http.StatusForbidden))},
 		{"referrers are no index", "team/app", inject(registrytest.Referrers, registrytest.Answer(ocispec.MediaTypeImageIndex, `[1, 2`))},
@@ -102,7 +102,7 @@ func TestRefused(t *testing.T) {
 	push(t, ref, func(dir string, guest []byte) (v1.Image, error) {
 		return ociimage.OldGNUSparse(t.Context(), dir, guest)
 	})
-	out, err := tryRun(t, "streamctl", "create", ref)
+	out, err := tryRun(t, "streamctl", "create", "--record", "", ref)
 	t.Logf("streamctl create: %s, %v", out, err) // it may refuse, too
 	err = n.Pull(t.Context(), ref)
 	if want := "unhandled tar header type 83"; err == nil || !strings.Contains(err.Error(), want) {
@@ -116,7 +116,7 @@ func ranged(r *http.Request) bool { return r.Header.Get("Range") != "" }
 // replaceArtifact converts the image and then replaces the artifact's manifest by one that change has changed.
 func replaceArtifact(t *testing.T, registry *registrytest.Registry, repo string, change func(*ocispec.Manifest)) {
 	t.Helper()
-	run(t, "streamctl", "create", registry.Host()+"/"+repo+":v1")
+	run(t, "streamctl", "create", "--record", "", registry.Host()+"/"+repo+":v1")
 	_, dgst, raw := artifactOf(t, registry, repo)
 	var m ocispec.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil {
@@ -147,7 +147,7 @@ func TestVerification(t *testing.T) {
 			n := startNode(t, node.Options{Mode: mode, Stream: []string{registry.Host() + "/*"}})
 			ref := registry.Host() + "/app:v1"
 			pushSmall(t, ref, seed)
-			run(t, "streamctl", "create", ref)
+			run(t, "streamctl", "create", "--record", "", ref)
 			m, _, _ := artifactOf(t, registry, "app")
 			layer := m.Layers[1]
 			blob := filepath.Join(dir, "sha256", layer.Digest.Encoded())

@@ -19,7 +19,7 @@ func TestOverFetch(t *testing.T) {
 	pause, ref := registry.Host()+"/pause:1", registry.Host()+"/go:1"
 	pushPause(t, pause)
 	push(t, ref, func(dir string, _ []byte) (v1.Image, error) { return ociimage.Go(context.Background(), dir) })
-	run(t, "streamctl", "create", ref)
+	run(t, "streamctl", "create", "--record", "", ref)
 	fetched := func(config string) int64 {
 		n := startNode(t, node.Options{Pause: pause, Stream: []string{registry.Host() + "/*"}, Config: config})
 		if err := n.Pull(t.Context(), ref); err != nil {

@@ -42,7 +42,7 @@ func TestPull(t *testing.T) {
 						if platforms == "index" {
 							dgst = pushIndex(t, tag, img)
 						}
-						run(t, "streamctl", "create", tag)
+						run(t, "streamctl", "create", "--record", "", tag)
 						ref := tag
 						if by == "digest" {
 							ref = strings.TrimSuffix(tag, ":v1") + "@" + dgst
@@ -206,7 +206,7 @@ func TestCtrWithLocalPull(t *testing.T) {
 	n := startNode(t, node.Options{Pull: node.Local, Stream: []string{registry.Host() + "/*"}})
 	ref := registry.Host() + "/app:v1"
 	pushSmall(t, ref, 7)
-	run(t, "streamctl", "create", ref)
+	run(t, "streamctl", "create", "--record", "", ref)
 	if _, err := n.Ctr(t.Context(), "images", "pull", "--local", "--snapshotter", n.Snapshotter(), "--plain-http", ref); err != nil {
 		t.Fatal(err)
 	}
@@ -239,7 +239,7 @@ func TestRoundTrips(t *testing.T) {
 				push(t, ref, func(dir string, guest []byte) (v1.Image, error) {
 					return ociimage.Layers(dir, guest, c.layers, uint64(i))
 				})
-				run(t, "streamctl", "create", ref)
+				run(t, "streamctl", "create", "--record", "", ref)
 				remove := registry.Inject(snapshotters, -1, registrytest.Delay(delay))
 				pullStreamed(t, registry, n, ref)
 				remove()

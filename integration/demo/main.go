@@ -73,7 +73,7 @@ func run(ctx context.Context, o options) error {
 		return err
 	}
 	say("convert: streamctl create %s", repo)
-	create := exec.CommandContext(ctx, "streamctl", "create", repo)
+	create := exec.CommandContext(ctx, "streamctl", "create", "--record", "", repo)
 	create.Stdout, create.Stderr = os.Stdout, os.Stderr
 	if err := create.Run(); err != nil {
 		return fmt.Errorf("streamctl create: %w", err)
