@@ -167,11 +167,27 @@ func (s *Snapshotter) commitStreamed(ctx context.Context, key, parent, image str
 		return errors.Join(err, s.Cleanup(context.WithoutCancel(ctx)))
 	}
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	for _, sn := range made {
 		s.streamed[sn.id] = sn
 	}
-	return nil
+	s.mu.Unlock()
+	return s.dropGone(ctx, made)
+}
+
+// dropGone drops those of made that were removed between their transaction and their being noted, when Remove did not find them: a
+// containerd that gave up its Prepare may collect at once what that goes on to make.
+func (s *Snapshotter) dropGone(ctx context.Context, made []*streamedSnapshot) error {
+	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		for _, sn := range made {
+			_, _, _, err := storage.GetInfo(ctx, sn.name)
+			if errdefs.IsNotFound(err) {
+				s.dropStreamed(sn.id)
+			} else if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 func (s *Snapshotter) commitOne(ctx context.Context, sn *streamedSnapshot) error {
