@@ -8,6 +8,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -260,4 +261,27 @@ func (n *testNode) prepareStreamed(img testImage, i int, parent string) string {
 		n.t.Fatalf("layer %d: no committed snapshot answers containerd's filter %s", i, filter)
 	}
 	return name
+}
+
+// untar unpacks regular files and directories.
+func untar(t testing.TB, root string, b []byte) {
+	t.Helper()
+	for r := tar.NewReader(bytes.NewReader(b)); ; {
+		h, err := r.Next()
+		if err == io.EOF {
+			return
+		}
+		path := filepath.Join(root, h.Name)
+		if err == nil && h.Typeflag == tar.TypeDir {
+			err = os.MkdirAll(path, 0o755)
+		} else if err == nil {
+			var body []byte
+			if body, err = io.ReadAll(r); err == nil {
+				err = os.WriteFile(path, body, 0o644)
+			}
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
 }
