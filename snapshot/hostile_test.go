@@ -128,3 +128,21 @@ func TestManyRefusedArtifacts(t *testing.T) {
 		t.Errorf("got %v, want some reasons and the number of the others", err)
 	}
 }
+
+// A registry that does not answer holds a normal pull up once, not at each of its layers.
+func TestStallsOnce(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	n.reg.Inject(registrytest.Referrers, -1, registrytest.Stall(-1))
+	n.reg.Reset()
+	for i := range 3 {
+		if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); err == nil {
+			t.Fatalf("search %d found what could not be read", i)
+		}
+	}
+	searches, _ := n.reg.Count(func(q registrytest.Request) bool { return strings.Contains(q.Path, "/manifests/") })
+	if searches != 1 {
+		t.Errorf("%d searches, want 1", searches)
+	}
+}

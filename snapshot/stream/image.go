@@ -222,8 +222,10 @@ func (d *device) readLayer(ctx context.Context, i int, p []byte, off int64) (int
 		in := p[:min(int64(len(p)), size-off)]
 		var err error
 		if n, err = d.layers[i].ReadAt(ctx, in, off); n < len(in) {
-			if err == nil || errors.Is(err, io.EOF) {
+			if err == nil {
 				err = io.ErrUnexpectedEOF
+			} else if errors.Is(err, io.EOF) { // a connection's: not to be taken for the end of the device
+				err = fmt.Errorf("%w: %v", io.ErrUnexpectedEOF, err)
 			}
 			return n, err
 		}

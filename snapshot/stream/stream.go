@@ -72,7 +72,8 @@ type Options struct {
 	Allow func(repo registryclient.Repository) bool
 	// Timeout bounds a search for an artifact, so that a pull never waits long for what may not be there. 0 is 15 s.
 	Timeout time.Duration
-	// RetryAfter is how long a failed search stands, so that the layers of one normal pull do not ask again. 0 is 10 s.
+	// RetryAfter is how long a failed search stands, so that the layers of one normal pull do not ask again. One that took long stands for
+	// longer. 0 is 10 s.
 	RetryAfter time.Duration
 }
 
@@ -208,6 +209,7 @@ func (s *Store) stale(q *search) bool {
 func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 	defer close(q.done)
 	defer q.cancel()
+	start := time.Now()
 	var err error
 	q.image, err = s.lookup(ctx, key.repo, key.manifest)
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) && err != nil {
@@ -216,6 +218,9 @@ func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 	if err != nil {
 		q.err = fmt.Errorf("%w: %w", ErrNotStreamable, err)
 		q.expires = time.Now().Add(s.o.RetryAfter)
+		if took := time.Since(start); took > time.Second {
+			q.expires = q.expires.Add(4 * took) // or searches would take most of the time of a normal pull of many layers
+		}
 	}
 }
 
