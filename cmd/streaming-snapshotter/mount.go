@@ -75,7 +75,7 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 	mode, _ := n.mounts.Mode()
 	fmt.Fprintf(o.out, "%s@%s is mounted at %s (%s mode, %d layers); interrupt to unmount\n", o.ref, manifest, o.dir, mode, len(chainIDs))
 	<-ctx.Done()
-	return n.images.Unmount(target)
+	return nil
 }
 
 // mountPoint returns the path of the directory dir without symbolic links. On top of another mount, whoever unmounts would not

@@ -15,7 +15,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
@@ -184,6 +187,76 @@ func TestServe(t *testing.T) {
 	}
 }
 
+// Stopped while containers use its mounts, the daemon ends in time and without an error, and so does its successor.
+func TestServeInUse(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	dir := t.TempDir()
+	address := filepath.Join(dir, "s.sock")
+	config := writeConfig(t, filepath.Join(dir, "root"), address)
+	t.Cleanup(func() { unix.Unmount(filepath.Join(dir, "root", "devices"), unix.MNT_DETACH) }) // if the test fails
+	f, err := os.OpenFile(config, os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := fmt.Fprintf(f, "stream = ['%s/*']\n", reg.Host()); err != nil {
+		t.Fatal(err)
+	}
+	p := serving(t, config, address)
+	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
+	ctx := context.Background()
+	for _, app := range []string{"one", "two", "three"} {
+		ref := reg.Host() + "/" + app
+		manifest, diffIDs := push(t, ref)
+		convert(t, ref)
+		_, err := sn.Prepare(ctx, app, "", snapshots.WithLabels(map[string]string{
+			snapshots.LabelSnapshotRef: diffIDs[0], snapshotters.TargetRefLabel: ref, snapshotters.TargetManifestDigestLabel: manifest,
+		}))
+		if !errdefs.IsAlreadyExists(err) {
+			t.Fatalf("Prepare: got %v, want ErrAlreadyExists\n%s", err, &p.stderr)
+		}
+		top := ""
+		if err := sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+			if info.Parent != "" && strings.Contains(info.Name, app) {
+				top = info.Name
+			}
+			return nil
+		}); err != nil {
+			t.Fatal(err)
+		}
+		mounts, err := sn.Prepare(ctx, app+" container", top)
+		if err != nil {
+			t.Fatal(err)
+		}
+		container := t.TempDir()
+		if err := mount.All(mounts, container); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(container, unix.MNT_DETACH) })
+		if files, err := os.ReadDir(container); err != nil || len(files) != 2 {
+			t.Fatalf("container: %v, %v, want two files", files, err)
+		}
+	}
+	for i := range 2 {
+		if i > 0 {
+			p = serving(t, config, address)
+		}
+		began := time.Now()
+		p.signal(unix.SIGTERM)
+		if err := p.wait(); err != nil {
+			t.Errorf("%v\n%s", err, &p.stderr)
+		}
+		if took := time.Since(began); took > 10*time.Second {
+			t.Errorf("took %v", took)
+		}
+	}
+}
+
 // A root on overlayfs, on which file-backed EROFS cannot be: serve and mount choose another way, and check says so.
 func TestRootOnOverlay(t *testing.T) {
 	if os.Geteuid() != 0 {
@@ -250,7 +323,7 @@ func TestListen(t *testing.T) {
 }
 
 // push pushes an image of two layers for this machine's architecture.
-func push(t *testing.T, ref string) {
+func push(t *testing.T, ref string) (manifest string, diffIDs []string) {
 	t.Helper()
 	img, err := random.Image(10_000, 2)
 	if err != nil {
@@ -272,6 +345,14 @@ func push(t *testing.T, ref string) {
 	if err := remote.Write(r, img); err != nil {
 		t.Fatal(err)
 	}
+	dgst, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range cf.RootFS.DiffIDs {
+		diffIDs = append(diffIDs, d.String())
+	}
+	return dgst.String(), diffIDs
 }
 
 func convert(t *testing.T, ref string) {

@@ -101,7 +101,14 @@ func serve(ctx context.Context, c config) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, n.close()) }()
+	defer func() {
+		closeErr := n.close()
+		if errors.Is(closeErr, unix.EBUSY) {
+			log.Warn("containers use streamed images: until they are started again, they read no file that they have not read yet", "error", closeErr)
+			closeErr = nil
+		}
+		err = errors.Join(err, closeErr)
+	}()
 	sn, err := snapshot.New(c.Root, n.images, log)
 	if err != nil {
 		return err
@@ -119,7 +126,7 @@ func serve(ctx context.Context, c config) (err error) {
 	go func() {
 		defer close(stopped)
 		<-ctx.Done()
-		n.images.Close() // pulls that wait for a search go on as normal ones
+		n.images.EndSearches() // pulls that wait for a search go on as normal ones
 		hurry := time.AfterFunc(stopTimeout, server.Stop)
 		defer hurry.Stop()
 		server.GracefulStop()

@@ -23,6 +23,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -124,8 +125,8 @@ func New(o Options) (*Store, error) {
 	return s, s.sweep()
 }
 
-// Close ends all searches and waits for them. What is mounted stays mounted.
-func (s *Store) Close() error {
+// EndSearches fails all calls of Find, those to come too.
+func (s *Store) EndSearches() {
 	s.mu.Lock()
 	s.closed = true
 	for _, q := range s.searches {
@@ -133,7 +134,22 @@ func (s *Store) Close() error {
 	}
 	s.mu.Unlock()
 	s.running.Wait()
-	return nil
+}
+
+// Close ends all searches and unmounts everything. That is done at once, because what is in use takes its time, see Unmount, and a node
+// may have a hundred images in use.
+func (s *Store) Close() error {
+	s.EndSearches()
+	s.mu.Lock()
+	targets := slices.Collect(maps.Keys(s.targets))
+	s.mu.Unlock()
+	errs := make([]error, len(targets))
+	var all sync.WaitGroup
+	for i, target := range targets {
+		all.Go(func() { errs[i] = s.Unmount(target) })
+	}
+	all.Wait()
+	return errors.Join(errs...)
 }
 
 // Find looks for the artifact of the image that ref names and whose platform manifest is manifest. The error wraps
