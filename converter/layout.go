@@ -54,9 +54,27 @@ func notFound(err error) error {
 	return err
 }
 
+// openRegular opens a regular file for reading. Whoever made the layout may have put anything in its place, and to open a FIFO would be
+// to wait for its writer.
+func openRegular(path string) (*os.File, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	st, err := f.Stat()
+	if err == nil && !st.Mode().IsRegular() {
+		err = fmt.Errorf("%s is not a regular file", path)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
 func (l *layout) index() (ocispec.Index, error) {
 	var index ocispec.Index
-	f, err := os.Open(filepath.Join(l.dir, ocispec.ImageIndexFile))
+	f, err := openRegular(filepath.Join(l.dir, ocispec.ImageIndexFile))
 	if err != nil {
 		return index, notFound(err)
 	}
@@ -87,7 +105,7 @@ func (l *layout) Manifest(ctx context.Context, ref string) (ocispec.Descriptor, 
 	if err != nil {
 		return ocispec.Descriptor{}, nil, err
 	}
-	f, err := os.Open(path)
+	f, err := openRegular(path)
 	if err != nil {
 		return ocispec.Descriptor{}, nil, notFound(err)
 	}
@@ -145,7 +163,7 @@ func (l *layout) Blob(ctx context.Context, d ocispec.Descriptor, off int64) (io.
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.Open(path)
+	f, err := openRegular(path)
 	if err != nil {
 		return nil, notFound(err)
 	}

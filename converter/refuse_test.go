@@ -2,8 +2,11 @@ package converter
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -11,6 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
@@ -150,6 +154,46 @@ func TestHostile(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestHostileLayout: a layout may hold anything in the place of its files; none of it is waited for.
+func TestHostileLayout(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "l")
+	p, _ := open(t, "oci:"+dir)
+	d := testImage{layers: layersOf(1, 2)}.put(t, p, "v1")
+	_, raw, err := p.Manifest(t.Context(), "v1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"blobs/sha256/" + m.Layers[1].Digest.Encoded(), "blobs/sha256/" + m.Config.Digest.Encoded(), "blobs/sha256/" + d.Digest.Encoded(), "index.json"} {
+		path = filepath.Join(dir, path)
+		for name, put := range map[string]func() error{
+			"FIFO":      func() error { return unix.Mkfifo(path, 0o600) },
+			"directory": func() error { return os.Mkdir(path, 0o700) },
+			"device":    func() error { return os.Symlink("/dev/zero", path) },
+		} {
+			if err := os.Rename(path, path+".kept"); err != nil {
+				t.Fatal(err)
+			}
+			if err := put(); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := Create(t.Context(), p, "v1", CreateOptions{}); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+				t.Errorf("%s in the place of %s: got %v", name, path, err)
+			}
+			if err := os.Remove(path); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Rename(path+".kept", path); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	create(t, "oci:"+dir+":v1", CreateOptions{})
 }
 
 // TestHostileRegistry: a registry that changes bytes on the way is caught.
