@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -304,4 +305,35 @@ func TestEndSearches(t *testing.T) {
 	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); !errors.Is(err, stream.ErrNotStreamable) {
 		t.Errorf("after Close: got %v, want ErrNotStreamable", err)
 	}
+}
+
+// The record of a newer release is not destroyed by an older one: the image is back with the newer.
+func TestNewerRecord(t *testing.T) {
+	n, _, top := pulled(t)
+	n.stop()
+	records, err := filepath.Glob(filepath.Join(n.root, "images", "*", "image.json"))
+	if err != nil || len(records) != 1 {
+		t.Fatalf("records: %v, %v", records, err)
+	}
+	ours, err := os.ReadFile(records[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := bytes.Replace(ours, []byte(`"version":1`), []byte(`"version":2`), 1)
+	if err := os.WriteFile(records[0], newer, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.start()
+	if _, err := n.sn.Prepare(testContext(), "container", top); err == nil || !strings.Contains(err.Error(), "version 2") {
+		t.Errorf("got %v, want an error that names the version", err)
+	}
+	n.stop()
+	if b, err := os.ReadFile(records[0]); err != nil || !bytes.Equal(b, newer) {
+		t.Errorf("the record: got %q, %v", b, err)
+	}
+	if err := os.WriteFile(records[0], ours, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	n.start()
+	n.wantContainer("container", top)
 }

@@ -287,7 +287,7 @@ func (s *Store) load(id string) (*image, error) {
 	}
 	rec, err := loadRecord(s.imageDir(id))
 	if err != nil {
-		return nil, fmt.Errorf("load streamed image %s: %w", id, err)
+		return nil, fmt.Errorf("load streamed image %s, which must be pulled again if that stays: %w", id, err)
 	}
 	img := &image{store: s, id: id, rec: rec}
 	s.images[id] = img
@@ -325,7 +325,8 @@ func (s *Store) indexPath(blob digest.Digest) string {
 	return filepath.Join(s.o.Root, "indexes", blob.Encoded())
 }
 
-// sweep removes what a killed daemon left half made.
+// sweep removes what a killed daemon left half made. A record that cannot be read stays, as long as snapshots need it: it may be
+// that of a newer release, which comes back.
 func (s *Store) sweep() error {
 	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
 	if err != nil {
@@ -333,7 +334,7 @@ func (s *Store) sweep() error {
 	}
 	for _, d := range dirs {
 		dir := s.imageDir(d.Name())
-		if _, err := loadRecord(dir); err != nil {
+		if _, err := loadRecord(dir); errors.Is(err, os.ErrNotExist) {
 			if err := os.RemoveAll(dir); err != nil {
 				return err
 			}
