@@ -34,7 +34,7 @@ lint:
 	for arch in amd64 arm64; do CGO_ENABLED=0 GOARCH=$$arch go build -o /dev/null ./... || exit; done
 
 bench: build
-	BENCH_HUGE=1 go test -p 1 -run '^$$$$' -bench . -benchmem -timeout 60m ./...
+	BENCH_HUGE=1 go test -p 1 -run '^$$' -bench . -benchmem -timeout 60m ./...
 
 fuzz:
 	@for p in $(UNIT); do for f in $$(go test -list '^Fuzz' $$p | grep ^Fuzz); do \
