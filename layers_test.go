@@ -24,19 +24,20 @@ const (
 
 // layers says for each package which of ours it may import, and what it stays clear of.
 var layers = map[string]struct{ ours, clearOf []string }{
-	"artifact":                    {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
-	"fs/erofs":                    {nil, []string{"net/http", containerd, fuse, ggcr}},
-	"fs/tree":                     {[]string{"artifact", "fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
-	"fs/cache":                    {[]string{"artifact"}, []string{"net/http", containerd, fuse, ggcr}},
-	"fs":                          {[]string{"fs/erofs"}, []string{"net/http", containerd, ggcr}},
-	"registryclient":              {nil, []string{client, fuse}},
-	"snapshot":                    {nil, []string{"net/http", fuse, ggcr}},
-	"snapshot/stream":             {[]string{"artifact", "fs", "fs/cache", "fs/erofs", "fs/tree", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},
-	"converter":                   {[]string{"artifact"}, []string{containerd, fuse}},
-	"cmd/streamctl":               {[]string{"artifact", "converter"}, []string{containerd, fuse}},
-	"cmd/streaming-snapshotter":   {[]string{"fs", "fs/cache", "registryclient", "snapshot", "snapshot/stream"}, []string{ggcr}},
-	"fs/erofs/erofstest":          {[]string{"fs/erofs"}, nil},
-	"registryclient/registrytest": {nil, nil},
+	"artifact":                          {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
+	"fs/erofs":                          {nil, []string{"net/http", containerd, fuse, ggcr}},
+	"fs/tree":                           {[]string{"artifact", "fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
+	"fs/cache":                          {[]string{"artifact"}, []string{"net/http", containerd, fuse, ggcr}},
+	"fs":                                {[]string{"fs/erofs"}, []string{"net/http", containerd, ggcr}},
+	"registryclient":                    {nil, []string{client, fuse}},
+	"snapshot":                          {nil, []string{"net/http", fuse, ggcr}},
+	"snapshot/stream":                   {[]string{"artifact", "fs", "fs/cache", "fs/erofs", "fs/tree", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},
+	"converter":                         {[]string{"artifact"}, []string{containerd, fuse}},
+	"cmd/streamctl":                     {[]string{"artifact", "converter"}, []string{containerd, fuse}},
+	"cmd/streaming-snapshotter/fdstore": {nil, []string{"net/http", containerd, fuse, ggcr}},
+	"cmd/streaming-snapshotter":         {[]string{"cmd/streaming-snapshotter/fdstore", "fs", "fs/cache", "registryclient", "snapshot", "snapshot/stream"}, []string{ggcr}},
+	"fs/erofs/erofstest":                {[]string{"fs/erofs"}, nil},
+	"registryclient/registrytest":       {nil, nil},
 }
 
 func TestImports(t *testing.T) {

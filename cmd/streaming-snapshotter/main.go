@@ -12,6 +12,8 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
 )
 
 // defaultConfig is read if it is there and --config is not given.
@@ -51,7 +53,11 @@ func newCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return serve(cmd.Context(), c)
+				st, err := fdstore.Open()
+				if err != nil {
+					return err
+				}
+				return serve(cmd.Context(), c, st)
 			},
 		},
 		&cobra.Command{
@@ -79,6 +85,7 @@ func newCommand() *cobra.Command {
 			},
 		},
 		newMountCommand(&configFile),
+		newSuperviseCommand(),
 	)
 	return root
 }
@@ -101,6 +108,26 @@ func newMountCommand(configFile *string) *cobra.Command {
 	cmd.Flags().StringVar(&o.platform, "platform", "", "os/arch[/variant] of an index (default: this machine's)")
 	cmd.Flags().StringVar(&o.cache, "cache", "", "directory that keeps what was fetched (default: a temporary one)")
 	cmd.Flags().StringVar(&o.mode, "mount-mode", "", "auto, file, loop or tree (default: the configuration's)")
+	return cmd
+}
+
+func newSuperviseCommand() *cobra.Command {
+	var socket string
+	cmd := &cobra.Command{
+		Use:   "supervise [-- COMMAND ...]",
+		Short: "Keep the descriptors and the socket of a command of this program beyond its life, and run it again when it ends",
+		Long: `Keeps the descriptors and the socket of "serve" beyond its life, and runs it again when it ends, as in
+
+  streaming-snapshotter supervise -- serve
+
+SIGHUP ends the command and runs it again, with the program and the configuration that are there then. SIGTERM and SIGINT end both.
+Without a command it only keeps descriptors, for programs that have the path given by --socket in $` + fdstore.KeeperEnv + `.
+If systemd keeps descriptors for it, it may itself be restarted.`,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return supervise(cmd.Context(), socket, args)
+		},
+	}
+	cmd.Flags().StringVar(&socket, "socket", "", "where to keep descriptors for others (default: a temporary one, for the command)")
 	return cmd
 }
 

@@ -58,10 +58,15 @@ type process struct {
 
 func start(t *testing.T, args ...string) *process {
 	t.Helper()
+	return startProgram(t, os.Args[0], args...)
+}
+
+func startProgram(t *testing.T, program string, args ...string) *process {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("mounting needs root")
 	}
-	p := &process{Cmd: exec.Command(os.Args[0], args...), t: t, tmp: t.TempDir(), exited: make(chan error, 1)}
+	p := &process{Cmd: exec.Command(program, args...), t: t, tmp: t.TempDir(), exited: make(chan error, 1)}
 	p.Env = append(os.Environ(), asCommand+"=1", "TMPDIR="+p.tmp)
 	p.Stderr = &p.stderr
 	out, w, err := os.Pipe()
@@ -298,18 +303,18 @@ func TestRootOnOverlay(t *testing.T) {
 	}
 }
 
-func TestListen(t *testing.T) {
+func TestNewSocket(t *testing.T) {
 	address := filepath.Join(t.TempDir(), "sub", "s.sock")
-	l, err := listen(address)
+	l, err := newSocket(address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listen(address); err == nil {
+	if _, err := newSocket(address); err == nil {
 		t.Error("the socket of a living process was taken")
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.SetUnlinkOnClose(false)
 	l.Close()
-	l, err = listen(address)
+	l, err = newSocket(address)
 	if err != nil {
 		t.Fatalf("the socket of a dead process: %v", err)
 	}
@@ -317,7 +322,7 @@ func TestListen(t *testing.T) {
 	if err := os.WriteFile(address, []byte("precious"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := listen(address); err == nil {
+	if _, err := newSocket(address); err == nil {
 		t.Error("a file was replaced")
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"time"
@@ -15,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
@@ -94,7 +94,8 @@ func (n *node) close() error {
 // stopTimeout bounds the wait for calls in progress when the daemon stops: below the 10 s that a container gets to stop.
 const stopTimeout = 5 * time.Second
 
-func serve(ctx context.Context, c config) (err error) {
+// serve serves until ctx ends. st keeps the socket for the successor, if it keeps anything: clients wait for it then.
+func serve(ctx context.Context, c config, st *fdstore.Store) (err error) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel}))
 	slog.SetDefault(log)
 	n, err := newNode(c, c.Stream.allow)
@@ -114,7 +115,7 @@ func serve(ctx context.Context, c config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
-	l, err := listen(c.Address)
+	l, err := listen(c.Address, st)
 	if err != nil {
 		return err
 	}
@@ -122,10 +123,16 @@ func serve(ctx context.Context, c config) (err error) {
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	mode, why := n.mounts.Mode()
 	log.Info("serving", "address", c.Address, "mount_mode", mode, "others", why, "stream", c.Stream)
+	if err := st.Notify("READY=1"); err != nil {
+		log.Warn("tell that we are ready", "error", err)
+	}
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		<-ctx.Done()
+		if err := st.Notify("STOPPING=1"); err != nil {
+			log.Warn("tell that we stop", "error", err)
+		}
 		n.images.EndSearches() // pulls that wait for a search go on as normal ones
 		hurry := time.AfterFunc(stopTimeout, server.Stop)
 		defer hurry.Stop()
@@ -155,31 +162,4 @@ func lockDir(dir string) (*os.File, error) {
 		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}
 	return f, nil
-}
-
-// listen replaces a socket that a dead daemon left, and nothing else.
-func listen(address string) (net.Listener, error) {
-	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
-		return nil, err
-	}
-	if st, err := os.Lstat(address); err == nil {
-		if st.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("address %s exists and is no socket", address)
-		}
-		if conn, err := net.Dial("unix", address); err == nil {
-			conn.Close()
-			return nil, fmt.Errorf("address %s is served by another process", address)
-		}
-		if err := os.Remove(address); err != nil {
-			return nil, err
-		}
-	}
-	l, err := net.Listen("unix", address)
-	if err != nil {
-		return nil, err
-	}
-	if err := os.Chmod(address, 0o600); err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	return l, nil
 }

@@ -1,0 +1,94 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
+)
+
+// keptSocket is the name under which the socket of the snapshots service is kept.
+const keptSocket = "listen-snapshots"
+
+// listen returns the socket at address that st has from a predecessor or from a systemd socket unit, or a new one, which st is given to keep.
+// A kept one stays at its address when the listener is closed, and clients that connect meanwhile wait.
+func listen(address string, st *fdstore.Store) (net.Listener, error) {
+	if l := inherited(address, st); l != nil {
+		return l, nil
+	}
+	l, err := newSocket(address)
+	if err != nil || !st.Keeps() {
+		return l, err
+	}
+	f, err := l.File()
+	if err == nil {
+		err = st.Keep(keptSocket, f)
+		f.Close()
+	}
+	if err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	l.SetUnlinkOnClose(false)
+	return l, nil
+}
+
+// inherited returns the socket at address that st has, or nil. One that has lost its place in the file system is of no use.
+func inherited(address string, st *fdstore.Store) (found net.Listener) {
+	for _, name := range st.KeptNames() {
+		if name != keptSocket && !strings.HasSuffix(name, ".socket") {
+			continue
+		}
+		f := st.Kept(name)
+		l, err := net.FileListener(f)
+		f.Close()
+		if err != nil {
+			continue
+		}
+		if found == nil && l.Addr().Network() == "unix" && l.Addr().String() == address && reaches(address) {
+			found = l
+			continue
+		}
+		l.Close()
+	}
+	return found
+}
+
+// reaches reports whether somebody listens at address.
+func reaches(address string) bool {
+	conn, err := net.Dial("unix", address)
+	if err != nil {
+		return false
+	}
+	conn.Close()
+	return true
+}
+
+// newSocket replaces a socket that a dead daemon left, and nothing else.
+func newSocket(address string) (*net.UnixListener, error) {
+	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
+		return nil, err
+	}
+	if st, err := os.Lstat(address); err == nil {
+		if st.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("address %s exists and is no socket", address)
+		}
+		if reaches(address) {
+			return nil, fmt.Errorf("address %s is served by another process", address)
+		}
+		if err := os.Remove(address); err != nil {
+			return nil, err
+		}
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: address, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(address, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
