@@ -25,6 +25,8 @@ const deviceAlign = 4096
 // knowing nothing of files, would fetch what nobody asked for.
 type devices struct {
 	fuse.RawFileSystem
+	session *session
+	state   *state // the session's
 
 	mu     sync.Mutex
 	byNode map[uint64]*device
@@ -38,13 +40,15 @@ type device struct {
 	size int64 // of the file: dev's, rounded up
 
 	// Guarded by devices.mu.
-	mounts int           // that use it
-	opens  int           // open files, and reads in progress
-	idle   chan struct{} // closed when mounts and opens are both 0; the device is forgotten then
+	mounts  int           // that use it
+	opens   int           // open files
+	reads   int           // in progress
+	records []int         // of mounts that are gone
+	idle    chan struct{} // closed when nothing uses it any more; the device is forgotten then
 }
 
-func newDevices() *devices {
-	return &devices{RawFileSystem: fuse.NewDefaultRawFileSystem(), byNode: map[uint64]*device{}}
+func newDevices(st *state) *devices {
+	return &devices{RawFileSystem: fuse.NewDefaultRawFileSystem(), state: st, byNode: map[uint64]*device{}}
 }
 
 // deviceNode is the node id, and the inode number, of the data device id: the same in every process, so that a successor of this one
@@ -56,9 +60,18 @@ func deviceNode(id string) uint64 {
 
 // acquire adds a mount's use of the data device id.
 func (d *devices) acquire(id string, dev Device) (*device, error) {
-	node := deviceNode(id)
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	e, err := d.add(id, dev)
+	if err == nil {
+		e.mounts++
+	}
+	return e, err
+}
+
+// add returns the data device id, which is made if there is none. The caller holds mu.
+func (d *devices) add(id string, dev Device) (*device, error) {
+	node := deviceNode(id)
 	e := d.byNode[node]
 	switch {
 	case e == nil:
@@ -68,45 +81,70 @@ func (d *devices) acquire(id string, dev Device) (*device, error) {
 	case e.id != id:
 		return nil, fmt.Errorf("data devices %s and %s have the same node id", e.id, id)
 	}
-	e.mounts++
 	return e, nil
 }
 
-// release undoes acquire, and reports whether no mount uses e any more. When e.idle is closed, its Device is not used any more.
-func (d *devices) release(e *device) bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	e.mounts--
-	d.forgetIdle(e)
-	return e.mounts == 0
+// noRecord is the place of no record.
+const noRecord = -1
+
+// release undoes acquire for a mount with a record, and reports whether no mount uses e any more. When e.idle is closed, its Device is
+// not used any more.
+func (d *devices) release(e *device, record int) (last bool) {
+	d.update(e.node, func(e *device) {
+		e.mounts--
+		last = e.mounts == 0
+		if record == noRecord {
+			return
+		}
+		if last && e.opens > 0 {
+			// The kernel closes its file in a moment, or when the last user of the mount is gone. A successor must know until then what
+			// the file is of.
+			if i, err := d.state.addRecord(mountRecord{ID: e.id, Size: e.dev.Size()}); err == nil {
+				e.records = append(e.records, i)
+			}
+		}
+		d.state.dropRecord(record)
+	})
+	return last
 }
 
-// use returns the device node, which is then kept until unuse.
+// use returns the device node for a read, and is followed by unuse.
 func (d *devices) use(node uint64) *device {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	e := d.byNode[node]
 	if e != nil {
-		e.opens++
+		e.reads++
 	}
 	return e
 }
 
-func (d *devices) unuse(node uint64) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	// A file may be open from before this process, and released in it.
-	if e := d.byNode[node]; e != nil && e.opens > 0 {
-		e.opens--
-		d.forgetIdle(e)
-	}
-}
+func (d *devices) unuse(node uint64) { d.update(node, func(e *device) { e.reads-- }) }
 
-func (d *devices) forgetIdle(e *device) {
-	if e.mounts == 0 && e.opens == 0 {
-		delete(d.byNode, e.node)
-		close(e.idle)
+// update calls f with the device node, if there is one, and forgets it if nothing uses it then.
+func (d *devices) update(node uint64, f func(e *device)) {
+	d.mu.Lock()
+	e := d.byNode[node]
+	if e == nil {
+		d.mu.Unlock()
+		return
 	}
+	f(e)
+	idle := e.mounts == 0 && e.opens == 0 && e.reads == 0
+	if idle {
+		delete(d.byNode, e.node)
+		for _, i := range e.records {
+			d.state.dropRecord(i)
+		}
+	}
+	d.mu.Unlock()
+	if !idle {
+		return
+	}
+	if late, ok := e.dev.(*lateDevice); ok {
+		late.close()
+	}
+	close(e.idle)
 }
 
 // list returns the devices by node id.
@@ -188,15 +226,41 @@ func (d *devices) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrO
 	return fuse.OK
 }
 
-func (d *devices) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
-	if d.use(in.NodeId) == nil {
-		return fuse.ENOENT
-	}
+// Open gives the request's unique, which never comes again, as the handle: executed twice, it opens once.
+func (d *devices) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) (status fuse.Status) {
+	status = fuse.ENOENT
+	d.update(in.NodeId, func(e *device) {
+		var isNew bool
+		out.Fh = in.Unique &^ resent
+		if isNew, status = d.state.addOpen(e.node, out.Fh); isNew {
+			e.opens++
+		}
+	})
 	out.OpenFlags = fuse.FOPEN_DIRECT_IO
-	return fuse.OK
+	return status
 }
 
-func (d *devices) Release(_ <-chan struct{}, in *fuse.ReleaseIn) { d.unuse(in.NodeId) }
+func (d *devices) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
+	if !d.state.dropOpen(in.Fh) {
+		return // released before
+	}
+	d.update(in.NodeId, func(e *device) { e.opens-- })
+}
+
+// load adds a data device that a predecessor served.
+func (d *devices) load(r mountRecord, dev Device) (*device, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.add(r.ID, dev)
+}
+
+// loadOpens counts the files that were open when the predecessor ended, and forgets the devices that nothing uses.
+func (d *devices) loadOpens() {
+	d.state.loadOpens(func(node uint64) { d.update(node, func(e *device) { e.opens++ }) })
+	for _, e := range d.list() {
+		d.update(e.node, func(*device) {})
+	}
+}
 
 // Flush makes the kernel stop asking: a process that closes a file while no daemon serves it would hang.
 func (d *devices) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
@@ -228,19 +292,27 @@ func (d *devices) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOu
 	return fuse.OK
 }
 
-// mountDevices serves d at dir.
-func mountDevices(dir string, d *devices, o sessionOptions) (*session, error) {
-	o.flags = unix.MS_NODEV | unix.MS_NOSUID | unix.MS_NOEXEC
-	o.proto.DisableReadDirPlus = true
-	o.proto.ExplicitDataCacheControl = true
-	s, err := newSession(dir, d, o)
+// mountDevices serves data devices at dir.
+func mountDevices(dir string, o sessionOptions) (*devices, error) {
+	st, err := newState()
 	if err != nil {
 		return nil, err
 	}
-	if err := d.settle(dir); err != nil {
-		return nil, errors.Join(err, s.close())
+	d := newDevices(st)
+	if d.session, err = newSession(dir, d, st, deviceOptions(o)); err != nil {
+		return nil, err
 	}
-	return s, nil
+	if err := d.settle(dir); err != nil {
+		return nil, errors.Join(err, d.session.close())
+	}
+	return d, nil
+}
+
+func deviceOptions(o sessionOptions) sessionOptions {
+	o.flags = unix.MS_NODEV | unix.MS_NOSUID | unix.MS_NOEXEC
+	o.proto.DisableReadDirPlus = true
+	o.proto.ExplicitDataCacheControl = true
+	return o
 }
 
 // empty is a Device without bytes.
@@ -255,6 +327,6 @@ func (d *devices) settle(dir string) error {
 	if err != nil {
 		return err
 	}
-	defer d.release(e)
+	defer d.release(e, noRecord)
 	return settle(filepath.Join(dir, settleName))
 }

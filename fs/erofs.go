@@ -12,13 +12,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// mountFile mounts the metadata image at target, file-backed, with the file device as its data device.
-func (s *Server) mountFile(metadata, device, target string) error {
+// createFile creates the file system of the metadata image, file-backed, with the file device as its data device.
+func (s *Server) createFile(metadata, device string) (*fsContext, error) {
 	c, err := newErofs(metadata, device)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer c.close()
 	// Without it EROFS reads synchronously, 16 pages at a time. Linux 6.12.0 has no such option, and reads slowly.
 	if directAligned(metadata) {
 		if err := unix.FsconfigSetFlag(c.fd, "directio"); err != nil {
@@ -26,14 +25,17 @@ func (s *Server) mountFile(metadata, device, target string) error {
 		}
 	}
 	bdi, err := s.createErofs(c)
+	if err != nil {
+		c.close()
+	}
 	if errors.Is(err, unix.ENOTBLK) {
-		return fmt.Errorf("%w (file-backed EROFS needs Linux 6.12, and a metadata image on a disk's file system, not on overlayfs)", err)
+		return nil, fmt.Errorf("%w (file-backed EROFS needs Linux 6.12, and a metadata image on a disk's file system, not on overlayfs)", err)
 	}
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s.setReadAhead(bdi)
-	return c.attach(target)
+	return c, nil
 }
 
 // directAligned reports whether path can be read by direct I/O in units of 512 bytes, which EROFS does not ask before it does so. If
@@ -112,13 +114,21 @@ func (c *fsContext) create() error {
 	return nil
 }
 
-func (c *fsContext) attach(target string) error {
+// attach mounts what was created at target, after record was called with its device number.
+func (c *fsContext) attach(target string, record func(dev uint64) error) error {
 	// No MOUNT_ATTR_NOSUID or _NODEV: the mount is a container's root file system.
 	m, err := unix.Fsmount(c.fd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
 	if err != nil {
 		return fmt.Errorf("mount EROFS: %w", err)
 	}
 	defer unix.Close(m)
+	st, err := statMount(m, "")
+	if err != nil {
+		return fmt.Errorf("mount EROFS: %w", err)
+	}
+	if err := record(unix.Mkdev(st.Dev_major, st.Dev_minor)); err != nil {
+		return err
+	}
 	if err := unix.MoveMount(m, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
 		return fmt.Errorf("mount EROFS at %s: %w", target, err)
 	}

@@ -76,6 +76,16 @@ type Options struct {
 	Mode      Mode         // ModeAuto probes
 	ReadAhead int64        // bytes the kernel reads ahead of a sequential reader of a file; 0 is DefaultReadAhead
 	Log       *slog.Logger // nil is slog.Default()
+
+	// Keep makes mounts outlive the process: its successor serves them on, and processes that read meanwhile wait for it. Nil: mounts
+	// end with the process.
+	Keep Keeper
+	// Resolve returns the Device of an image that a predecessor mounted, when it is first read. It may block, and reads wait, until the
+	// caller is ready. A Device that is an io.Closer is closed when it is not used any more. Needed with Keep.
+	Resolve func(ctx context.Context, id string) (Device, error)
+
+	step     func(step string) // see session.step
+	noResend bool              // see sessionOptions
 }
 
 // Server mounts images. Its methods may be called from many goroutines.
@@ -83,29 +93,40 @@ type Options struct {
 // LOCK ORDER: none. Nobody holds two of this package's locks at once, and only create is held across system calls.
 type Server struct {
 	dir       string
+	want      Mode // of Options
 	mode      Mode
 	reason    string
 	readAhead int64
 	log       *slog.Logger
 	memory    *memory
 	patience  time.Duration // releaseTimeout
-	devices   *devices
-	session   *session // of devices; nil in mode tree
+	keep      Keeper
+	resolve   func(ctx context.Context, id string) (Device, error)
+	options   sessionOptions // of all sessions
+	devices   *devices       // of new mounts; nil in mode tree
+	former    []*devices     // of a predecessor, which have no new mounts
+	resumed   []*about       // the sessions that were resumed
 
 	create sync.Mutex // held while an EROFS superblock is created, to tell its bdi
 
-	mu     sync.Mutex
-	closed bool
-	busy   sync.WaitGroup    // calls of Mount and Unmount
-	mounts map[string]*mount // by target
-	trees  map[*tree]bool    // sessions of trees that have not ended, mounted or detached
+	mu       sync.Mutex
+	closed   bool
+	busy     sync.WaitGroup    // calls of Mount and Unmount
+	mounts   map[string]*mount // by target
+	trees    map[*tree]bool    // sessions of trees that have not ended, mounted or detached
+	lastName int               // number in the last name given to a kept session
 }
 
 // mount is a mounted image, or one being mounted or unmounted.
 type mount struct {
-	device *device // modes file and loop
-	tree   *tree   // mode tree
-	ready  bool
+	id      string
+	tree    *tree // mode tree, or
+	devices *devices
+	device  *device
+	record  int // in the state of devices' session
+
+	ready   bool
+	resumed bool // mounted by a predecessor
 }
 
 // New validates o, tries the way to mount that it asks for, or all in order for ModeAuto, and returns a Server, which serves until
@@ -123,21 +144,30 @@ func New(o Options) (*Server, error) {
 	if o.Log == nil {
 		o.Log = slog.Default()
 	}
+	if o.Keep != nil && o.Resolve == nil {
+		return nil, errors.New("no way to resolve the images of a predecessor")
+	}
 	dir, err := filepath.Abs(o.Dir)
 	if err != nil {
 		return nil, err
 	}
 	s := &Server{
 		dir:       dir,
+		want:      o.Mode,
 		readAhead: o.ReadAhead,
 		log:       o.Log,
 		memory:    newMemory(),
 		patience:  releaseTimeout,
-		devices:   newDevices(),
+		keep:      o.Keep,
+		resolve:   o.Resolve,
 		mounts:    map[string]*mount{},
 		trees:     map[*tree]bool{},
 	}
-	if err := s.choose(o.Mode); err != nil {
+	s.options = sessionOptions{log: o.Log, memory: s.memory, step: o.step, noResend: o.noResend}
+	if s.keep != nil {
+		s.resume()
+	}
+	if err := s.choose(); err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	return s, nil
@@ -145,41 +175,62 @@ func New(o Options) (*Server, error) {
 
 // startDevices mounts the FUSE of the data devices.
 func (s *Server) startDevices() error {
-	if s.session != nil {
+	if s.devices != nil {
 		return nil
 	}
-	// A mount whose daemon has died is in the way.
-	if _, err := os.Stat(s.dir); errors.Is(err, unix.ENOTCONN) {
-		if err := unmount(s.dir, unix.MNT_DETACH); err != nil {
-			return err
-		}
+	for unix.Unmount(s.dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
+		// A mount that nobody serves, or nobody for new mounts, is in the way.
 	}
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
-	session, err := mountDevices(s.dir, s.devices, s.sessionOptions())
-	s.session = session
+	d, err := mountDevices(s.dir, s.options)
+	if err == nil {
+		s.devices = d
+	}
 	return err
 }
 
-func (s *Server) stopDevices() error {
-	if s.session == nil {
+// keepDevices makes the mounts of data devices to come outlive the process.
+func (s *Server) keepDevices() error {
+	if s.devices == nil || s.keep == nil || s.devices.session.name != "" {
 		return nil
 	}
-	err := s.session.close()
-	s.session = nil
+	a := about{Kind: kindDevices, Mode: s.mode, Want: s.want, Reason: s.reason}
+	return s.devices.session.keepAs(s.newName(), s.keep, a, nil)
+}
+
+// stopDevices undoes startDevices, unless a predecessor's mounts use them.
+func (s *Server) stopDevices() error {
+	if s.devices == nil || s.devices.session.name != "" {
+		return nil
+	}
+	err := s.devices.session.close()
+	s.devices = nil
 	return err
 }
 
-func (s *Server) sessionOptions() sessionOptions {
-	return sessionOptions{log: s.log, memory: s.memory}
+// newName returns a name to keep a session by.
+func (s *Server) newName() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lastName++
+	return fmt.Sprintf("fuse-%d", s.lastName)
 }
 
 // Mode returns the mode in use, and, for ModeAuto, why the better ones were not taken.
 func (s *Server) Mode() (Mode, string) { return s.mode, s.reason }
 
+// Mounted reports whether an image is mounted at target, by this Server or a predecessor of it.
+func (s *Server) Mounted(target string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m := s.mounts[filepath.Clean(target)]
+	return m != nil && m.ready
+}
+
 // Mount mounts img read-only at target, an existing directory. Several mounts may share a Device by the same ID; that of the first
-// is used.
+// is used. If a predecessor has mounted the image there, nothing is done.
 func (s *Server) Mount(ctx context.Context, img Image, target string) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -194,139 +245,29 @@ func (s *Server) Mount(ctx context.Context, img Image, target string) error {
 	return s.mount(img, target)
 }
 
-func (s *Server) mount(img Image, target string) (err error) {
-	m := &mount{}
-	if err := s.reserve(target, m); err != nil {
-		return err
-	}
-	defer s.busy.Done()
-	if s.mode == ModeTree {
-		err = s.mountTree(m, img, target)
-	} else {
-		err = s.mountErofs(m, img, target)
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if err != nil {
-		delete(s.mounts, target)
-		return fmt.Errorf("mount image %s: %w", img.ID, err)
-	}
-	m.ready = true
-	return nil
-}
-
-// reserve enters m as the mount of target.
-func (s *Server) reserve(target string, m *mount) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return errors.New("mount: server is closed")
-	}
-	if s.mounts[target] != nil {
-		return fmt.Errorf("mount: %s: %w", target, unix.EBUSY)
-	}
-	s.mounts[target] = m
-	s.busy.Add(1)
-	return nil
-}
-
-func (s *Server) mountErofs(m *mount, img Image, target string) error {
-	dev, err := s.devices.acquire(img.ID, img.Device)
-	if err != nil {
-		return err
-	}
-	path := filepath.Join(s.dir, img.ID)
-	if s.mode == ModeFile {
-		err = s.mountFile(img.Metadata, path, target)
-	} else {
-		err = s.mountLoop(img.Metadata, path, target)
-	}
-	if err != nil {
-		s.devices.release(dev)
-		return err
-	}
-	m.device = dev
-	return nil
-}
-
-// releaseTimeout bounds the wait for the kernel to let go of an unmounted image. It takes a moment, loop devices a few milliseconds,
-// unless somebody still uses it, be it another mount namespace that is just being made.
-const releaseTimeout = 5 * time.Second
-
-// Unmount undoes Mount. Unmounting what is not mounted is no error. After Unmount has returned nil, the image's Device is not used any
-// more, unless by another mount. A mount that is in use is detached from the directory tree and served until its last user is gone;
-// the error is then EBUSY, and calling Unmount again returns nil.
-func (s *Server) Unmount(target string) error {
-	target, err := filepath.Abs(target)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	if s.closed {
-		s.mu.Unlock()
-		return nil
-	}
-	s.busy.Add(1)
-	s.mu.Unlock()
-	defer s.busy.Done()
-	return s.unmount(target)
-}
-
-func (s *Server) unmount(target string) error {
-	s.mu.Lock()
-	m := s.mounts[target]
-	if m != nil && !m.ready {
-		s.mu.Unlock()
-		return fmt.Errorf("unmount %s: is being mounted or unmounted: %w", target, unix.EBUSY)
-	}
-	if m != nil {
-		m.ready = false
-	}
-	s.mu.Unlock()
-
-	err := unmount(target, 0)
-	if errors.Is(err, unix.EBUSY) {
-		err = unmount(target, unix.MNT_DETACH)
-	}
-	s.mu.Lock()
-	if err == nil {
-		delete(s.mounts, target)
-	} else if m != nil {
-		m.ready = true
-	}
-	s.mu.Unlock()
-	if err != nil || m == nil {
-		return err
-	}
-	return s.released(m, target)
-}
-
-// released waits until the kernel has let go of m, which is unmounted.
-func (s *Server) released(m *mount, target string) error {
-	var gone <-chan struct{}
-	if m.tree != nil {
-		gone = m.tree.session.done
-	} else if s.devices.release(m.device) {
-		gone = m.device.idle
-	} else {
-		return nil
-	}
-	timeout := time.NewTimer(s.patience)
-	defer timeout.Stop()
-	select {
-	case <-gone:
-		return nil
-	case <-timeout.C:
-		return fmt.Errorf("unmount %s: detached, but still in use: %w", target, unix.EBUSY)
-	}
-}
-
-// Close unmounts everything and ends the sessions. What still uses a mount gets errors from then on, and Close an EBUSY.
+// Close ends the Server. Without a Keeper it unmounts everything: what still uses a mount gets errors from then on, and Close an EBUSY.
+// With one it leaves the mounts to a successor: no Device is used when it returns, but goroutines wait for requests until the process
+// ends, which must be soon.
 func (s *Server) Close() error {
-	s.mu.Lock()
-	s.closed = true
-	s.mu.Unlock()
-	s.busy.Wait()
+	if s.keep == nil {
+		return s.UnmountAll()
+	}
+	s.end()
+	errs := []error{s.stopDevices()}
+	for _, session := range s.sessions() {
+		if session.name != "" {
+			session.detach()
+		} else {
+			errs = append(errs, session.close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// UnmountAll unmounts everything, for good, and ends the sessions. What still uses a mount gets errors from then on, and UnmountAll an
+// EBUSY. Only Close may be called after it.
+func (s *Server) UnmountAll() error {
+	s.end()
 	s.mu.Lock()
 	targets := slices.Collect(maps.Keys(s.mounts))
 	s.mu.Unlock()
@@ -334,12 +275,37 @@ func (s *Server) Close() error {
 	for _, target := range targets {
 		errs = append(errs, s.unmount(target))
 	}
-	errs = append(errs, s.stopDevices())
-	s.mu.Lock()
-	trees := slices.Collect(maps.Keys(s.trees))
-	s.mu.Unlock()
-	for _, t := range trees {
-		errs = append(errs, t.session.abort())
+	if s.devices != nil {
+		errs = append(errs, s.devices.session.close())
+		s.devices = nil
 	}
+	for _, session := range s.sessions() {
+		errs = append(errs, session.abort())
+	}
+	s.former = nil
 	return errors.Join(errs...)
+}
+
+// end refuses calls of Mount and Unmount, and waits for those in progress.
+func (s *Server) end() {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.busy.Wait()
+}
+
+// sessions returns all that have not ended.
+func (s *Server) sessions() (all []*session) {
+	if s.devices != nil {
+		all = append(all, s.devices.session)
+	}
+	for _, d := range s.former {
+		all = append(all, d.session)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for t := range s.trees {
+		all = append(all, t.session)
+	}
+	return all
 }

@@ -9,26 +9,36 @@ import (
 )
 
 // mountFUSE mounts a new FUSE connection at target and returns its descriptor.
-func mountFUSE(target string, flags uintptr) (int, error) {
+func mountFUSE(target string, flags uintptr) (*os.File, error) {
 	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return -1, fmt.Errorf("open /dev/fuse: %w", err)
+		return nil, fmt.Errorf("open /dev/fuse: %w", err)
 	}
 	data := fmt.Sprintf("fd=%d,rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,max_read=%d", fd, maxRead)
 	err = unix.Mount("streaming-snapshotter", target, "fuse.streaming-snapshotter", flags|unix.MS_RDONLY, data)
 	if err != nil {
 		unix.Close(fd)
-		return -1, fmt.Errorf("mount FUSE at %s: %w", target, err)
+		return nil, fmt.Errorf("mount FUSE at %s: %w", target, err)
 	}
-	return fd, nil
+	return os.NewFile(uintptr(fd), "/dev/fuse"), nil
 }
 
 // deviceNumber returns the device number of the file system mounted at target.
 func deviceNumber(target string) (uint64, error) {
-	var st unix.Statx_t
-	// Only what the kernel knows already: nobody serves the mount yet.
-	err := unix.Statx(unix.AT_FDCWD, target, unix.AT_STATX_DONT_SYNC, 0, &st)
+	st, err := statMount(unix.AT_FDCWD, target)
 	return unix.Mkdev(st.Dev_major, st.Dev_minor), err
+}
+
+// statMount looks at a mount, asking for only what the kernel knows already: nobody may serve it.
+func statMount(fd int, path string) (st unix.Statx_t, err error) {
+	err = unix.Statx(fd, path, unix.AT_STATX_DONT_SYNC|unix.AT_NO_AUTOMOUNT|unix.AT_SYMLINK_NOFOLLOW|unix.AT_EMPTY_PATH, 0, &st)
+	return st, err
+}
+
+// mountedAs reports whether the file system with the device number dev is what is mounted at target.
+func mountedAs(target string, dev uint64) bool {
+	st, err := statMount(unix.AT_FDCWD, target)
+	return err == nil && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT != 0 && unix.Mkdev(st.Dev_major, st.Dev_minor) == dev
 }
 
 // settleName is the name of a file for settle.

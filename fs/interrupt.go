@@ -15,6 +15,9 @@ import (
 // watchInterval is how often the caller of an interrupted READ is looked at. It bounds how long a killed process stays.
 const watchInterval = 20 * time.Millisecond
 
+// interrupted marks a READ's slot, in a field that the kernel does not use, for a successor: the kernel does not tell it again.
+const interrupted = 1
+
 // interrupt handles INTERRUPT: the caller of request unique has got a signal.
 //
 // Any signal makes the kernel send it, once, be it the tick of a profiler. An answer EINTR fails the system call, or the page fault
@@ -29,6 +32,7 @@ func (s *session) interrupt(self, unique uint64) {
 	watched := false
 	if r != nil {
 		watched, r.watched = r.watched, true
+		r.slot.readIn().Padding = interrupted
 	}
 	s.mu.Unlock()
 	switch {

@@ -97,7 +97,7 @@ func TestSignalledRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		if strings.HasSuffix(path, "/image") { // a read that the kernel tells us about
-			eventually(t, "an interrupt", s.session.interrupted)
+			eventually(t, "an interrupt", s.devices.session.interrupted)
 		}
 		release()
 		err := cmd.Wait()
@@ -136,7 +136,7 @@ func TestKilledAfterSignal(t *testing.T) {
 	if err := unix.Tgkill(cmd.Process.Pid, tid, unix.SIGUSR1); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "an interrupt", s.session.interrupted)
+	eventually(t, "an interrupt", s.devices.session.interrupted)
 	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil { // fatal, by default
 		t.Fatal(err)
 	}

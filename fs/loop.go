@@ -11,33 +11,34 @@ import (
 // loopAttempts is how often a free loop device is asked for, of which others may be quicker to take possession.
 const loopAttempts = 64
 
-// mountLoop mounts the metadata image at target over loop devices, with the file device as its data device.
-func (s *Server) mountLoop(metadata, device, target string) error {
+// createLoop creates the file system of the metadata image over loop devices, with the file device as its data device.
+func (s *Server) createLoop(metadata, device string) (*fsContext, error) {
 	meta, err := attachLoop(metadata, unix.O_RDONLY)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer meta.Close()
 	data, err := attachLoop(device, unix.O_RDONLY|unix.O_DIRECT)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer data.Close()
 	c, err := newErofs(meta.Name(), data.Name())
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer c.close()
 	if err := c.create(); err != nil {
-		return err
+		c.close()
+		return nil, err
 	}
 	// EROFS has the read-ahead of its primary block device.
 	var st unix.Stat_t
 	if err := unix.Fstat(int(meta.Fd()), &st); err != nil {
-		return fmt.Errorf("stat %s: %w", meta.Name(), err)
+		c.close()
+		return nil, fmt.Errorf("stat %s: %w", meta.Name(), err)
 	}
 	s.setReadAhead(deviceBDI(st.Rdev))
-	return c.attach(target)
+	return c, nil
 }
 
 // attachLoop attaches the file path, opened with flags, to a free loop device, which the kernel frees after its last use: when the

@@ -14,16 +14,22 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
 )
 
-// choose sets the Server's mode to want, or for ModeAuto to the first that works. A mode works if a file of a small image can be read
-// by it.
-func (s *Server) choose(want Mode) error {
-	modes := []Mode{want}
-	switch want {
+// choose sets the Server's mode to the wanted one, or for ModeAuto to the first that works. A mode works if a file of a small image can be
+// read by it. What a predecessor chose, for mounts that are still served, is not tried again.
+func (s *Server) choose() error {
+	for _, p := range s.resumed {
+		if p.Want == s.want {
+			s.mode, s.reason = p.Mode, p.Reason
+			return nil
+		}
+	}
+	modes := []Mode{s.want}
+	switch s.want {
 	case ModeAuto:
 		modes = []Mode{ModeFile, ModeLoop, ModeTree}
 	case ModeFile, ModeLoop, ModeTree:
 	default:
-		return fmt.Errorf("unknown mount mode %q", want)
+		return fmt.Errorf("unknown mount mode %q", s.want)
 	}
 	var reasons []string
 	for _, mode := range modes {
@@ -31,7 +37,7 @@ func (s *Server) choose(want Mode) error {
 		err := s.probe()
 		if err == nil {
 			s.reason = strings.Join(reasons, "; ")
-			return nil
+			return s.keepDevices()
 		}
 		reasons = append(reasons, fmt.Sprintf("%s: %v", mode, err))
 	}
@@ -46,6 +52,9 @@ func (d probeDevice) ReadAt(_ context.Context, p []byte, off int64) (int, error)
 }
 
 func (d probeDevice) Size() int64 { return int64(len(d)) }
+
+// probeID is the ID of the image that a mode is tried with. No image has it.
+const probeID = ".probe"
 
 // probe mounts a small image in the Server's mode and reads a file of it.
 func (s *Server) probe() (err error) {
@@ -67,7 +76,7 @@ func (s *Server) probe() (err error) {
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	data := probeDevice(bytes.Repeat([]byte("streaming-snapshotter\n"), 1000))
-	img := Image{ID: ".probe", Metadata: filepath.Join(dir, "metadata"), Device: data}
+	img := Image{ID: probeID, Metadata: filepath.Join(dir, "metadata"), Device: data}
 	if err := writeProbe(img.Metadata, data.Size()); err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -62,97 +63,120 @@ type filesystem interface {
 // session itself answers READ, and INTERRUPT, because it knows the READs in flight. A READ may wait for the network, so before it does,
 // it sees to it that another goroutine reads requests.
 //
-// A session holds no state that the kernel would miss in a successor: node ids are a function of what they name, FORGET is ignored,
-// file handles are not used, and the INIT request is kept to be replayed.
+// A session outlives its process if it is kept (see keepAs): its successor replays INIT, finds the requests in flight in their slots
+// (see state), and everything else means to it what it meant before: node ids are a function of what they name, handles are recorded,
+// and FORGET is ignored.
 type session struct {
-	target string
-	fd     int
-	dev    uint64 // device number of the mount; its minor number is the connection's
-	fs     filesystem
-	proto  *fuse.ProtocolServer
-	init   []byte // the kernel's INIT request
-	log    *slog.Logger
-	memory *memory         // shared by a Server's sessions
-	ctx    context.Context // ends when the connection does; the parent of the READs' contexts
-	cancel context.CancelFunc
-	done   chan struct{}  // closed when the connection has ended and all goroutines have
-	work   sync.WaitGroup // all goroutines but the one that closes done
+	target  string
+	device  *os.File // of /dev/fuse
+	fd      int      // device's
+	dev     uint64   // device number of the mount; its minor number is the connection's
+	fs      filesystem
+	proto   *fuse.ProtocolServer
+	state   *state
+	init    []byte // the kernel's INIT request
+	keep    Keeper // nil if name is empty
+	name    string // that it is kept by
+	log     *slog.Logger
+	memory  *memory           // shared by a Server's sessions
+	step    func(step string) // a test's: called where a process may die
+	ctx     context.Context   // ends when the connection does; the parent of the READs' contexts
+	cancel  context.CancelFunc
+	done    chan struct{}  // closed when the connection has ended and all goroutines have
+	work    sync.WaitGroup // all goroutines but the one that closes done
+	answers sync.WaitGroup // READs in flight
 
 	readers atomic.Int32 // goroutines that read or are about to
-	scratch sync.Pool    // of *scratch
+	replies sync.Pool    // of *[maxReply]byte
 
-	mu    sync.Mutex
-	reads map[uint64]*reading // in flight, by unique
+	mu     sync.Mutex          // held when frozen is set, so that no READ begins after it
+	frozen atomic.Bool         // nothing is answered any more: what is in flight is the successor's
+	reads  map[uint64]*reading // in flight, by unique
 }
 
 // reading is a READ in flight.
 type reading struct {
+	slot    slot
 	in      fuse.ReadIn
 	ctx     context.Context
 	cancel  context.CancelFunc
 	watched bool // guarded by session.mu
 }
 
-// scratch is what a goroutine reads a request into, and answers all but READ from.
-type scratch struct {
-	req   [maxRequest]byte
-	reply [maxReply]byte
-}
-
 // sessionOptions say how to mount and serve a session.
 type sessionOptions struct {
-	flags  uintptr // of mount(2)
-	proto  fuse.MountOptions
-	log    *slog.Logger
-	memory *memory
-	ended  func() // called once, when the session has ended
+	flags    uintptr // of mount(2)
+	proto    fuse.MountOptions
+	log      *slog.Logger
+	memory   *memory
+	step     func(step string)
+	noResend bool   // a test's: resume as on a kernel without FUSE_NOTIFY_RESEND
+	ended    func() // called once, when the session has ended
 }
 
-// newSession mounts f at target and serves it until it is unmounted everywhere.
-func newSession(target string, f filesystem, o sessionOptions) (*session, error) {
-	o.proto.MaxWrite = maxRead // go-fuse has one number for both
-	o.proto.MaxBackground = maxBackground
-	o.proto.DisabledCapabilities |= fuse.CAP_PASSTHROUGH // would make EROFS above a stacked file system, which it refuses to be
-	o.proto.ExtraCapabilities |= fuse.CAP_ASYNC_DIO | fuse.CAP_HAS_RESEND
-	o.proto.Logger = slog.NewLogLogger(o.log.Handler(), slog.LevelDebug)
-	fd, err := mountFUSE(target, o.flags)
+// newSession mounts f at target and serves it until it is unmounted everywhere. It takes st.
+func newSession(target string, f filesystem, st *state, o sessionOptions) (*session, error) {
+	device, err := mountFUSE(target, o.flags)
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(err, st.close())
 	}
-	s := &session{
-		target:  target,
-		fd:      fd,
-		fs:      f,
-		proto:   fuse.NewProtocolServer(f, &o.proto),
-		log:     o.log,
-		memory:  o.memory,
-		done:    make(chan struct{}),
-		reads:   map[uint64]*reading{},
-		scratch: sync.Pool{New: func() any { return new(scratch) }},
-	}
+	s := makeSession(target, device, f, st, o)
 	err = s.handshake()
 	if err == nil {
 		s.dev, err = deviceNumber(target)
 	}
 	if err != nil {
 		unix.Unmount(target, unix.MNT_DETACH)
-		unix.Close(fd)
-		return nil, fmt.Errorf("mount FUSE at %s: %w", target, err)
+		s.device.Close()
+		return nil, errors.Join(fmt.Errorf("mount FUSE at %s: %w", target, err), st.close())
+	}
+	s.start(o.ended)
+	return s, nil
+}
+
+func makeSession(target string, device *os.File, f filesystem, st *state, o sessionOptions) *session {
+	o.proto.MaxWrite = maxRead // go-fuse has one number for both
+	o.proto.MaxBackground = maxBackground
+	o.proto.DisabledCapabilities |= fuse.CAP_PASSTHROUGH // would make EROFS above a stacked file system, which it refuses to be
+	o.proto.ExtraCapabilities |= fuse.CAP_ASYNC_DIO | fuse.CAP_HAS_RESEND
+	o.proto.Logger = slog.NewLogLogger(o.log.Handler(), slog.LevelDebug)
+	s := &session{
+		target:  target,
+		device:  device,
+		fd:      int(device.Fd()),
+		fs:      f,
+		proto:   fuse.NewProtocolServer(f, &o.proto),
+		state:   st,
+		log:     o.log,
+		memory:  o.memory,
+		step:    o.step,
+		done:    make(chan struct{}),
+		reads:   map[uint64]*reading{},
+		replies: sync.Pool{New: func() any { return new([maxReply]byte) }},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	return s
+}
+
+// start starts the goroutines.
+func (s *session) start(ended func()) {
 	s.readers.Store(minReaders)
 	for range minReaders {
 		s.work.Go(s.serve)
 	}
 	go func() {
 		s.work.Wait()
-		unix.Close(fd)
-		if o.ended != nil {
-			o.ended()
+		s.cancel()
+		s.device.Close()
+		s.state.close()
+		if !s.frozen.Load() {
+			s.drop()
+		}
+		if ended != nil {
+			ended()
 		}
 		close(s.done)
 	}()
-	return s, nil
 }
 
 // handshake answers the kernel's first request, INIT, and keeps it.
@@ -175,31 +199,42 @@ func (s *session) handshake() error {
 	return nil
 }
 
+// at tells a test where the session is with a request.
+func (s *session) at(step string) {
+	if s.step != nil {
+		s.step(step)
+	}
+}
+
 // serve reads and answers requests until the connection ends, or enough others do.
 func (s *session) serve() {
 	for {
-		b := s.scratch.Get().(*scratch)
-		n, err := readRequest(s.fd, b.req[:])
+		sl := s.state.get()
+		s.state.prepare(sl)
+		n, err := readRequest(s.fd, sl.req)
 		waiting := s.readers.Add(-1)
 		if err != nil {
+			s.state.put(sl)
 			s.cancel()
 			if !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ECONNABORTED) {
 				s.log.Error("read FUSE request", "mount", s.target, "error", err)
 			}
 			return
 		}
-		if h := header(b.req[:]); h.Opcode == opRead && n >= int(unsafe.Sizeof(fuse.ReadIn{})) {
-			in := *(*fuse.ReadIn)(unsafe.Pointer(h))
-			s.scratch.Put(b)
-			r := s.startRead(in)
+		s.at("read")
+		sl.req = sl.req[:n]
+		if isRead(sl.req) {
+			r := s.startRead(sl)
+			if r == nil {
+				return
+			}
 			if waiting == 0 {
 				s.readers.Add(1)
 				s.work.Go(s.serve)
 			}
 			s.read(r)
 		} else {
-			s.handle(b.req[:n], b.reply[:])
-			s.scratch.Put(b)
+			s.handle(sl)
 		}
 		if s.readers.Add(1) > minReaders {
 			s.readers.Add(-1)
@@ -224,14 +259,23 @@ func readRequest(fd int, p []byte) (int, error) {
 	}
 }
 
-// header returns the header of a request, in place. req is the start of an allocation, hence aligned.
+// header returns the header of a request, in place. req is the start of an allocation or a slot, hence aligned.
 func header(req []byte) *fuse.InHeader { return (*fuse.InHeader)(unsafe.Pointer(&req[0])) }
+
+func isRead(req []byte) bool {
+	return header(req).Opcode == opRead && len(req) >= int(unsafe.Sizeof(fuse.ReadIn{}))
+}
+
+// readIn returns the READ in a slot, in place.
+func (sl slot) readIn() *fuse.ReadIn { return (*fuse.ReadIn)(unsafe.Pointer(&sl.req[0])) }
 
 // pollHack is a name, as in a LOOKUP, that go-fuse's protocol server finds in every root, for itself.
 const pollHack = ".go-fuse-epoll-hack\x00"
 
-// handle answers a request other than READ, with reply as scratch.
-func (s *session) handle(req, reply []byte) {
+// handle answers a request other than READ.
+func (s *session) handle(sl slot) {
+	defer s.finish(sl)
+	req := sl.req
 	h := header(req)
 	switch {
 	case h.Opcode == opLookup && string(req[unsafe.Sizeof(*h):]) == pollHack:
@@ -245,7 +289,9 @@ func (s *session) handle(req, reply []byte) {
 			in := (*fuse.ReadIn)(unsafe.Pointer(&req[0]))
 			in.Size = min(in.Size, maxPayload) // the kernel asks again for the rest
 		}
-		n, status := s.proto.HandleRequest([][]byte{req}, [][]byte{reply})
+		reply := s.replies.Get().(*[maxReply]byte)
+		defer s.replies.Put(reply)
+		n, status := s.proto.HandleRequest([][]byte{req}, [][]byte{reply[:]})
 		switch {
 		case n > 0:
 			s.write(reply[:n])
@@ -270,21 +316,38 @@ func (s *session) reply(unique uint64, status fuse.Status, payload []byte) {
 	s.write(head, payload)
 }
 
+// finish gives back the slot of a request that has been answered.
+func (s *session) finish(sl slot) {
+	s.at("replied")
+	if !s.frozen.Load() {
+		s.state.put(sl)
+		s.at("cleared")
+	}
+}
+
 // write writes one reply. ENOENT says that nobody waits for it any more, ENODEV and ENOTCONN that the mount is gone.
 func (s *session) write(parts ...[]byte) {
+	s.at("answer")
+	if s.frozen.Load() {
+		return
+	}
 	_, err := unix.Writev(s.fd, parts)
 	if err != nil && err != unix.ENOENT && err != unix.ENODEV && err != unix.ENOTCONN {
 		s.log.Error("write FUSE reply", "mount", s.target, "error", err)
 	}
 }
 
-// startRead records a READ, so that it can be interrupted.
-func (s *session) startRead(in fuse.ReadIn) *reading {
-	r := &reading{in: in}
-	r.ctx, r.cancel = context.WithCancel(s.ctx)
+// startRead registers a READ, so that it can be interrupted. It returns nil if the session is frozen.
+func (s *session) startRead(sl slot) *reading {
+	r := &reading{slot: sl, in: *sl.readIn()}
 	s.mu.Lock()
-	s.reads[in.Unique&^resent] = r
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	if s.frozen.Load() {
+		return nil
+	}
+	s.answers.Add(1)
+	r.ctx, r.cancel = context.WithCancel(s.ctx)
+	s.reads[r.in.Unique&^resent] = r
 	return r
 }
 
@@ -293,9 +356,12 @@ func (s *session) read(r *reading) {
 	defer func() {
 		r.cancel()
 		s.mu.Lock()
-		delete(s.reads, r.in.Unique&^resent)
+		delete(s.reads, r.in.Unique&^resent) // nobody changes its slot from here on
 		s.mu.Unlock()
+		s.finish(r.slot)
+		s.answers.Done()
 	}()
+	s.at("registered")
 	n := 0
 	buf, err := s.memory.get(r.ctx, int(min(r.in.Size, maxRead)))
 	if err == nil {
@@ -304,7 +370,7 @@ func (s *session) read(r *reading) {
 	}
 	if err != nil {
 		status := errno(r.ctx, err)
-		if status == fuse.EIO {
+		if status == fuse.EIO && !s.frozen.Load() {
 			s.log.Error("read", "mount", s.target, "node", r.in.NodeId, "offset", r.in.Offset, "size", r.in.Size, "error", err)
 		}
 		s.reply(r.in.Unique, status, nil)

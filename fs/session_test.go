@@ -4,7 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"sync"
+	"os"
 	"testing"
 	"unsafe"
 
@@ -19,22 +19,18 @@ func connect(t *testing.T, f filesystem) (*session, int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &session{
-		fd:      fds[0],
-		fs:      f,
-		proto:   fuse.NewProtocolServer(f, &fuse.MountOptions{Logger: slog.NewLogLogger(slog.DiscardHandler, 0)}),
-		log:     slog.New(slog.DiscardHandler),
-		memory:  newMemory(),
-		reads:   map[uint64]*reading{},
-		scratch: sync.Pool{New: func() any { return new(scratch) }},
+	st, err := newState()
+	if err != nil {
+		t.Fatal(err)
 	}
-	s.ctx, s.cancel = context.WithCancel(t.Context())
+	s := makeSession("", os.NewFile(uintptr(fds[0]), "device"), f, st, sessionOptions{log: slog.New(slog.DiscardHandler), memory: newMemory()})
 	s.readers.Store(1)
 	s.work.Go(s.serve)
 	t.Cleanup(func() {
 		unix.Close(fds[1])
 		s.work.Wait()
-		unix.Close(fds[0])
+		s.device.Close()
+		st.close()
 	})
 	return s, fds[1]
 }
@@ -74,7 +70,7 @@ func want(t *testing.T, h fuse.OutHeader, unique uint64, errno unix.Errno) {
 
 func TestProtocol(t *testing.T) {
 	dev := &testDevice{data: noise(1, 10_000)}
-	d := newDevices()
+	d := newDevices(nil)
 	if _, err := d.acquire("a", dev); err != nil {
 		t.Fatal(err)
 	}

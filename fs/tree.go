@@ -29,16 +29,49 @@ type tree struct {
 
 // mountTree mounts the metadata image at target as a tree.
 func (s *Server) mountTree(m *mount, img Image, target string) error {
-	t, err := openTree(img)
+	metadata, err := os.Open(img.Metadata)
 	if err != nil {
 		return err
 	}
+	defer metadata.Close()
+	t, err := openTree(metadata, img.Device)
+	if err != nil {
+		return err
+	}
+	err = s.startTree(t, func(o sessionOptions) (*session, error) {
+		st, err := newState()
+		if err != nil {
+			return nil, err
+		}
+		return newSession(target, t, st, o)
+	})
+	if err != nil {
+		return err
+	}
+	s.setReadAhead(deviceBDI(t.session.dev))
+	err = t.settle(target)
+	if err == nil && s.keep != nil && img.ID != probeID {
+		a := about{Kind: kindTree, Mode: ModeTree, Want: s.want, Reason: s.reason, ID: img.ID, Size: img.Device.Size()}
+		err = t.session.keepAs(s.newName(), s.keep, a, metadata)
+	}
+	if err != nil {
+		return errors.Join(err, t.session.close())
+	}
+	m.tree = t
+	return nil
+}
+
+// startTree serves t by the session that start makes. When the session has ended, or cannot be made, t is unmapped.
+func (s *Server) startTree(t *tree, start func(sessionOptions) (*session, error)) (err error) {
 	s.mu.Lock()
 	s.trees[t] = true
 	s.mu.Unlock()
-	o := s.sessionOptions()
+	o := s.options
 	o.ended = func() {
 		unix.Munmap(t.mapped)
+		if late, ok := t.device.(*lateDevice); ok {
+			late.close()
+		}
 		s.mu.Lock()
 		delete(s.trees, t)
 		s.mu.Unlock()
@@ -49,43 +82,31 @@ func (s *Server) mountTree(m *mount, img Image, target string) error {
 	o.proto.EnableAcl = t.xattrs // each permission check would ask for an ACL
 	o.proto.ExtraCapabilities = fuse.CAP_NO_OPENDIR_SUPPORT
 	// No MS_NOSUID or MS_NODEV: the mount is a container's root file system.
-	t.session, err = newSession(target, t, o)
-	if err != nil {
+	if t.session, err = start(o); err != nil {
 		o.ended()
-		return err
 	}
-	s.setReadAhead(deviceBDI(t.session.dev))
-	if err := t.settle(target); err != nil {
-		return errors.Join(err, t.session.close())
-	}
-	m.tree = t
-	return nil
+	return err
 }
 
-func openTree(img Image) (*tree, error) {
-	f, err := os.Open(img.Metadata)
+func openTree(metadata *os.File, dev Device) (*tree, error) {
+	fi, err := metadata.Stat()
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	fi, err := f.Stat()
+	mapped, err := unix.Mmap(int(metadata.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
-		return nil, err
-	}
-	mapped, err := unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", img.Metadata, err)
+		return nil, fmt.Errorf("map %s: %w", metadata.Name(), err)
 	}
 	image, err := erofs.Open(mapped)
 	if err != nil {
 		unix.Munmap(mapped)
-		return nil, fmt.Errorf("open metadata image %s: %w", img.Metadata, err)
+		return nil, fmt.Errorf("open metadata image %s: %w", metadata.Name(), err)
 	}
 	return &tree{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
 		image:         image,
 		mapped:        mapped,
-		device:        img.Device,
+		device:        dev,
 		xattrs:        image.HasXattrs(),
 	}, nil
 }
