@@ -5,7 +5,7 @@ GOTEST := go run ./integration/gotest $(if $(CI),-no-skips)
 UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
 FUZZTIME ?= 20s
 
-.PHONY: build demo test test-full lint bench fuzz images clean
+.PHONY: build demo test test-full soak lint bench fuzz images clean
 
 build: .build/tools
 	CGO_ENABLED=0 go build -o $(BIN)/ ./cmd/...
@@ -26,6 +26,12 @@ test: build lint images
 
 test-full: test fuzz
 	FULL=1 $(GOTEST) -timeout 60m ./...
+
+# make soak [SEED=n] [FOR=10m]: faults at random under containers that read and compile; the seed gives the sequence
+soak: export SEED := $(or $(SEED),$(shell date +%s))
+soak: export FOR := $(or $(FOR),10m)
+soak: build
+	go test ./integration -run '^TestSoak$$' -count 1 -timeout 0 -v
 
 lint:
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"

@@ -2,6 +2,11 @@
 //
 //	guest pause         waits for a signal: a pod's pause container
 //	guest sum DIR...    prints "SHA256 PATH" for each regular file below DIR, or "ERRNO PATH" if it cannot be read, and "done" at the end
+//	guest watch DIR     does that for ever, and prints "pass SHA256" after each round: the sum of what sum would have printed; and what could not be read
+//	guest every DIR PROGRAM ARGS...
+//	                    runs the program for ever, and prints "pass OUTPUT" after each success; and how it failed, with its output
+//
+// The files below DIR are dropped from the page cache first, so that what is compared is read from below.
 package main
 
 import (
@@ -11,14 +16,18 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: guest pause | sum DIR...")
+		fmt.Fprintln(os.Stderr, "usage: guest pause | sum DIR... | watch DIR | every DIR PROGRAM ARGS...")
 		os.Exit(2)
 	}
 	switch os.Args[1] {
@@ -28,16 +37,52 @@ func main() {
 		<-c
 	case "sum":
 		for _, dir := range os.Args[2:] {
-			sum(dir)
+			sum(os.Stdout, dir)
 		}
 		fmt.Println("done")
+	case "watch":
+		for {
+			watch(os.Args[2])
+		}
+	case "every":
+		for {
+			every(os.Args[2], os.Args[3:])
+		}
 	default:
 		fmt.Fprintf(os.Stderr, "guest: unknown command %q\n", os.Args[1])
 		os.Exit(2)
 	}
 }
 
-func sum(dir string) {
+func watch(dir string) {
+	h := sha256.New()
+	for _, l := range sum(h, dir) {
+		fmt.Println(l)
+	}
+	fmt.Printf("pass %x\n", h.Sum(nil))
+}
+
+func every(dir string, args []string) {
+	filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			if f, err := os.Open(path); err == nil {
+				forget(f)
+				f.Close()
+			}
+		}
+		return nil
+	})
+	out, err := exec.Command(args[0], args[1:]...).CombinedOutput()
+	text := strings.TrimSpace(string(out))
+	if err != nil {
+		fmt.Printf("%s: %v: %s\n", args[0], err, text)
+		return
+	}
+	fmt.Println("pass", text)
+}
+
+// sum writes a line for each file to w, and returns those of files that cannot be read.
+func sum(w io.Writer, dir string) (failed []string) {
 	filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && !d.Type().IsRegular() {
 			return nil
@@ -50,11 +95,16 @@ func sum(dir string) {
 			var errno syscall.Errno
 			errors.As(err, &errno)
 			dgst = fmt.Sprintf("errno=%d", errno)
+			failed = append(failed, dgst+" "+path)
 		}
-		fmt.Println(dgst, path)
+		fmt.Fprintln(w, dgst, path)
 		return nil
 	})
+	return failed
 }
+
+// forget drops f from the page cache; overlayfs passes this on to the file below.
+func forget(f *os.File) { unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) }
 
 func sumFile(path string) (string, error) {
 	f, err := os.Open(path)
@@ -62,6 +112,7 @@ func sumFile(path string) (string, error) {
 		return "", err
 	}
 	defer f.Close()
+	forget(f)
 	h := sha256.New()
 	if _, err := io.Copy(h, f); err != nil {
 		return "", err

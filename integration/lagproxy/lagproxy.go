@@ -52,7 +52,12 @@ type Proxy struct {
 
 // Listen starts a proxy on a free port of 127.0.0.1 for target (network is "tcp" or "unix"). Close ends it.
 func Listen(network, target string, link Link) (*Proxy, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	return ListenOn("127.0.0.1:0", network, target, link)
+}
+
+// ListenOn is Listen on an address: that of a closed proxy, whose target is to be there again.
+func ListenOn(address, network, target string, link Link) (*Proxy, error) {
+	l, err := net.Listen("tcp", address)
 	if err != nil {
 		return nil, err
 	}

@@ -144,6 +144,18 @@ func (n *Node) KillSnapshotter() {
 // SnapshotterPID is the process ID of the streaming snapshotter.
 func (n *Node) SnapshotterPID() int { return n.snapshotter.cmd.Process.Pid }
 
+// RestartContainerd ends containerd, as a crash would if kill is true, and runs it again. Containers go on.
+func (n *Node) RestartContainerd(ctx context.Context, kill bool) error {
+	p := n.containerd
+	n.containerd = nil
+	if kill {
+		p.kill()
+	} else if err := p.stop(); err != nil {
+		return err
+	}
+	return n.startContainerd(ctx)
+}
+
 func (n *Node) startContainerd(ctx context.Context) error {
 	p, err := start(n.path("logs"), "containerd", "containerd", "--config", n.path("containerd.toml"))
 	if err != nil {
