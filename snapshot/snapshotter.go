@@ -46,6 +46,8 @@ type Images interface {
 	Mount(ctx context.Context, id string, n int, target string) error
 	// Unmount undoes Mount; a target that is not mounted is no error.
 	Unmount(target string) error
+	// Mounted reports whether what is mounted at target is served, be it mounted in an earlier life of the daemon.
+	Mounted(target string) bool
 	// Forget drops an image that no snapshot uses. Retain drops all of a former life but those in use.
 	Forget(id string) error
 	Retain(used func(id string) bool) error
@@ -75,7 +77,8 @@ type Snapshotter struct {
 var _ snapshots.Snapshotter = (*Snapshotter)(nil)
 var _ snapshots.Cleaner = (*Snapshotter)(nil)
 
-// New opens or creates the snapshotter's state in root. It detaches what a former life left mounted there, and needs no network.
+// New opens or creates the snapshotter's state in root. It detaches what a former life left mounted there and nobody
+// serves, and needs no network.
 func New(root string, images Images, log *slog.Logger) (*Snapshotter, error) {
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
@@ -84,7 +87,7 @@ func New(root string, images Images, log *slog.Logger) (*Snapshotter, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := detachBelow(filepath.Join(root, "snapshots")); err != nil {
+	if err := detachBelow(filepath.Join(root, "snapshots"), images.Mounted); err != nil {
 		return nil, err
 	}
 	ms, err := storage.NewMetaStore(filepath.Join(root, "metadata.db"))
@@ -266,7 +269,7 @@ func (s *Snapshotter) Cleanup(ctx context.Context) error {
 		return nil
 	})
 	for _, path := range aside {
-		err := detachBelow(path)
+		err := detachBelow(path, func(string) bool { return false })
 		if err == nil {
 			err = os.RemoveAll(path)
 		}
@@ -322,14 +325,14 @@ func idMaps(options []string) (maps []string) {
 	return maps
 }
 
-// detachBelow detaches what is mounted at the fs directories of snapshots: a dead daemon's mounts, which answer only errors.
-func detachBelow(dir string) error {
+// detachBelow detaches what is mounted at the fs directories of snapshots and not served: a dead daemon's mounts, which answer only errors.
+func detachBelow(dir string, served func(target string) bool) error {
 	infos, err := mountinfo.GetMounts(mountinfo.PrefixFilter(dir))
 	if err != nil {
 		return err
 	}
 	for i := len(infos) - 1; i >= 0; i-- {
-		if p := infos[i].Mountpoint; filepath.Base(p) == "fs" {
+		if p := infos[i].Mountpoint; filepath.Base(p) == "fs" && !served(p) {
 			if err := unix.Unmount(p, unix.MNT_DETACH); err != nil {
 				return fmt.Errorf("detach %s: %w", p, err)
 			}

@@ -25,15 +25,16 @@ import (
 // node is everything below the snapshotter, plugged together.
 type node struct {
 	lock   *os.File // of root
+	keeps  bool     // mounts outlive the process
 	mounts *nodefs.Server
 	cache  *cache.Cache
 	reg    *registryclient.Client
 	images *stream.Store
 }
 
-// newNode opens the node's parts with their files in root. allow is nil to stream from everywhere.
-func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err error) {
-	n = &node{}
+// newNode opens the node's parts with their files in root. allow is nil to stream from everywhere. keep is nil if mounts end with the process.
+func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.Keeper) (n *node, err error) {
+	n = &node{keeps: keep != nil}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.close())
@@ -44,8 +45,15 @@ func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err
 	}
 	// In root, so that the way to mount is tried on the file system where the metadata images are.
 	o := nodefs.Options{Dir: filepath.Join(c.Root, "devices"), Mode: c.MountMode}
-	for unix.Unmount(o.Dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) == nil {
-		// A daemon that was killed left it; none is alive that has the lock.
+	o.Keep = keep
+	opened := make(chan struct{}) // when n.images is: reads from mounts of a predecessor wait for it
+	o.Resolve = func(ctx context.Context, id string) (nodefs.Device, error) {
+		select {
+		case <-opened:
+			return n.images.Device(ctx, id)
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
 	if !c.ReadAhead {
 		o.ReadAhead = 4096 // a page, the kernel's least
@@ -67,13 +75,18 @@ func newNode(c config, allow func(registryclient.Repository) bool) (n *node, err
 	n.images, err = stream.New(stream.Options{
 		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.std(),
 	})
+	if err == nil {
+		close(opened)
+	}
 	return n, err
 }
 
-// close unmounts everything, then lets go of the files.
+// close unmounts everything, or leaves it to a successor, then lets go of the files.
 func (n *node) close() error {
 	var errs []error
-	if n.images != nil {
+	if n.images != nil && n.keeps {
+		n.images.EndSearches()
+	} else if n.images != nil {
 		errs = append(errs, n.images.Close())
 	}
 	if n.mounts != nil {
@@ -94,11 +107,16 @@ func (n *node) close() error {
 // stopTimeout bounds the wait for calls in progress when the daemon stops: below the 10 s that a container gets to stop.
 const stopTimeout = 5 * time.Second
 
-// serve serves until ctx ends. st keeps the socket for the successor, if it keeps anything: clients wait for it then.
+// serve serves until ctx ends. st keeps the socket and the mounts for the successor, if it keeps anything: clients and readers wait for it
+// then.
 func serve(ctx context.Context, c config, st *fdstore.Store) (err error) {
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel}))
 	slog.SetDefault(log)
-	n, err := newNode(c, c.Stream.allow)
+	var keep nodefs.Keeper
+	if st.Keeps() {
+		keep = st
+	}
+	n, err := newNode(c, c.Stream.allow, keep)
 	if err != nil {
 		return err
 	}

@@ -32,7 +32,7 @@ type image struct {
 
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex
-	mounts int     // targets mounted
+	mounts int     // targets mounted, and uses by mounts of a former life
 	dev    *device // open while mounts > 0
 }
 
@@ -91,6 +91,38 @@ func (s *Store) Unmount(target string) error {
 		img.release()
 	}
 	return err
+}
+
+// Device opens the data device of image id for mounts of a former life of the daemon. It is an io.Closer, and open until closed. It asks the
+// registry for nothing, unless an index on disk is damaged.
+func (s *Store) Device(ctx context.Context, id string) (fs.Device, error) {
+	img, err := s.load(id)
+	if err != nil {
+		return nil, err
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if img.dev == nil {
+		if img.dev, err = img.open(ctx); err != nil {
+			return nil, fmt.Errorf("open streamed image %s: %w", id, err)
+		}
+	}
+	img.mounts++
+	return formerMount{img.dev, img}, nil
+}
+
+// formerMount is a use of an image's data device.
+type formerMount struct {
+	*device
+	image *image
+}
+
+func (m formerMount) Close() error {
+	m.image.mu.Lock()
+	defer m.image.mu.Unlock()
+	m.image.mounts--
+	m.image.release()
+	return nil
 }
 
 // release closes the data device if nothing is mounted. The caller holds mu.

@@ -55,6 +55,7 @@ type Registry interface {
 type Mounter interface {
 	Mount(ctx context.Context, img fs.Image, target string) error
 	Unmount(target string) error
+	Mounted(target string) bool
 }
 
 // Files are written under a name of their own with this at its end.
@@ -136,7 +137,10 @@ func (s *Store) EndSearches() {
 	s.running.Wait()
 }
 
-// Close ends all searches and unmounts everything. That is done at once, because what is in use takes its time, see Unmount, and a node
+// Mounted reports whether an image is mounted at target and served, be it mounted in an earlier life of the daemon.
+func (s *Store) Mounted(target string) bool { return s.o.Mounter.Mounted(target) }
+
+// Close ends all searches and unmounts everything that was mounted in this life. That is done at once, because what is in use takes its time, see Unmount, and a node
 // may have a hundred images in use.
 func (s *Store) Close() error {
 	s.EndSearches()
