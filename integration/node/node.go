@@ -19,6 +19,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -51,6 +52,8 @@ type Options struct {
 	Stream []string // repositories to stream from
 	Pause  string   // reference of the pods' pause image; "" for nodes without pods
 	Config string   // more of the snapshotter's configuration, TOML
+	// Supervise runs the snapshotter below `supervise`, which keeps its mounts when it ends, and starts it again.
+	Supervise bool
 }
 
 // Node is a running node. It is for one goroutine.
@@ -113,7 +116,11 @@ func (n *Node) Snapshotter() string {
 
 // StartSnapshotter runs the streaming snapshotter; after StopSnapshotter or KillSnapshotter, again.
 func (n *Node) StartSnapshotter(ctx context.Context) error {
-	p, err := start(n.path("logs"), "streaming-snapshotter", "streaming-snapshotter", "serve", "--config", n.path("snapshotter.toml"))
+	args := []string{"streaming-snapshotter", "serve", "--config", n.path("snapshotter.toml")}
+	if n.o.Supervise {
+		args = slices.Insert(args, 1, "supervise", "--")
+	}
+	p, err := start(n.path("logs"), "streaming-snapshotter", args...)
 	if err != nil {
 		return err
 	}
@@ -139,6 +146,18 @@ func (n *Node) StopSnapshotter() error {
 func (n *Node) KillSnapshotter() {
 	n.snapshotter.kill()
 	n.snapshotter = nil
+}
+
+// KillSupervised ends the streaming snapshotter below `supervise` by SIGKILL, and reports whether there was one.
+func (n *Node) KillSupervised() bool {
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", n.SnapshotterPID()))
+	for _, task := range tasks {
+		b, _ := os.ReadFile(task)
+		if pid, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil {
+			return unix.Kill(pid, unix.SIGKILL) == nil
+		}
+	}
+	return false
 }
 
 // SnapshotterPID is the process ID of the streaming snapshotter.
