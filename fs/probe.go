@@ -70,8 +70,10 @@ func (s *Server) probe() (err error) {
 		return err
 	}
 	// Beside the Server's directory, because it matters what file system the metadata image is on.
-	dir, err := os.MkdirTemp(filepath.Dir(s.dir), "probe-")
-	if err != nil {
+	dir := s.dir + ".probe"
+	target := filepath.Join(dir, "mount")
+	unix.Unmount(target, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW) // a process that was killed while it probed left it
+	if err := errors.Join(os.RemoveAll(dir), os.Mkdir(dir, 0o700)); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
@@ -80,7 +82,6 @@ func (s *Server) probe() (err error) {
 	if err := writeProbe(img.Metadata, data.Size()); err != nil {
 		return err
 	}
-	target := filepath.Join(dir, "mount")
 	if err := os.Mkdir(target, 0o700); err != nil {
 		return err
 	}

@@ -1,7 +1,6 @@
 package snapshot
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -209,17 +208,24 @@ func TestStreamedName(t *testing.T) {
 	image := strings.Repeat("0a", 32)
 	sn := &streamedSnapshot{image: image, layers: 120}
 	sn.setName("k8s.io/7/extract-123 sha256:abc")
-	got := parseStreamed("5", snapshots.Info{Name: sn.name})
-	if got == nil || got.image != image || got.layers != 120 || got.id != "5" {
+	got, err := parseStreamed("5", snapshots.Info{Name: sn.name})
+	if err != nil || got == nil || got.image != image || got.layers != 120 || got.id != "5" {
 		t.Errorf("got %+v", got)
 	}
 	for _, name := range []string{
-		"", "k8s.io/7/extract-123", "sha256:" + image, image,
-		"streamed/7/" + sn.name, // a client's key, in a namespace of that name
-		"streamed/" + image, "streamed/" + image + "/0/k", "streamed/" + image + "/x/k", "streamed/" + image + "/9999999/k", "x" + sn.name,
+		"", "k8s.io/7/extract-123", "sha256:" + image, image, "x" + sn.name,
+		"streamed/7/" + sn.name, "streamed/7/", // a client's keys, in a namespace of that name
 	} {
-		if got := parseStreamed("5", snapshots.Info{Name: name}); got != nil {
-			t.Errorf("%q: got %+v, want none", name, got)
+		if got, err := parseStreamed("5", snapshots.Info{Name: name}); got != nil || err != nil {
+			t.Errorf("%q: got %+v, %v, want none", name, got, err)
+		}
+	}
+	for _, name := range []string{
+		"streamed/" + image, "streamed/" + image + "/0/k", "streamed/" + image + "/x/k", "streamed/" + image + "/9999999/k",
+		"streamed/v2/7/k", "streamed//k", "streamed/",
+	} {
+		if got, err := parseStreamed("5", snapshots.Info{Name: name}); !errdefs.IsFailedPrecondition(err) {
+			t.Errorf("%q: got %+v, %v, want ErrFailedPrecondition", name, got, err)
 		}
 	}
 }
@@ -305,35 +311,4 @@ func TestEndSearches(t *testing.T) {
 	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); !errors.Is(err, stream.ErrNotStreamable) {
 		t.Errorf("after Close: got %v, want ErrNotStreamable", err)
 	}
-}
-
-// The record of a newer release is not destroyed by an older one: the image is back with the newer.
-func TestNewerRecord(t *testing.T) {
-	n, _, top := pulled(t)
-	n.stop()
-	records, err := filepath.Glob(filepath.Join(n.root, "images", "*", "image.json"))
-	if err != nil || len(records) != 1 {
-		t.Fatalf("records: %v, %v", records, err)
-	}
-	ours, err := os.ReadFile(records[0])
-	if err != nil {
-		t.Fatal(err)
-	}
-	newer := bytes.Replace(ours, []byte(`"version":1`), []byte(`"version":2`), 1)
-	if err := os.WriteFile(records[0], newer, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	n.start()
-	if _, err := n.sn.Prepare(testContext(), "container", top); err == nil || !strings.Contains(err.Error(), "version 2") {
-		t.Errorf("got %v, want an error that names the version", err)
-	}
-	n.stop()
-	if b, err := os.ReadFile(records[0]); err != nil || !bytes.Equal(b, newer) {
-		t.Errorf("the record: got %q, %v", b, err)
-	}
-	if err := os.WriteFile(records[0], ours, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	n.start()
-	n.wantContainer("container", top)
 }

@@ -172,7 +172,10 @@ func (s *Snapshotter) streamedBase(ctx context.Context, name string) (base *stre
 			if err != nil {
 				return err
 			}
-			base, name = parseStreamed(id, info), info.Parent
+			if base, err = parseStreamed(id, info); err != nil {
+				return err
+			}
+			name = info.Parent
 		}
 		return nil
 	})

@@ -54,22 +54,30 @@ type streamedSnapshot struct {
 // The name of a streamed snapshot is the record of what it is: it comes and goes with the snapshot, and unlike labels nobody can
 // change it. It ends in the key that was prepared, because the same chain may be streamed on two parents.
 // containerd's names cannot be taken for one: a number follows their first slash.
-var streamedName = regexp.MustCompile(`^streamed/([0-9a-f]{64,})/([1-9][0-9]{0,5})/`)
+// What begins like ours and has another form is of a newer release: its directory, on which this one could mount nothing, must not
+// pass for an unpacked layer.
+var (
+	streamedName = regexp.MustCompile(`^streamed/([0-9a-f]{64,})/([1-9][0-9]{0,5})/`)
+	newerName    = regexp.MustCompile(`^streamed/([0-9]*[^0-9/]|/|$)`)
+)
 
 func (sn *streamedSnapshot) setName(key string) {
 	sn.name = fmt.Sprintf("streamed/%s/%d/%s", sn.image, sn.layers, key)
 }
 
 // parseStreamed returns what the name of snapshot id says, nil if it is not streamed.
-func parseStreamed(id string, info snapshots.Info) *streamedSnapshot {
+func parseStreamed(id string, info snapshots.Info) (*streamedSnapshot, error) {
 	m := streamedName.FindStringSubmatch(info.Name)
-	if m == nil {
-		return nil
+	switch {
+	case m == nil && newerName.MatchString(info.Name):
+		return nil, fmt.Errorf("streamed snapshot %s was made by a newer release: %w", info.Name, errdefs.ErrFailedPrecondition)
+	case m == nil:
+		return nil, nil
 	}
 	layers, _ := strconv.Atoi(m[2]) // at most six digits
 	return &streamedSnapshot{
 		id: id, name: info.Name, parent: info.Parent, ref: info.Labels[snapshots.LabelSnapshotRef], image: m[1], layers: layers,
-	}
+	}, nil
 }
 
 // stream reports whether the layer that l.target names is streamed, and makes its snapshot if there is none yet. All failures
@@ -210,6 +218,7 @@ func (s *Snapshotter) commitOne(ctx context.Context, sn *streamedSnapshot) error
 
 // loadStreamed finds the streamed snapshots of former lives, and makes directories that a power loss took.
 func (s *Snapshotter) loadStreamed(ctx context.Context) error {
+	newer := false
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		names, err := storage.IDMap(ctx)
 		if err != nil {
@@ -220,7 +229,10 @@ func (s *Snapshotter) loadStreamed(ctx context.Context) error {
 			if err != nil {
 				return err
 			}
-			if sn := parseStreamed(id, info); sn != nil {
+			if sn, err := parseStreamed(id, info); err != nil {
+				newer = true
+				s.log.Warn("kept for the release that made it", "error", err)
+			} else if sn != nil {
 				s.streamed[id] = sn
 			}
 		}
@@ -236,7 +248,8 @@ func (s *Snapshotter) loadStreamed(ctx context.Context) error {
 		}
 		used[sn.image] = true
 	}
-	return s.images.Retain(func(id string) bool { return used[id] })
+	// What snapshots of a newer release use is not known here.
+	return s.images.Retain(func(id string) bool { return used[id] || newer })
 }
 
 // dropStreamed forgets a removed snapshot, and marks its image as one that may be unused.

@@ -13,6 +13,9 @@
 //	                       found, so that what cannot be mounted falls back, of others when they are first mounted
 //	indexes/<hex of the layer blob's digest>
 //	                       the index's skippable frame as it lies in the blob
+//
+// Records of older releases are read; one of a newer release stays, with all indexes, because it may name them. Indexes and metadata images
+// prove themselves, and are made anew if they do not. A release that makes other metadata images of the same layers gives them other names.
 package stream
 
 import (
@@ -359,7 +362,7 @@ func (s *Store) discardIndexes() error {
 	return s.sweepIndexes()
 }
 
-// sweepIndexes removes indexes that no image on disk names. The caller holds s.mu or is alone.
+// sweepIndexes removes indexes that no image on disk names, once every image's record can be read. The caller holds s.mu or is alone.
 func (s *Store) sweepIndexes() error {
 	used := map[string]bool{}
 	for name := range s.pins {
@@ -371,8 +374,11 @@ func (s *Store) sweepIndexes() error {
 	}
 	for _, d := range dirs {
 		rec, err := loadRecord(s.imageDir(d.Name()))
-		if err != nil {
+		if errors.Is(err, os.ErrNotExist) {
 			continue
+		}
+		if err != nil {
+			return nil // it names what this release does not know
 		}
 		for _, l := range rec.Layers {
 			used[l.Digest.Encoded()] = true
