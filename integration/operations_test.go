@@ -288,7 +288,31 @@ func TestNotAnnotated(t *testing.T) {
 	}
 }
 
-// TestDaemonDown: a container that is started while the daemon is down starts at the latest when it is back, and so does one after a restart of containerd.
+// TestDaemonRestarted restarts the daemon under its supervisor, asked and killed, while a container reads: that goes on, and
+// a container that is started meanwhile waits for the daemon. TestResume is the long form.
+func TestDaemonRestarted(t *testing.T) {
+	registry := startRegistry(t, registrytest.Options{})
+	ref := registry.Host() + "/app:v1"
+	pushSmall(t, ref, 65)
+	run(t, "streamctl", "create", "--record", "", ref)
+	for _, mode := range modes {
+		t.Run(mode, func(t *testing.T) {
+			n := startNode(t, node.Options{Mode: mode, Supervise: true, Stream: []string{registry.Host() + "/*"}})
+			pullStreamed(t, registry, n, ref)
+			w := startWatcher(t, n, "watch", ref, smallSum(65), nil, "/guest", "watch", "/data")
+			w.awaitPass(t)
+			if err := n.RestartSupervised(); err != nil {
+				t.Fatal(err)
+			}
+			w.awaitPass(t)
+			eventually(t, "a daemon that can be killed", n.KillSupervised)
+			sumIn(t, n, ref, 65, "/data")
+			w.awaitPass(t)
+		})
+	}
+}
+
+// TestDaemonDown: without a supervisor a container that is started while the daemon is down fails, and starts when it is back; and so does one after a restart of containerd.
 func TestDaemonDown(t *testing.T) {
 	registry := startRegistry(t, registrytest.Options{})
 	ref := registry.Host() + "/app:v1"

@@ -51,7 +51,7 @@ func (s *soak) step() {
 			s.t.Fatal(err)
 		}
 	case what < 84:
-		s.restartDaemon(which == 0, damage(size%3))
+		s.restartDaemon(size%4 > 0, damage(size%3))
 	case what < 96:
 		s.pull(which, time.Duration(size)*2*time.Microsecond)
 	default:
@@ -108,22 +108,21 @@ func (s *soak) damageCache(d damage) {
 	}
 }
 
-// restartDaemon kills or stops the daemon and starts it again, and damages its cache in between: what was verified since the start
-// is not verified again. Containers that run do not survive this yet, so they are stopped first.
+// restartDaemon kills the daemon and damages its cache before the next is started, or has it restarted in an orderly way. What was verified since
+// the start is not verified again, so that the cache is not damaged under a daemon that serves.
 func (s *soak) restartDaemon(kill bool, d damage) {
 	s.t.Helper()
-	s.log("restart the daemon, killed: %v, bytes of the cache: %v", kill, d)
-	s.stopWatchers()
-	if kill {
-		s.n.KillSnapshotter()
-	} else if err := s.n.StopSnapshotter(); err != nil {
+	if !kill {
+		s.log("restart the daemon")
+		if err := s.n.RestartSupervised(); err != nil {
+			s.t.Fatal(err)
+		}
+		return
+	}
+	s.log("kill the daemon, files of the cache: %v", d)
+	if err := s.n.KillSupervisedAnd(s.t.Context(), func() { s.damageCache(d) }); err != nil {
 		s.t.Fatal(err)
 	}
-	s.damageCache(d)
-	if err := s.n.StartSnapshotter(s.t.Context()); err != nil {
-		s.t.Fatal(err)
-	}
-	s.startWatchers()
 }
 
 // pull pulls another image, first with a client that is killed after a while, runs it and removes it. Faults on the way are for reads of

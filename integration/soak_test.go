@@ -27,10 +27,10 @@ import (
 // soakRegistryWait is how long a fault of the registry may last: much less than a read waits, so that no container has a reason to see an error.
 const soakRegistryWait = 3 * time.Second
 
-// TestSoak mixes faults at random under containers that read, compare and compile, for as long as FOR says (20 s unless given). SEED reproduces the
+// TestSoak mixes faults at random under containers that read, compare and compile, for as long as FOR says (10 s unless given). SEED reproduces the
 // sequence; `make soak` runs it alone. Containers never see an error or wrong bytes, and at the end nothing is left.
 func TestSoak(t *testing.T) {
-	seed, length := uint64(1), 20*time.Second
+	seed, length := uint64(1), 10*time.Second
 	if os.Getenv("FULL") != "" {
 		length = 5 * time.Minute
 	}
@@ -66,7 +66,6 @@ type soak struct {
 	app, compiler string // references: the image whose files are compared, and the one that compiles
 	faults        []activeFault
 	watchers      []*watcher
-	started       int
 	requests      int // to the registry until the last step
 	rounds        int // of watchers that have ended
 	steps         []string
@@ -100,7 +99,7 @@ func startSoak(t *testing.T, seed uint64) *soak {
 	for _, ref := range []string{s.app, s.compiler} {
 		run(t, "streamctl", "create", "--record", "", ref)
 	}
-	s.n = startNode(t, node.Options{Mode: mode, Stream: []string{s.proxy.Addr() + "/*"}, Config: `resolve_timeout = "2s"`})
+	s.n = startNode(t, node.Options{Mode: mode, Stream: []string{s.proxy.Addr() + "/*"}, Config: `resolve_timeout = "2s"`, Supervise: true})
 	for _, ref := range []string{s.app, s.compiler} {
 		if err := s.n.Pull(t.Context(), ref); err != nil {
 			t.Fatal(err)
@@ -197,35 +196,23 @@ func (s *soak) startWatchers() {
 
 func (s *soak) watch(ref, want string, flags []string, args ...string) {
 	s.t.Helper()
-	s.started++
-	w := &watcher{id: fmt.Sprintf("watch%d", s.started), want: want}
-	w.log = filepath.Join(s.n.Dir, "logs", w.id+".out")
-	a := append([]string{"run", "--detach", "--snapshotter", s.n.Snapshotter(), "--log-uri", "file://" + w.log}, flags...)
-	if _, err := s.n.Ctr(s.t.Context(), append(append(a, ref, w.id), args...)...); err != nil {
-		s.t.Fatal(err)
-	}
-	s.watchers = append(s.watchers, w)
+	s.watchers = append(s.watchers, startWatcher(s.t, s.n, fmt.Sprintf("watch%d", len(s.watchers)), ref, want, flags, args...))
 }
 
-// stopWatchers lets each container finish a round first.
-func (s *soak) stopWatchers() {
-	s.t.Helper()
-	ctx := context.WithoutCancel(s.t.Context())
-	for _, w := range s.watchers {
-		s.rounds += s.awaitPass(w)
-		if _, err := s.n.Ctr(ctx, "tasks", "delete", "--force", w.id); err != nil {
-			s.t.Error(err)
-		}
-		if _, err := s.n.Ctr(ctx, "containers", "delete", w.id); err != nil {
-			s.t.Error(err)
-		}
+// startWatcher runs a watcher of ref with args, and flags of `ctr run`.
+func startWatcher(t *testing.T, n *node.Node, id, ref, want string, flags []string, args ...string) *watcher {
+	t.Helper()
+	w := &watcher{id: id, want: want, log: filepath.Join(n.Dir, "logs", id+".out")}
+	a := append([]string{"run", "--detach", "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + w.log}, flags...)
+	if _, err := n.Ctr(t.Context(), append(append(a, ref, id), args...)...); err != nil {
+		t.Fatal(err)
 	}
-	s.watchers = nil
+	return w
 }
 
 // awaitPass waits until the container has begun and finished a round from here on, and returns how many that makes.
-func (s *soak) awaitPass(w *watcher) (now int) {
-	s.t.Helper()
+func (w *watcher) awaitPass(t *testing.T) (now int) {
+	t.Helper()
 	first, err := w.passes()
 	for end := time.Now().Add(2 * time.Minute); err == nil; time.Sleep(20 * time.Millisecond) {
 		if now, err = w.passes(); now >= first+2 {
@@ -235,8 +222,24 @@ func (s *soak) awaitPass(w *watcher) (now int) {
 			err = fmt.Errorf("container %s hangs after %d rounds", w.id, now)
 		}
 	}
-	s.t.Error(err)
+	t.Error(err)
 	return now
+}
+
+// stopWatchers lets each container finish a round first.
+func (s *soak) stopWatchers() {
+	s.t.Helper()
+	ctx := context.WithoutCancel(s.t.Context())
+	for _, w := range s.watchers {
+		s.rounds += w.awaitPass(s.t)
+		if _, err := s.n.Ctr(ctx, "tasks", "delete", "--force", w.id); err != nil {
+			s.t.Error(err)
+		}
+		if _, err := s.n.Ctr(ctx, "containers", "delete", w.id); err != nil {
+			s.t.Error(err)
+		}
+	}
+	s.watchers = nil
 }
 
 // finish heals everything, and looks for what is left behind.

@@ -52,7 +52,8 @@ type Options struct {
 	Stream []string // repositories to stream from
 	Pause  string   // reference of the pods' pause image; "" for nodes without pods
 	Config string   // more of the snapshotter's configuration, TOML
-	// Supervise runs the snapshotter below `supervise`, which keeps its mounts when it ends, and starts it again.
+	// Supervise runs the snapshotter below `supervise`, which keeps its mounts when it ends, and starts it again. Start-, Stop- and
+	// KillSnapshotter are then about the supervisor.
 	Supervise bool
 }
 
@@ -150,14 +151,42 @@ func (n *Node) KillSnapshotter() {
 
 // KillSupervised ends the streaming snapshotter below `supervise` by SIGKILL, and reports whether there was one.
 func (n *Node) KillSupervised() bool {
+	pid, err := n.supervised()
+	return err == nil && unix.Kill(pid, unix.SIGKILL) == nil
+}
+
+// supervised returns the process ID of the streaming snapshotter below `supervise`.
+func (n *Node) supervised() (int, error) {
 	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", n.SnapshotterPID()))
 	for _, task := range tasks {
 		b, _ := os.ReadFile(task)
 		if pid, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil {
-			return unix.Kill(pid, unix.SIGKILL) == nil
+			return pid, nil
 		}
 	}
-	return false
+	return 0, errors.New("the supervisor has no child")
+}
+
+// RestartSupervised has the supervisor restart its child, as after an upgrade, and does not wait for it.
+func (n *Node) RestartSupervised() error { return n.snapshotter.cmd.Process.Signal(syscall.SIGHUP) }
+
+// KillSupervisedAnd is KillSupervised once there is one. What meanwhile does is done after the snapshotter has served its last, and before its
+// successor starts.
+func (n *Node) KillSupervisedAnd(ctx context.Context, meanwhile func()) error {
+	pid := 0
+	if err := n.snapshotter.ready(ctx, func(context.Context) (err error) {
+		if pid, err = n.supervised(); err != nil {
+			return err
+		}
+		return syscall.Kill(pid, syscall.SIGSTOP)
+	}); err != nil {
+		return err
+	}
+	if err := n.snapshotter.ready(ctx, func(context.Context) error { return stopped(pid) }); err != nil {
+		return err
+	}
+	meanwhile()
+	return syscall.Kill(pid, syscall.SIGKILL)
 }
 
 // SnapshotterPID is the process ID of the streaming snapshotter.

@@ -87,6 +87,18 @@ func (p *process) kill() {
 	<-p.done
 }
 
+// stopped is nil if a process is stopped by a signal; proc(5) has the states.
+func stopped(pid int) error {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return err
+	}
+	if !bytes.Contains(b, []byte(") T ")) {
+		return fmt.Errorf("process %d is not stopped", pid)
+	}
+	return nil
+}
+
 // command runs a program to its end and returns what it printed on standard output; the error has what it printed on standard error.
 func command(ctx context.Context, args ...string) (string, error) {
 	var out, errs bytes.Buffer
