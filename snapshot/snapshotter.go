@@ -95,7 +95,8 @@ func New(root string, images Images, log *slog.Logger) (*Snapshotter, error) {
 		return nil, err
 	}
 	// Removal is ours: upstream would delete the directory of a streamed snapshot through its mount.
-	inner, err := overlay.NewSnapshotter(root, overlay.WithMetaStore(ms), overlay.AsynchronousRemove)
+	// remap-ids is announced in containerd's configuration, which cannot ask: a kernel that cannot do it fails the mount.
+	inner, err := overlay.NewSnapshotter(root, overlay.WithMetaStore(ms), overlay.AsynchronousRemove, overlay.WithRemapIDs)
 	if err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
@@ -121,6 +122,9 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	}
 	if err := ctx.Err(); err != nil {
 		return nil, err // it went away during the search: nobody would remove what is made now
+	}
+	if l.target != "" {
+		opts = append(opts, dropIDMaps)
 	}
 	return s.create(ctx, parent, func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
 }

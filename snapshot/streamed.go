@@ -41,6 +41,13 @@ func parseLabels(opts []snapshots.Opt) (labels, error) {
 	}, nil
 }
 
+// dropIDMaps removes the labels that map IDs, which are a container's: on a layer that is unpacked they are an image author's.
+func dropIDMaps(info *snapshots.Info) error {
+	delete(info.Labels, snapshots.LabelSnapshotUIDMapping)
+	delete(info.Labels, snapshots.LabelSnapshotGIDMapping)
+	return nil
+}
+
 // streamedSnapshot is a committed snapshot whose content is mounted, not unpacked.
 type streamedSnapshot struct {
 	id     string // upstream's snapshot id: its directory

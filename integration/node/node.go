@@ -86,6 +86,9 @@ func Start(ctx context.Context, o Options) (n *Node, err error) {
 			err = errors.Join(err, n.Close())
 		}
 	}()
+	if err := os.Chmod(n.Dir, 0o711); err != nil {
+		return nil, err
+	}
 	for _, d := range []string{"conf.d", "certs.d", "run", "logs"} {
 		if err := os.Mkdir(n.path(d), 0o755); err != nil {
 			return nil, err
