@@ -22,8 +22,7 @@ type file interface {
 	io.Closer
 	size() (int64, error)
 	truncate(size int64) error
-	datasync() error       // fdatasync(2)
-	usage() (int64, error) // bytes allocated
+	datasync() error // fdatasync(2)
 }
 
 type osDisk struct{}
@@ -57,14 +56,6 @@ func (f osFile) datasync() error {
 			return os.NewSyscallError("fdatasync", err)
 		}
 	}
-}
-
-func (f osFile) usage() (int64, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return 0, os.NewSyscallError("fstat", err)
-	}
-	return st.Blocks * 512, nil
 }
 
 // lockDir opens dir and locks it against other processes. The kernel drops the lock with the process, however that ends.

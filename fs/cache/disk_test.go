@@ -208,7 +208,7 @@ func TestFullDisk(t *testing.T) {
 	if n := read(0); n != 1 {
 		t.Errorf("a chunk read long ago: %d requests, want 1: memory is bounded", n)
 	}
-	if n, err := l.store.data.usage(); err != nil || n > 64<<10 {
+	if n, err := c.Usage(ly.dgst); err != nil || n > 64<<10 {
 		t.Errorf("%d bytes (%v) on a disk that is full", n, err)
 	}
 	c.flush()

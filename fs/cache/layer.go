@@ -152,9 +152,6 @@ func (l *Layer) wait(ctx context.Context, fl *flight) (again bool, err error) {
 	return false, fl.err
 }
 
-// Usage returns the bytes on disk.
-func (l *Layer) Usage() (int64, error) { return l.store.usage() }
-
 // Close ends the use of the layer. Its chunks stay. It ends reads and fetches that go on, and waits for them.
 func (l *Layer) Close() error { return l.close() }
 

@@ -271,7 +271,7 @@ func TestReopenFetchesNothing(t *testing.T) {
 	if got, want := c.Stats().Verified, int64(ly.index.NumChunks()); got != want {
 		t.Errorf("%d chunks verified after reopening, want %d", got, want)
 	}
-	usage, err := l.Usage()
+	usage, err := c.Usage(ly.dgst, ly.dgst)
 	must(t, err)
 	if usage < int64(len(ly.tar)) || usage > int64(len(ly.tar))+64<<10 {
 		t.Errorf("usage is %d for a tar of %d bytes", usage, len(ly.tar))

@@ -224,16 +224,3 @@ func (s *store) close() error {
 	s.closed = true
 	return errors.Join(err, s.data.Close(), s.table.Close())
 }
-
-// usage returns the bytes on disk.
-func (s *store) usage() (int64, error) {
-	if s.data == nil {
-		return 0, nil
-	}
-	n, err := s.data.usage()
-	if err != nil {
-		return 0, err
-	}
-	m, err := s.table.usage()
-	return n + m, err
-}
