@@ -49,6 +49,9 @@ type registry struct {
 const streams = 64
 
 func openRegistry(image string, o RegistryOptions) (Place, string, error) {
+	if strings.Contains(image, "://") {
+		return nil, "", fmt.Errorf("image name %q: want HOST/REPO:TAG, without a scheme", image)
+	}
 	var opts []name.Option
 	if o.PlainHTTP {
 		opts = append(opts, name.Insecure)

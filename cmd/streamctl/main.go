@@ -61,6 +61,7 @@ func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "streamctl",
 		Short:         "Make streaming artifacts of images, and look after them",
+		Version:       version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -75,7 +76,13 @@ func newRoot() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error { return cmd.Help() },
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usageError{fmt.Errorf("%s: %w", cmd.Name(), err)} })
+	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
+	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
+		if cmd == root {
+			return usageError{err}
+		}
+		return usageError{fmt.Errorf("%s: %w", cmd.Name(), err)}
+	})
 	root.AddCommand(newCreate(), newListReferrers(), newInspect(), newVerify(), newDelete(), newCopy(), newVersion())
 	return root
 }

@@ -332,3 +332,28 @@ func TestDocumented(t *testing.T) {
 		})
 	}
 }
+
+// What a user mistypes is answered in words of the command line, not of a library.
+func TestWrongCalls(t *testing.T) {
+	cases := []struct {
+		args   string
+		status int
+		want   string
+	}{
+		{"--bogus", 2, "streamctl: unknown flag: --bogus (see streamctl help)\n"},
+		{"create --bogus", 2, "streamctl: create: unknown flag: --bogus (see streamctl help)\n"},
+		{"inspect http://r.example/a:b", 2, "streamctl: image name \"http://r.example/a:b\": want HOST/REPO:TAG, without a scheme (see streamctl help)\n"},
+	}
+	for _, c := range cases {
+		var out, errs strings.Builder
+		if got := run(t.Context(), strings.Fields(c.args), &out, &errs); got != c.status || errs.String() != c.want || out.Len() > 0 {
+			t.Errorf("%s: status %d, %q and %q; want %d, \"\" and %q", c.args, got, out.String(), errs.String(), c.status, c.want)
+		}
+	}
+	for _, arg := range []string{"version", "--version"} {
+		var out strings.Builder
+		if run(t.Context(), []string{arg}, &out, &out) != 0 || out.String() != "streamctl "+version()+"\n" {
+			t.Errorf("%s prints %q", arg, out.String())
+		}
+	}
+}

@@ -29,7 +29,7 @@ type config struct {
 	ReadAhead      bool        `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
 	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
-	LogLevel       slog.Level  `toml:"log_level" comment:"debug, info, warn or error."`
+	LogLevel       level       `toml:"log_level" comment:"debug, info, warn or error."`
 }
 
 func defaults() config {
@@ -41,7 +41,7 @@ func defaults() config {
 		ReadAhead:      true,
 		HostsDir:       "/etc/containerd/certs.d",
 		ResolveTimeout: duration(15 * time.Second),
-		LogLevel:       slog.LevelInfo,
+		LogLevel:       level(slog.LevelInfo),
 	}
 }
 
@@ -123,6 +123,20 @@ func (d *duration) UnmarshalText(b []byte) error {
 func (d duration) std() time.Duration { return time.Duration(d) }
 
 func (d duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+
+// level is a slog.Level, written as the documentation has it.
+type level slog.Level
+
+func (l *level) UnmarshalText(b []byte) error {
+	if err := (*slog.Level)(l).UnmarshalText(b); err != nil {
+		return fmt.Errorf("%q is no level: want debug, info, warn or error", b)
+	}
+	return nil
+}
+
+func (l level) MarshalText() ([]byte, error) {
+	return []byte(strings.ToLower(slog.Level(l).String())), nil
+}
 
 // patterns are repositories in the form HOST/REPOSITORY. Each part between slashes is a glob as of path.Match, which never
 // matches a slash, so that a wildcard in the host's part cannot reach into the repository's; a last part of * stands for everything below.

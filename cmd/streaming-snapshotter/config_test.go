@@ -50,7 +50,7 @@ func TestConfigErrors(t *testing.T) {
 		"mode":             {"mount_mode = 'nfs'\n", "want auto, file, loop or tree"},
 		"duration":         {"resolve_timeout = 'soon'\n", `line 1, column 19: toml: "soon" is no duration`},
 		"no duration":      {"resolve_timeout = '0s'\n", "resolve_timeout"},
-		"level":            {"log_level = 'loud'\n", "loud"},
+		"level":            {"log_level = 'loud'\n", `"loud" is no level: want debug, info, warn or error`},
 		"pattern":          {"stream = ['registry.example.com']\n", "HOST/REPOSITORY"},
 		"pattern with URL": {"stream = ['https://registry.example.com/*']\n", "HOST/REPOSITORY"},
 		"bad glob":         {"stream = ['registry.example.com/[a']\n", "HOST/REPOSITORY"},

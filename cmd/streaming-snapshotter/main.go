@@ -42,6 +42,7 @@ func newCommand() *cobra.Command {
 		// Usage is the answer to wrong arguments, not to what fails later.
 		PersistentPreRun: func(cmd *cobra.Command, _ []string) { cmd.SilenceUsage = true },
 	}
+	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	root.PersistentFlags().StringVar(&configFile, "config", "", "configuration file (default "+defaultConfig+" if it exists)")
 	root.AddCommand(
 		&cobra.Command{
@@ -86,6 +87,15 @@ func newCommand() *cobra.Command {
 		},
 		newMountCommand(&configFile),
 		newSuperviseCommand(),
+		&cobra.Command{
+			Use:   "version",
+			Short: "Print the version",
+			Args:  cobra.NoArgs,
+			RunE: func(cmd *cobra.Command, _ []string) error {
+				_, err := fmt.Fprintf(cmd.OutOrStdout(), "streaming-snapshotter %s\n", version())
+				return err
+			},
+		},
 	)
 	return root
 }

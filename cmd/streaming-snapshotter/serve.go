@@ -110,7 +110,7 @@ const stopTimeout = 5 * time.Second
 // serve serves until ctx ends. st keeps the socket and the mounts for the successor, if it keeps anything: clients and readers wait for it
 // then.
 func serve(ctx context.Context, c config, st *fdstore.Store) (err error) {
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: c.LogLevel}))
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(c.LogLevel)}))
 	slog.SetDefault(log)
 	var keep nodefs.Keeper
 	if st.Keeps() {
