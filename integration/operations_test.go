@@ -338,3 +338,28 @@ func TestDaemonDown(t *testing.T) {
 		sumIn(t, n, ref, 64, "/data")
 	}
 }
+
+// TestSupervisorKilled: when who keeps the mounts dies, the node works again after a start: images are there and new containers run, beside
+// old ones, which are lost.
+func TestSupervisorKilled(t *testing.T) {
+	registry := startRegistry(t, registrytest.Options{})
+	ref := registry.Host() + "/app:v1"
+	pushSmall(t, ref, 66)
+	run(t, "streamctl", "create", "--record", "", ref)
+	for _, mode := range modes {
+		t.Run(mode, func(t *testing.T) {
+			n := startNode(t, node.Options{Mode: mode, Supervise: true, Stream: []string{registry.Host() + "/*"}})
+			pullStreamed(t, registry, n, ref)
+			if _, err := n.Ctr(t.Context(), "run", "--detach", "--snapshotter", n.Snapshotter(), ref, "old", "/guest", "pause"); err != nil {
+				t.Fatal(err)
+			}
+			n.KillSnapshotter()
+			if err := n.StartSnapshotter(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			sumIn(t, n, ref, 66, "/data")
+			out, err := n.Ctr(t.Context(), "tasks", "exec", "--exec-id", "read", "old", "/guest", "sum", "/data/big")
+			t.Logf("in the old container: %q, %v", out, err)
+		})
+	}
+}
