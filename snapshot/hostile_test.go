@@ -1,6 +1,8 @@
 package snapshot
 
 import (
+	"context"
+	"encoding/binary"
 	"os"
 	"path/filepath"
 	"strings"
@@ -8,6 +10,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -145,4 +149,65 @@ func TestStallsOnce(t *testing.T) {
 	if searches != 1 {
 		t.Errorf("%d searches, want 1", searches)
 	}
+}
+
+// twoIndexes makes of the artifacts of two images with the same layer artifacts that name one blob, and two valid indexes in it.
+func (n *testNode) twoIndexes(a, b *artifact.Manifest) {
+	n.t.Helper()
+	client, err := registryclient.New(registryclient.Options{})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer client.Close()
+	l := a.Layers[0]
+	blob, err := client.Blob(context.Background(), registryclient.Repository(n.reg.Host()+"/app"), l.Digest, l.Size)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	// The second ends the last chunk's frame behind the first, which is a skippable frame to zstd.
+	const table, entry, frameEnd = 72, 48, 8
+	second := append([]byte(nil), blob[l.IndexOffset:]...)
+	last := table + (int(binary.LittleEndian.Uint32(second[20:]))-1)*entry
+	binary.LittleEndian.PutUint64(second[last+frameEnd:], uint64(len(blob)))
+	dgst := n.reg.PutBlob("app", append(blob, second...))
+	a.Layers[0].Digest, b.Layers[0].Digest = dgst, dgst
+	b.Layers[0].IndexOffset = l.Size
+	b.Layers[0].Size = l.Size + l.IndexSize
+	b.Layers[0].IndexDigest = digest.FromBytes(second)
+}
+
+// An artifact that names another's blob, with an index of its own, takes neither the index nor the chunks from it.
+func TestBlobOfAnother(t *testing.T) {
+	n := newTestNode(t)
+	layer := tarOf(t, file{"etc/", ""}, file{"etc/base", "from the base"})
+	victim := n.push("app", layer)
+	other := n.push("app:other", layer, tarOf(t, file{"more", ""}))
+	n.convert(victim)
+	n.convert(other)
+	a, b := *n.artifactOf(victim), *n.artifactOf(other)
+	n.deleteArtifact(victim)
+	n.deleteArtifact(other)
+	n.twoIndexes(&a, &b)
+	n.attach(a)
+	n.attach(b)
+	start := func(key, parent string) {
+		t.Helper()
+		mounts, err := n.sn.Prepare(testContext(), key, parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		inMounts(t, mounts, func(root string) { wantFiles(t, root, map[string]string{"etc/base": "from the base"}) })
+	}
+	top := n.prepareAll(victim, 0, "")
+	start("first", top)
+	n.restart()
+	otherTop := n.prepareAll(other, 0, "")
+	mounts, err := n.sn.Prepare(testContext(), "other", otherTop)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inMounts(t, mounts, func(string) {
+		n.reg.Close() // all that the victim needs is on this node
+		start("second", top)
+	})
 }

@@ -13,13 +13,13 @@
 // The directory of a cache, which one process at a time holds (flock on the directory):
 //
 //	DIR/
-//	  sha256-HEX/   a layer blob, named by the digest of the blob (mode 0700)
+//	  sha256-HEX/   a layer, named by the digest of its index (mode 0700)
 //	    data        the layer's tar, sparse: chunk i at its tar offset (mode 0600)
 //	    map         which chunks of data are present (mode 0600)
 //
-// A layer is named by its blob and not by what the blob claims to be (diffID, source layer), so that bytes of one
-// artifact cannot stand in for another's before they are proven. Files that are not named here belong to others and are
-// left alone.
+// A layer is named by its index, which says what each chunk's bytes are, and not by what the index or its artifact claims the layer to be
+// (diffID, source layer, blob): so bytes of one artifact cannot stand in for another's before they are proven, nor take their place. Files
+// that are not named here belong to others and are left alone.
 //
 // The map, integers little-endian; a map of another size, version, index or layer is as good as none:
 //
@@ -135,7 +135,7 @@ func open(dir string, d disk) (*Cache, error) {
 	return c, nil
 }
 
-// Layer opens layer blob dgst, whose index is x, for reading; the data files are shared by all openers of the same dgst.
+// Layer opens the layer with index x, whose digest is dgst, for reading; the data files are shared by all openers of the same dgst.
 // Close it when no mount needs it.
 //
 // The x of the first opener serves all: its bytes must stay readable until every opener of dgst has closed. A chunk is

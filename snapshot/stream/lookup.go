@@ -239,7 +239,7 @@ func (s *Store) pin(rec *record) (unpin func()) {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		for _, l := range rec.Layers {
-			name := l.Digest.Encoded()
+			name := l.IndexDigest.Encoded()
 			if s.pins[name] += n; s.pins[name] == 0 {
 				delete(s.pins, name)
 			}
@@ -251,7 +251,7 @@ func (s *Store) pin(rec *record) (unpin func()) {
 
 // openIndex maps the index of layer l, from disk if an intact copy is there, from the registry otherwise.
 func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer) (*artifact.Index, error) {
-	path := s.indexPath(l.Digest)
+	path := s.indexPath(l.IndexDigest)
 	if x, err := mapIndex(path, l); err == nil {
 		return x, nil
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -46,7 +47,20 @@ func loadRecord(dir string) (*record, error) {
 	if n := len(rec.Layers); n == 0 || len(rec.ChainIDs) != n || len(rec.DiffIDs) != n {
 		return nil, fmt.Errorf("%s is damaged", filepath.Join(dir, recordName))
 	}
+	for _, d := range rec.digests() {
+		if err := d.Validate(); err != nil {
+			return nil, fmt.Errorf("%s is damaged: digest %q: %w", filepath.Join(dir, recordName), string(d), err)
+		}
+	}
 	return rec, nil
+}
+
+func (rec *record) digests() []digest.Digest {
+	list := slices.Concat([]digest.Digest{rec.Artifact, rec.Manifest}, rec.ChainIDs, rec.DiffIDs)
+	for _, l := range rec.Layers {
+		list = append(list, l.Digest, l.IndexDigest, l.Source)
+	}
+	return list
 }
 
 // save makes the record durable: snapshots refer to it, and a node must be able to mount them again without a registry.

@@ -33,3 +33,26 @@ func TestRecordsOfOlderReleases(t *testing.T) {
 		}
 	}
 }
+
+// A record that the disk has damaged costs its image, at most: a store starts, and sweeps, whichever bit it is.
+func TestDamagedRecord(t *testing.T) {
+	record, err := os.ReadFile(filepath.Join("testdata", "v1", recordName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir()
+	dir := filepath.Join(root, "images", "a")
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for i := range record {
+		damaged := bytes.Clone(record)
+		damaged[i] ^= 1 << (i % 8)
+		if err := os.WriteFile(filepath.Join(dir, recordName), damaged, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := New(Options{Root: root}); err != nil {
+			t.Fatalf("byte %d: %v", i, err)
+		}
+	}
+}

@@ -11,8 +11,11 @@
 //	    image.json         record: where the image came from, its chain IDs, the artifact's layers
 //	    <n>.erofs          metadata image of the chain of the first n layers: of the whole chain made when the image is
 //	                       found, so that what cannot be mounted falls back, of others when they are first mounted
-//	indexes/<hex of the layer blob's digest>
+//	indexes/<hex of the index's digest>
 //	                       the index's skippable frame as it lies in the blob
+//
+// An index is named by what it is, not by the blob that it was in: what the bytes of a blob are is not known before all of it was read, and an
+// artifact that names another's blob, with an index of its own, must not take the other's place. The cache has its layers under the same name.
 //
 // Records of older releases are read; one of a newer release stays, with all indexes, because it may name them. Indexes and metadata images
 // prove themselves, and are made anew if they do not. A release that makes other metadata images of the same layers gives them other names.
@@ -328,8 +331,8 @@ func (s *Store) Retain(used func(id string) bool) error {
 
 func (s *Store) imageDir(id string) string { return filepath.Join(s.o.Root, "images", id) }
 
-func (s *Store) indexPath(blob digest.Digest) string {
-	return filepath.Join(s.o.Root, "indexes", blob.Encoded())
+func (s *Store) indexPath(index digest.Digest) string {
+	return filepath.Join(s.o.Root, "indexes", index.Encoded())
 }
 
 // sweep removes what a killed daemon left half made. A record that cannot be read stays, as long as snapshots need it: it may be
@@ -381,7 +384,7 @@ func (s *Store) sweepIndexes() error {
 			return nil // it names what this release does not know
 		}
 		for _, l := range rec.Layers {
-			used[l.Digest.Encoded()] = true
+			used[l.IndexDigest.Encoded()] = true
 		}
 	}
 	files, err := os.ReadDir(filepath.Join(s.o.Root, "indexes"))
