@@ -114,10 +114,16 @@ func (c *fsContext) create() error {
 	return nil
 }
 
-// attach mounts what was created at target, after record was called with its device number.
-func (c *fsContext) attach(target string, record func(dev uint64) error) error {
-	// No MOUNT_ATTR_NOSUID or _NODEV: the mount is a container's root file system.
-	m, err := unix.Fsmount(c.fd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY)
+// attach mounts what was created at target with flags of mount(2), after record was called with its device number.
+func (c *fsContext) attach(target string, flags uintptr, record func(dev uint64) error) error {
+	attr := unix.MOUNT_ATTR_RDONLY
+	if flags&unix.MS_NOSUID != 0 {
+		attr |= unix.MOUNT_ATTR_NOSUID
+	}
+	if flags&unix.MS_NODEV != 0 {
+		attr |= unix.MOUNT_ATTR_NODEV
+	}
+	m, err := unix.Fsmount(c.fd, unix.FSMOUNT_CLOEXEC, attr)
 	if err != nil {
 		return fmt.Errorf("mount EROFS: %w", err)
 	}

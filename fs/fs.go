@@ -77,6 +77,10 @@ type Options struct {
 	ReadAhead int64        // bytes the kernel reads ahead of a sequential reader of a file; 0 is DefaultReadAhead
 	Log       *slog.Logger // nil is slog.Default()
 
+	// Foreign mounts images with nosuid and nodev: to be looked at by users of the host, where they must give nobody privileges.
+	// Without it they are the root file systems of containers, in directories that are root's alone.
+	Foreign bool
+
 	// Keep makes mounts outlive the process: its successor serves them on, and processes that read meanwhile wait for it. Nil: mounts
 	// end with the process.
 	Keep Keeper
@@ -164,6 +168,9 @@ func New(o Options) (*Server, error) {
 		trees:     map[*tree]bool{},
 	}
 	s.options = sessionOptions{log: o.Log, memory: s.memory, step: o.step, noResend: o.noResend}
+	if o.Foreign {
+		s.options.flags = unix.MS_NOSUID | unix.MS_NODEV
+	}
 	if s.keep != nil {
 		s.resume()
 	}

@@ -142,6 +142,24 @@ func TestMountIsPlain(t *testing.T) {
 	})
 }
 
+// What users of the host look at gives them no privileges.
+func TestForeign(t *testing.T) {
+	m := newImage()
+	m.add("null", &erofs.Inode{Mode: unix.S_IFCHR | 0o666, Rdev: erofstest.EncodeDev(1, 3)})
+	for _, mode := range modes {
+		t.Run(string(mode), func(t *testing.T) {
+			target := mountImage(t, newServer(t, Options{Mode: mode, Foreign: true}), m.write(t, "image"))
+			if err := os.WriteFile(filepath.Join(target, "null"), nil, 0); !errors.Is(err, unix.EACCES) {
+				t.Errorf("write to a device: %v", err)
+			}
+			var st unix.Statfs_t
+			if err := unix.Statfs(target, &st); err != nil || st.Flags&unix.ST_NOSUID == 0 || st.Flags&unix.ST_NODEV == 0 {
+				t.Errorf("mounted with flags %#x, %v", st.Flags, err)
+			}
+		})
+	}
+}
+
 func TestFSTest(t *testing.T) {
 	m := newImage()
 	m.add("a", dir())

@@ -61,7 +61,7 @@ func (s *Server) mountErofs(m *mount, img Image, target string) error {
 	}
 	c, err := create(img.Metadata, filepath.Join(s.dir, img.ID))
 	if err == nil {
-		err = c.attach(target, func(number uint64) (err error) {
+		err = c.attach(target, s.options.flags, func(number uint64) (err error) {
 			if s.keep != nil && img.ID != probeID {
 				m.record, err = s.devices.state.addRecord(mountRecord{ID: img.ID, Size: img.Device.Size(), Target: target, Dev: number})
 			}

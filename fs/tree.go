@@ -81,7 +81,6 @@ func (s *Server) startTree(t *tree, start func(sessionOptions) (*session, error)
 	o.proto.IDMappedMount = true // from Linux 6.12
 	o.proto.EnableAcl = t.xattrs // each permission check would ask for an ACL
 	o.proto.ExtraCapabilities = fuse.CAP_NO_OPENDIR_SUPPORT
-	// No MS_NOSUID or MS_NODEV: the mount is a container's root file system.
 	if t.session, err = start(o); err != nil {
 		o.ended()
 	}

@@ -104,7 +104,7 @@ func newMountCommand(configFile *string) *cobra.Command {
 	var o mountOptions
 	cmd := &cobra.Command{
 		Use:   "mount REF DIR",
-		Short: "Mount an image's artifact read-only at DIR, without containerd, until interrupted",
+		Short: "Mount an image's artifact at DIR, read-only, nosuid and nodev, without containerd, until interrupted",
 		Args:  cobra.ExactArgs(2),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := loadConfig(*configFile)

@@ -55,7 +55,7 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 			return err
 		}
 	}
-	n, err := newNode(c, nil, nil)
+	n, err := newNode(c, nil, nil, true)
 	if err != nil {
 		return err
 	}

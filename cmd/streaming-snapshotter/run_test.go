@@ -391,6 +391,10 @@ func TestMount(t *testing.T) {
 		if files, err := os.ReadDir(dir); err != nil || len(files) != 2 {
 			t.Errorf("mounted: %v, %v, want two files", files, err)
 		}
+		var st unix.Statfs_t
+		if err := unix.Statfs(dir, &st); err != nil || st.Flags&unix.ST_NOSUID == 0 || st.Flags&unix.ST_NODEV == 0 {
+			t.Errorf("programs and devices of an image have powers on the host: flags %#x, %v", st.Flags, err)
+		}
 		start(t, "mount", ref, at).wantFailure("mounted there already")
 		p.signal(os.Interrupt)
 		if err := p.wait(); err != nil {

@@ -33,7 +33,8 @@ type node struct {
 }
 
 // newNode opens the node's parts with their files in root. allow is nil to stream from everywhere. keep is nil if mounts end with the process.
-func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.Keeper) (n *node, err error) {
+// foreign is nodefs.Options.Foreign.
+func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.Keeper, foreign bool) (n *node, err error) {
 	n = &node{keeps: keep != nil}
 	defer func() {
 		if err != nil {
@@ -44,7 +45,7 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 		return n, err
 	}
 	// In root, so that the way to mount is tried on the file system where the metadata images are.
-	o := nodefs.Options{Dir: filepath.Join(c.Root, "devices"), Mode: c.MountMode}
+	o := nodefs.Options{Dir: filepath.Join(c.Root, "devices"), Mode: c.MountMode, Foreign: foreign}
 	o.Keep = keep
 	opened := make(chan struct{}) // when n.images is: reads from mounts of a predecessor wait for it
 	o.Resolve = func(ctx context.Context, id string) (nodefs.Device, error) {
@@ -116,7 +117,7 @@ func serve(ctx context.Context, c config, st *fdstore.Store) (err error) {
 	if st.Keeps() {
 		keep = st
 	}
-	n, err := newNode(c, c.Stream.allow, keep)
+	n, err := newNode(c, c.Stream.allow, keep, false)
 	if err != nil {
 		return err
 	}
