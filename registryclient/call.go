@@ -30,7 +30,9 @@ type call struct {
 	repo   Repository
 	name   string       // of the repository below the registry
 	asked  []*candidate // in order of preference
+	budget time.Duration
 	left   time.Duration
+	reads  bool  // ranges of a blob
 	gained int64 // bytes since the budget was last whole
 }
 
@@ -57,13 +59,17 @@ func (c *Client) newCall(ctx context.Context, repo Repository, need docker.HostC
 	if err != nil {
 		return nil, err
 	}
-	k := &call{c: c, repo: repo, name: name, left: c.o.Budget}
+	k := &call{c: c, repo: repo, name: name}
+	k.allow(c.o.Budget)
 	for _, h := range hosts {
 		k.asked = append(k.asked, &candidate{host: h})
 	}
 	k.ctx, k.cancel = context.WithCancel(ctx)
 	return k, nil
 }
+
+// allow gives the call a budget.
+func (k *call) allow(d time.Duration) { k.budget, k.left = d, d }
 
 // end frees what the call holds. Bodies it gave out fail from then on.
 func (k *call) end() { k.cancel() }
@@ -82,7 +88,7 @@ func (k *call) ask(f func(*host) error) error {
 			if err == nil {
 				return nil
 			}
-			c.failed(err)
+			k.failed(c, err)
 			if c == authority && errors.Is(err, ErrNotFound) {
 				return k.verdict()
 			}
@@ -103,7 +109,7 @@ func (k *call) ask(f func(*host) error) error {
 }
 
 // failed notes a failure for this call and, if it says something of the host's health, for all.
-func (c *candidate) failed(err error) {
+func (k *call) failed(c *candidate, err error) {
 	c.err = err
 	c.fails++
 	if !temporary(err) {
@@ -111,9 +117,10 @@ func (c *candidate) failed(err error) {
 		c.worked() // an answer all the same
 		return
 	}
-	// A name that never had an address is most likely misspelt; one that had is missed for the moment.
+	// A name that never had an address is most likely misspelt; one that had is missed for the moment. Blobs are read from where something
+	// was found, maybe in a former life of the process.
 	var dns *net.DNSError
-	if errors.As(err, &dns) && dns.IsNotFound && !c.hasWorked() {
+	if errors.As(err, &dns) && dns.IsNotFound && !k.reads && !c.hasWorked() {
 		c.out = true
 		return
 	}
@@ -179,7 +186,7 @@ func (k *call) pause(d time.Duration) error {
 }
 
 func (k *call) gaveUp() error {
-	return fmt.Errorf("gave up after %v: %w", k.c.o.Budget, k.verdict())
+	return fmt.Errorf("gave up after %v: %w", k.budget, k.verdict())
 }
 
 // verdict makes one error of the hosts'. It wraps one of them: the last host's that failed otherwise than by not having it.
@@ -269,7 +276,7 @@ func (a *attempt) Read(p []byte) (int, error) {
 	a.timer.Stop()
 	k.left -= time.Since(start)
 	if k.gained += int64(n); k.gained >= renewBytes {
-		k.gained, k.left = 0, k.c.o.Budget
+		k.gained, k.left = 0, k.budget
 		for _, c := range k.asked {
 			c.fails = 0
 		}

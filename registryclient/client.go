@@ -1,7 +1,7 @@
 // Package registryclient talks to registries for the node: referrers, manifests and ranged reads of blobs, over the hosts that containerd's certs.d configuration gives.
 //
 // Every operation is one question to the hosts of a repository, in the order of hosts.toml and the registry itself last: the first good answer
-// counts, a host that fails is asked again only after the others, and when all have failed for a while (Options.Budget) the caller gets the
+// counts, a host that fails is asked again only after the others, and when all have failed for a while (Options.Budget; for reads Options.Wait) the caller gets the
 // reason. What is learnt on the way is remembered, so that the usual question costs one round trip: tokens per host and repository, the
 // place where a blob's redirect led, hosts that are down, hosts without the referrers API.
 //
@@ -33,6 +33,7 @@ type Options struct {
 	UserAgent   string                                                                  // "" is "streaming-snapshotter"
 
 	Budget time.Duration // how long an operation goes on without getting anything before it fails; 0 is 30 s
+	Wait   time.Duration // the same for ReadRange, whose callers cannot do without: running containers; 0 is Budget
 	Stall  time.Duration // how long one request may stay silent before it counts as broken; 0 is 15 s
 }
 
@@ -61,11 +62,14 @@ type meter struct{ requests, bytes atomic.Int64 }
 
 // New returns a Client.
 func New(o Options) (*Client, error) {
-	if o.Budget < 0 || o.Stall < 0 {
-		return nil, errors.New("registry client: negative Budget or Stall")
+	if o.Budget < 0 || o.Wait < 0 || o.Stall < 0 {
+		return nil, errors.New("registry client: negative Budget, Wait or Stall")
 	}
 	if o.Budget == 0 {
 		o.Budget = defaultBudget
+	}
+	if o.Wait == 0 {
+		o.Wait = o.Budget
 	}
 	if o.Stall == 0 {
 		o.Stall = defaultStall

@@ -168,12 +168,13 @@ func TestResolve(t *testing.T) {
 // A name without an address is given up at once, unless it had one.
 func TestHostWithoutAddress(t *testing.T) {
 	err := fmt.Errorf("GET: %w", &net.DNSError{Err: "no such host", IsNotFound: true})
-	unknown, known := &candidate{host: &host{}}, &candidate{host: &host{}}
+	unknown, known, read := &candidate{host: &host{}}, &candidate{host: &host{}}, &candidate{host: &host{}}
 	known.worked()
-	unknown.failed(err)
-	known.failed(err)
-	if !unknown.out || known.out {
-		t.Errorf("the unknown host is out: %v, the known one: %v", unknown.out, known.out)
+	(&call{}).failed(unknown, err)
+	(&call{}).failed(known, err)
+	(&call{reads: true}).failed(read, err)
+	if !unknown.out || known.out || read.out {
+		t.Errorf("the unknown host is out: %v, the known one: %v, the one that is read from: %v", unknown.out, known.out, read.out)
 	}
 }
 

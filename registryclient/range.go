@@ -38,6 +38,8 @@ func (c *Client) readRange(ctx context.Context, repo Repository, dgst digest.Dig
 	if err != nil {
 		return nil, err
 	}
+	k.allow(c.o.Wait)
+	k.reads = true
 	if try > 0 {
 		if try >= max(len(k.asked), 2) {
 			k.end()
@@ -105,7 +107,7 @@ func (r *rangeReader) resume(err error) error {
 	r.k.c.redirects.forget(redirectKey{r.from, r.k.name, r.dgst}, nil)
 	for _, c := range r.k.asked {
 		if c.host == r.from {
-			c.failed(fmt.Errorf("host %s: blob breaks off at %d: %w", c.Host, r.off, err))
+			r.k.failed(c, fmt.Errorf("host %s: blob breaks off at %d: %w", c.Host, r.off, err))
 		}
 	}
 	return r.open()

@@ -29,6 +29,7 @@ type config struct {
 	ReadAhead      bool        `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
 	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
+	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
 	LogLevel       level       `toml:"log_level" comment:"debug, info, warn or error."`
 }
 
@@ -41,6 +42,7 @@ func defaults() config {
 		ReadAhead:      true,
 		HostsDir:       "/etc/containerd/certs.d",
 		ResolveTimeout: duration(15 * time.Second),
+		RegistryWait:   duration(5 * time.Minute),
 		LogLevel:       level(slog.LevelInfo),
 	}
 }
@@ -99,6 +101,9 @@ func (c *config) validate() error {
 	}
 	if c.ResolveTimeout <= 0 {
 		return fmt.Errorf("resolve_timeout = %q: want more than nothing", time.Duration(c.ResolveTimeout))
+	}
+	if c.RegistryWait <= 0 {
+		return fmt.Errorf("registry_wait = %q: want more than nothing", time.Duration(c.RegistryWait))
 	}
 	return c.Stream.validate()
 }

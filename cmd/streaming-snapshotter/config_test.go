@@ -22,7 +22,7 @@ func load(t *testing.T, text string) (config, error) {
 
 // What `config` prints is a configuration file that says the same.
 func TestConfigPrintsItself(t *testing.T) {
-	for _, text := range []string{"", "stream = ['r.example/a/*', 'q.example/b']\nmount_mode = 'tree'\nlog_level = 'debug'\nresolve_timeout = '3s'\nhosts_dir = ''\n"} {
+	for _, text := range []string{"", "stream = ['r.example/a/*', 'q.example/b']\nmount_mode = 'tree'\nlog_level = 'debug'\nresolve_timeout = '3s'\nregistry_wait = '1h'\nhosts_dir = ''\n"} {
 		c, err := load(t, text)
 		if err != nil {
 			t.Fatal(err)
@@ -50,6 +50,7 @@ func TestConfigErrors(t *testing.T) {
 		"mode":             {"mount_mode = 'nfs'\n", "want auto, file, loop or tree"},
 		"duration":         {"resolve_timeout = 'soon'\n", `line 1, column 19: toml: "soon" is no duration`},
 		"no duration":      {"resolve_timeout = '0s'\n", "resolve_timeout"},
+		"no wait":          {"registry_wait = '0s'\n", "registry_wait"},
 		"level":            {"log_level = 'loud'\n", `"loud" is no level: want debug, info, warn or error`},
 		"pattern":          {"stream = ['registry.example.com']\n", "HOST/REPOSITORY"},
 		"pattern with URL": {"stream = ['https://registry.example.com/*']\n", "HOST/REPOSITORY"},

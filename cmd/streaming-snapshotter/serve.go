@@ -69,6 +69,7 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 		HostsDir:    c.HostsDir,
 		Credentials: registryclient.DockerCredentials(),
 		UserAgent:   "streaming-snapshotter/" + version(),
+		Wait:        c.RegistryWait.std(),
 	})
 	if err != nil {
 		return n, err
