@@ -3,6 +3,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -50,15 +51,11 @@ func newCommand() *cobra.Command {
 			Short: "Serve the snapshots service to containerd",
 			Args:  cobra.NoArgs,
 			RunE: func(cmd *cobra.Command, _ []string) error {
-				c, err := loadConfig(configFile)
-				if err != nil {
-					return err
-				}
 				st, err := fdstore.Open()
 				if err != nil {
 					return err
 				}
-				return serve(cmd.Context(), c, st)
+				return serve(cmd.Context(), configFile, st)
 			},
 		},
 		&cobra.Command{
@@ -86,6 +83,7 @@ func newCommand() *cobra.Command {
 			},
 		},
 		newMountCommand(&configFile),
+		newStatusCommand(&configFile),
 		newSuperviseCommand(),
 		&cobra.Command{
 			Use:   "version",
@@ -118,6 +116,27 @@ func newMountCommand(configFile *string) *cobra.Command {
 	cmd.Flags().StringVar(&o.platform, "platform", "", "os/arch[/variant] of an index (default: this machine's)")
 	cmd.Flags().StringVar(&o.cache, "cache", "", "directory that keeps what was fetched (default: a temporary one)")
 	cmd.Flags().StringVar(&o.mode, "mount-mode", "", "auto, file, loop or tree (default: the configuration's)")
+	return cmd
+}
+
+func newStatusCommand(configFile *string) *cobra.Command {
+	var output string
+	cmd := &cobra.Command{
+		Use:   "status",
+		Short: "Ask the daemon how it is: mount mode, safe mode, images, cache, the last problems",
+		Args:  cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "text" && output != "json" {
+				return fmt.Errorf("--output %s: want text or json", output)
+			}
+			c, err := loadConfig(*configFile)
+			if err != nil {
+				c = salvage(cmp.Or(*configFile, defaultConfig)) // the daemon does the same
+			}
+			return printStatus(c.Root, output == "json", cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
 }
 

@@ -55,6 +55,11 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 			return err
 		}
 	}
+	lock, err := lockDir(c.Root)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	n, err := newNode(c, nil, nil, true)
 	if err != nil {
 		return err

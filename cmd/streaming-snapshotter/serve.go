@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,16 +25,15 @@ import (
 
 // node is everything below the snapshotter, plugged together.
 type node struct {
-	lock   *os.File // of root
-	keeps  bool     // mounts outlive the process
+	keeps  bool // mounts outlive the process
 	mounts *nodefs.Server
 	cache  *cache.Cache
 	reg    *registryclient.Client
 	images *stream.Store
 }
 
-// newNode opens the node's parts with their files in root. allow is nil to stream from everywhere. keep is nil if mounts end with the process.
-// foreign is nodefs.Options.Foreign.
+// newNode opens the node's parts with their files in root, which the caller has locked. allow is nil to stream from everywhere. keep is nil
+// if mounts end with the process. foreign is nodefs.Options.Foreign.
 func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.Keeper, foreign bool) (n *node, err error) {
 	n = &node{keeps: keep != nil}
 	defer func() {
@@ -41,9 +41,6 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 			err = errors.Join(err, n.close())
 		}
 	}()
-	if n.lock, err = lockDir(c.Root); err != nil {
-		return n, err
-	}
 	// In root, so that the way to mount is tried on the file system where the metadata images are.
 	o := nodefs.Options{Dir: filepath.Join(c.Root, "devices"), Mode: c.MountMode, Foreign: foreign}
 	o.Keep = keep
@@ -100,60 +97,117 @@ func (n *node) close() error {
 	if n.reg != nil {
 		errs = append(errs, n.reg.Close())
 	}
-	if n.lock != nil {
-		errs = append(errs, n.lock.Close())
-	}
 	return errors.Join(errs...)
 }
 
 // stopTimeout bounds the wait for calls in progress when the daemon stops: below the 10 s that a container gets to stop.
 const stopTimeout = 5 * time.Second
 
-// serve serves until ctx ends. st keeps the socket and the mounts for the successor, if it keeps anything: clients and readers wait for it
-// then.
-func serve(ctx context.Context, c config, st *fdstore.Store) (err error) {
-	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(c.LogLevel)}))
+// serve serves with the configuration of file until ctx ends. st keeps the socket and the mounts for the successor, if it keeps anything:
+// clients and readers wait for it then.
+func serve(ctx context.Context, file string, st *fdstore.Store) (err error) {
+	c, configErr := loadConfig(file)
+	if configErr != nil {
+		c = salvage(cmp.Or(file, defaultConfig))
+	}
+	p := newProblems(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(c.LogLevel)}))
+	log := slog.New(p)
 	slog.SetDefault(log)
+	lock, err := lockDir(c.Root)
+	if err != nil {
+		return errors.Join(configErr, err)
+	}
+	defer lock.Close()
+	count := readStarts(c.Root)
+	safe, err := count.begin()
+	if err != nil {
+		log.Warn("count this start", "error", err)
+	}
+	if safe != "" {
+		log.Error("safe mode: nothing new is streamed, images are pulled in the normal way", "failed_starts", count.Failed, "reason", safe)
+		configErr = nil
+	}
 	var keep nodefs.Keeper
 	if st.Keeps() {
 		keep = st
 	}
-	n, err := newNode(c, c.Stream.allow, keep, false)
-	if err != nil {
-		return err
+	var n *node
+	var sn *snapshot.Snapshotter
+	ready := false
+	if err = configErr; err == nil {
+		if safe != "" {
+			n, sn, err = startSafe(c, keep, log)
+		} else {
+			n, sn, err = startNormal(c, keep, log)
+		}
 	}
-	defer func() {
+	if err == nil {
+		err = serveNode(ctx, c, n, sn, st, func() error {
+			ready = true
+			return count.succeeded(safe != "")
+		}, status{SafeMode: safe}, p)
+	}
+	if sn != nil {
+		err = errors.Join(err, sn.Close())
+	}
+	if n != nil {
 		closeErr := n.close()
 		if errors.Is(closeErr, unix.EBUSY) {
 			log.Warn("containers use streamed images: until they are started again, they read no file that they have not read yet", "error", closeErr)
 			closeErr = nil
 		}
 		err = errors.Join(err, closeErr)
-	}()
-	sn, err := snapshot.New(c.Root, n.images, log)
-	if err != nil {
-		return err
 	}
-	defer func() { err = errors.Join(err, sn.Close()) }()
+	if err != nil && !ready && safe == "" {
+		err = errors.Join(err, count.failed(err))
+	}
+	return err
+}
+
+// startNormal opens everything.
+func startNormal(c config, keep nodefs.Keeper, log *slog.Logger) (*node, *snapshot.Snapshotter, error) {
+	n, err := attempt(func() (*node, error) { return newNode(c, c.Stream.allow, keep, false) })
+	if err != nil {
+		return nil, nil, err
+	}
+	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return snapshot.New(c.Root, n.images, log) })
+	return n, sn, err
+}
+
+// serveNode serves until ctx ends. It calls started once clients are answered.
+func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter, st *fdstore.Store, started func() error, s status, p *problems) error {
+	log := slog.Default()
+	s.Version, s.Since, s.Stream, s.Kept = version(), time.Now().UTC().Format(time.RFC3339), c.Stream, st.Keeps()
+	if n.mounts != nil {
+		mode, why := n.mounts.Mode()
+		s.MountMode, s.NotTaken = string(mode), why
+	}
 	l, err := listen(c.Address, st)
 	if err != nil {
 		return err
 	}
+	stopStatus, err := serveStatus(c.Root, s, p)
+	if err != nil {
+		log.Warn("nobody can ask for the status", "error", err)
+	} else {
+		defer stopStatus()
+	}
 	server := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
-	mode, why := n.mounts.Mode()
-	log.Info("serving", "address", c.Address, "mount_mode", mode, "others", why, "stream", c.Stream)
-	if err := st.Notify("READY=1"); err != nil {
-		log.Warn("tell that we are ready", "error", err)
+	log.Info("serving", "address", c.Address, "mount_mode", s.MountMode, "others", s.NotTaken, "stream", c.Stream)
+	if err := errors.Join(started(), st.Notify("READY=1")); err != nil {
+		log.Warn("say that the start succeeded", "error", err)
 	}
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		<-ctx.Done()
 		if err := st.Notify("STOPPING=1"); err != nil {
-			log.Warn("tell that we stop", "error", err)
+			log.Warn("say that we stop", "error", err)
 		}
-		n.images.EndSearches() // pulls that wait for a search go on as normal ones
+		if n.images != nil {
+			n.images.EndSearches() // pulls that wait for a search go on as normal ones
+		}
 		hurry := time.AfterFunc(stopTimeout, server.Stop)
 		defer hurry.Stop()
 		server.GracefulStop()

@@ -47,7 +47,7 @@ func supervise(ctx context.Context, socket string, args []string) (err error) {
 		return err
 	}
 	if socket == "" {
-		dir, err := os.MkdirTemp("", "streaming-snapshotter-keeper-")
+		dir, err := os.MkdirTemp("", "ss-keeper-")
 		if err != nil {
 			return err
 		}

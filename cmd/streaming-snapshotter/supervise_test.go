@@ -156,7 +156,11 @@ func TestSuperviseFailures(t *testing.T) {
 	start(t, "supervise", "--", "mount", "::", t.TempDir()).wantFailure(`"::"`)
 	start(t, "supervise", "--", "nothing").wantFailure("unknown command")
 	dir := t.TempDir()
-	p := start(t, "supervise", "--", "serve", "--config", filepath.Join(dir, "gone"))
+	config := writeConfig(t, filepath.Join(dir, "root"), filepath.Join(dir, "s.sock"))
+	if err := os.WriteFile(filepath.Join(dir, "root"), nil, 0o600); err != nil { // no start gets as far as to be counted
+		t.Fatal(err)
+	}
+	p := start(t, "supervise", "--", "serve", "--config", config)
 	first := p.child(0)
 	p.child(first)
 	p.signal(unix.SIGTERM)

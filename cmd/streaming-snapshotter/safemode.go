@@ -1,0 +1,217 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"github.com/pelletier/go-toml/v2"
+	bolt "go.etcd.io/bbolt"
+
+	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
+)
+
+// Safe mode. A daemon that has failed to start maxFailedStarts times running starts as what it can be without its own parts: a plain overlay
+// snapshotter, so that images are pulled and run in the normal way. Containers and images that are there go on as far as the parts that
+// work allow. The start after that one is a normal one again, and if it fails, the next is safe again: what is mended needs no command.
+
+// maxFailedStarts is how many starts fail before one is safe.
+const maxFailedStarts = 3
+
+// starts counts failed starts in a file of root. One that is lost or damaged says that none have failed.
+type starts struct {
+	path string
+	startRecord
+}
+
+// startRecord is the file, as JSON.
+type startRecord struct {
+	Failed int    `json:"failed"` // starts running
+	Reason string `json:"reason"` // of the last one
+}
+
+func readStarts(root string) *starts {
+	s := &starts{path: filepath.Join(root, "failed-starts")}
+	b, err := os.ReadFile(s.path)
+	if err == nil && json.Unmarshal(b, &s.startRecord) != nil {
+		s.startRecord = startRecord{}
+	}
+	return s
+}
+
+// begin says whether the start that begins now is safe, and why. It counts as failed, as long as nothing else is said: who dies cannot.
+func (s *starts) begin() (safe string, err error) {
+	if s.Failed >= maxFailedStarts {
+		return s.Reason, nil
+	}
+	return "", s.write(startRecord{s.Failed + 1, "the daemon ended while it was starting"})
+}
+
+// failed says why the start that has begun came to nothing.
+func (s *starts) failed(why error) error { return s.write(startRecord{s.Failed, why.Error()}) }
+
+// succeeded forgets the failures; after a safe start all but the last.
+func (s *starts) succeeded(safe bool) error {
+	if safe {
+		return s.write(startRecord{maxFailedStarts - 1, s.Reason})
+	}
+	if err := os.Remove(s.path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
+}
+
+func (s *starts) write(r startRecord) error {
+	s.startRecord = r
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(s.path+".new", b, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(s.path+".new", s.path)
+}
+
+// salvage makes a configuration of the defaults and what a damaged file says of root and address: without these two, the daemon would have
+// other snapshots, and would not be found.
+func salvage(file string) config {
+	c := defaults()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return c
+	}
+	for line := range strings.Lines(string(b)) {
+		var place struct {
+			Root    string `toml:"root"`
+			Address string `toml:"address"`
+		}
+		if toml.Unmarshal([]byte(line), &place) != nil {
+			continue
+		}
+		if filepath.IsAbs(place.Root) {
+			c.Root = place.Root
+		}
+		if filepath.IsAbs(place.Address) {
+			c.Address = place.Address
+		}
+	}
+	return c
+}
+
+// attempt makes a panic of f an error, a fault in a mapped file included.
+func attempt[T any](f func() (T, error)) (v T, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if p := recover(); p != nil {
+			slog.Error("panic", "value", p, "stack", string(debug.Stack()))
+			err = fmt.Errorf("panic: %v", p)
+		}
+	}()
+	return f()
+}
+
+// startSafe opens what can be opened. Nothing is streamed that is not there already.
+func startSafe(c config, keep nodefs.Keeper, log *slog.Logger) (*node, *snapshot.Snapshotter, error) {
+	n, err := attempt(func() (*node, error) { return newNode(c, func(registryclient.Repository) bool { return false }, keep, false) })
+	var images snapshot.Images = noImages{}
+	if err != nil {
+		log.Error("streamed images cannot be used", "error", err)
+		n = &node{}
+	} else {
+		images = n.images
+	}
+	start := func() (*snapshot.Snapshotter, error) { return snapshot.New(c.Root, images, log) }
+	sn, err := attempt(start)
+	if err == nil {
+		return n, sn, nil
+	}
+	damage := damageOf(filepath.Join(c.Root, "metadata.db"))
+	if damage == nil {
+		return n, nil, err
+	}
+	aside, asideErr := setAside(c.Root)
+	if asideErr != nil {
+		return n, nil, errors.Join(err, asideErr)
+	}
+	log.Error("the database of snapshots is damaged: images have to be removed and pulled again, and containers made again; what they wrote is kept",
+		"error", err, "damage", damage, "kept_in", aside)
+	sn, err = attempt(start)
+	return n, sn, err
+}
+
+// damageOf says what is wrong with the content of the database at path; nil if nothing is, or it cannot be read. It looks at a copy, because a
+// database that panicked stays open, and locked.
+func damageOf(path string) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil
+	}
+	dir, err := os.MkdirTemp("", "streaming-snapshotter-damage-")
+	if err != nil {
+		return nil
+	}
+	defer os.RemoveAll(dir)
+	name := filepath.Join(dir, "metadata.db")
+	if err := os.WriteFile(name, b, 0o600); err != nil {
+		return nil
+	}
+	_, err = attempt(func() (struct{}, error) {
+		db, err := bolt.Open(name, 0o600, &bolt.Options{ReadOnly: true, PreLoadFreelist: true})
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer db.Close()
+		return struct{}{}, db.View(func(tx *bolt.Tx) error {
+			var damage error
+			for err := range tx.Check() {
+				damage = errors.Join(damage, err)
+			}
+			return damage
+		})
+	})
+	return err
+}
+
+// setAside moves the database and the directories of its snapshots, which a new database would number anew, out of the way. What is mounted
+// there stays mounted.
+func setAside(root string) (string, error) {
+	aside := filepath.Join(root, "damaged-"+time.Now().UTC().Format("20060102T150405.000"))
+	if err := os.Mkdir(aside, 0o700); err != nil {
+		return "", err
+	}
+	for _, name := range []string{"metadata.db", "snapshots"} {
+		if err := os.Rename(filepath.Join(root, name), filepath.Join(aside, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", err
+		}
+	}
+	return aside, nil
+}
+
+// noImages is what the snapshotter has of streamed images when they cannot be used.
+type noImages struct{}
+
+func (noImages) Find(context.Context, string, digest.Digest) (string, []digest.Digest, error) {
+	return "", nil, inSafeMode{}
+}
+func (noImages) Mount(context.Context, string, int, string) error { return inSafeMode{} }
+func (noImages) Unmount(string) error                             { return nil }
+func (noImages) Mounted(string) bool                              { return true } // for all that is known: nothing is detached
+func (noImages) Forget(string) error                              { return nil }
+func (noImages) Retain(func(string) bool) error                   { return nil }
+
+type inSafeMode struct{}
+
+func (inSafeMode) Error() string {
+	return "streamed images cannot be used in safe mode (`streaming-snapshotter status` says why)"
+}

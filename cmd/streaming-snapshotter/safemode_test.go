@@ -1,0 +1,224 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/proxy"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+)
+
+// askStatus runs `status -o json` until want is true of what it says.
+func askStatus(t *testing.T, config string, want func(status) bool) status {
+	t.Helper()
+	var s status
+	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		c := exec.Command(os.Args[0], "status", "-o", "json", "--config", config)
+		c.Env = append(os.Environ(), asCommand+"=1")
+		out, err := c.Output()
+		if err != nil {
+			continue
+		}
+		s = status{}
+		if err := json.Unmarshal(out, &s); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		if want(s) {
+			return s
+		}
+	}
+	t.Fatalf("the status is still %+v", s)
+	return s
+}
+
+// prepare makes an ordinary snapshot, as of an ordinary image.
+func prepare(t *testing.T, address, key string) {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
+	mounts, err := sn.Prepare(ctx, key, "")
+	if err != nil || len(mounts) != 1 {
+		t.Fatalf("prepare: %v, %v", mounts, err)
+	}
+	if err := sn.Commit(ctx, key+" committed", key); err != nil {
+		t.Fatal(err)
+	}
+	if info, err := sn.Stat(ctx, key+" committed"); err != nil || info.Kind != snapshots.KindCommitted {
+		t.Fatalf("stat: %+v, %v", info, err)
+	}
+}
+
+// Whatever is damaged, a supervised daemon serves ordinary images after some failed starts and says why; mended, it is a normal one again.
+func TestSafeMode(t *testing.T) {
+	write := func(path, text string) func(t *testing.T, root string) {
+		return func(t *testing.T, root string) {
+			name := filepath.Join(root, path)
+			if err := os.RemoveAll(name); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	overwrite := func(from, to int64) func(t *testing.T, root string) {
+		return func(t *testing.T, root string) {
+			f, err := os.OpenFile(filepath.Join(root, "metadata.db"), os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			if _, err := f.WriteAt([]byte(strings.Repeat("damaged.", int(to-from)/8)), from); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	cases := map[string]struct {
+		damage func(t *testing.T, root string)
+		reason string // part of it
+		config bool   // damaged
+		loses  bool   // the snapshots
+	}{
+		"key":     {write("../config.toml.add", "strem = []\n"), `unknown key "strem"`, true, false},
+		"TOML":    {write("../config.toml.add", "stream = [\n"), "config.toml", true, false},
+		"cache":   {write("cache", "x"), "cache", false, false},
+		"images":  {write("images", "x"), "images", false, false},
+		"devices": {write("devices", "x"), "devices", false, false},
+		"db head": {overwrite(0, 64<<10), "database", false, true},
+		"db body": {overwrite(8<<10, 32<<10), "", false, true},
+		"db cut": {func(t *testing.T, root string) {
+			if err := os.Truncate(filepath.Join(root, "metadata.db"), 9<<10); err != nil {
+				t.Fatal(err)
+			}
+		}, "", false, true},
+	}
+	for name, c := range cases {
+		t.Run(name, func(t *testing.T) {
+			if os.Getenv("FULL") == "" && !slices.Contains([]string{"key", "cache", "db cut"}, name) {
+				return // each takes seconds of starts
+			}
+			t.Parallel()
+			dir := t.TempDir()
+			root, address, config := filepath.Join(dir, "root"), filepath.Join(dir, "s.sock"), filepath.Join(dir, "config.toml")
+			t.Cleanup(func() { unix.Unmount(filepath.Join(root, "devices"), unix.MNT_DETACH) })
+			good, err := os.ReadFile(writeConfig(t, root, address))
+			if err != nil {
+				t.Fatal(err)
+			}
+			good = append(good, "mount_mode = 'file'\n"...) // in which nothing else can be tried
+			if err := os.WriteFile(config, good, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			p := serving(t, config, address)
+			prepare(t, address, "before")
+			p.signal(unix.SIGTERM)
+			if err := p.wait(); err != nil {
+				t.Fatalf("%v\n%s", err, &p.stderr)
+			}
+			c.damage(t, root)
+			if c.config {
+				bad, err := os.ReadFile(config + ".add")
+				if err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(config, append(bad, good...), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s := start(t, "supervise", "--", "serve", "--config", config)
+			defer func() {
+				if t.Failed() {
+					s.Process.Kill()
+					s.wait()
+					t.Log(s.stderr.String())
+				}
+			}()
+			got := askStatus(t, config, func(s status) bool { return s.SafeMode != "" })
+			if !strings.Contains(got.SafeMode, c.reason) || len(got.Problems) == 0 {
+				t.Errorf("%+v\n%s", got, &s.stderr)
+			}
+			prepare(t, address, "in safe mode")
+			checkKept(t, root, address, c.loses)
+
+			// Mended.
+			for _, name := range []string{"cache", "images", "devices"} {
+				if fi, err := os.Lstat(filepath.Join(root, name)); err == nil && !fi.IsDir() {
+					os.Remove(filepath.Join(root, name))
+				}
+			}
+			if err := os.WriteFile(config, good, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s.signal(unix.SIGHUP)
+			askStatus(t, config, func(s status) bool { return s.SafeMode == "" })
+			prepare(t, address, "after")
+			s.signal(unix.SIGTERM)
+			if err := s.wait(); err != nil {
+				t.Errorf("%v\n%s", err, &s.stderr)
+			}
+			if _, err := os.Stat(filepath.Join(root, "failed-starts")); !os.IsNotExist(err) {
+				t.Errorf("failures are still counted: %v", err)
+			}
+		})
+	}
+}
+
+// checkKept: the snapshot of before is there, or the database and the directories are kept aside.
+func checkKept(t *testing.T, root, address string, lost bool) {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
+	_, err = sn.Stat(context.Background(), "before committed")
+	aside, _ := filepath.Glob(filepath.Join(root, "damaged-*", "metadata.db"))
+	dirs, _ := filepath.Glob(filepath.Join(root, "damaged-*", "snapshots", "*"))
+	if lost && (err == nil || len(aside) != 1 || len(dirs) == 0) {
+		t.Errorf("kept aside: %v, %v; snapshot: %v", aside, dirs, err)
+	}
+	if !lost && (err != nil || len(aside) != 0) {
+		t.Errorf("snapshot: %v; kept aside: %v", err, aside)
+	}
+}
+
+// The socket of status says what the daemon logged, and ends with it.
+func TestStatus(t *testing.T) {
+	dir := t.TempDir()
+	address := filepath.Join(dir, "s.sock")
+	config := writeConfig(t, filepath.Join(dir, "root"), address)
+	start(t, "status", "--config", config).wantFailure("no daemon answers")
+	p := serving(t, config, address)
+	s := askStatus(t, config, func(s status) bool { return s.MountMode != "" })
+	if s.SafeMode != "" || s.Kept || s.StreamedCount != 0 || s.Since == "" {
+		t.Errorf("%+v", s)
+	}
+	text := start(t, "status", "--config", config)
+	if line, err := text.stdout.ReadString('\n'); err != nil || !strings.HasPrefix(line, "version: ") || text.wait() != nil {
+		t.Errorf("got %q, %v", line, err)
+	}
+	start(t, "status", "-o", "yaml").wantFailure("text or json")
+	p.signal(unix.SIGTERM)
+	if err := p.wait(); err != nil {
+		t.Error(err)
+	}
+	start(t, "status", "--config", config).wantFailure("no daemon answers")
+}

@@ -1,0 +1,181 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+)
+
+// status is what the daemon says of itself, as JSON, to whoever connects to its second socket, status.sock in root.
+type status struct {
+	Version       string   `json:"version"`
+	Since         string   `json:"since"`
+	SafeMode      string   `json:"safe_mode,omitempty"` // why
+	MountMode     string   `json:"mount_mode,omitempty"`
+	NotTaken      string   `json:"not_taken,omitempty"` // the modes before it, and why
+	Stream        patterns `json:"stream"`
+	Kept          bool     `json:"kept"` // the mounts outlive the daemon
+	StreamedCount int      `json:"streamed_images"`
+	MountedCount  int      `json:"mounted_images"`
+	CacheBytes    int64    `json:"cache_bytes"` // on disk
+	Problems      []string `json:"problems"`    // the last ones, the newest at the end
+}
+
+// measure fills in what changes.
+func (s status) measure(root string, p *problems) status {
+	if entries, err := os.ReadDir(filepath.Join(root, "images")); err == nil {
+		for _, e := range entries {
+			if e.IsDir() {
+				s.StreamedCount++
+			}
+		}
+	}
+	if mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(filepath.Join(root, "snapshots"))); err == nil {
+		s.MountedCount = len(mounts)
+	}
+	filepath.WalkDir(filepath.Join(root, "cache"), func(_ string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return nil // it is removed, or cannot be read: the cache says so itself
+		}
+		if fi, err := d.Info(); err == nil {
+			if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+				s.CacheBytes += st.Blocks * 512
+			}
+		}
+		return nil
+	})
+	s.Problems = p.list()
+	return s
+}
+
+// statusSocket is the path of the second socket.
+func statusSocket(root string) string { return filepath.Join(root, "status.sock") }
+
+// serveStatus answers until stop, which waits for the end.
+func serveStatus(root string, s status, p *problems) (stop func(), err error) {
+	path := statusSocket(root)
+	if err := os.Remove(path); err != nil && !os.IsNotExist(err) { // a dead daemon's: root is locked
+		return nil, err
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			conn.SetDeadline(time.Now().Add(5 * time.Second))
+			json.NewEncoder(conn).Encode(s.measure(root, p)) // who has gone does not want it
+			conn.Close()
+		}
+	}()
+	return func() {
+		l.Close()
+		<-done
+	}, os.Chmod(path, 0o600)
+}
+
+// printStatus asks the daemon whose files are in root.
+func printStatus(root string, asJSON bool, w io.Writer) error {
+	conn, err := net.Dial("unix", statusSocket(root))
+	if err != nil {
+		return fmt.Errorf("no daemon answers: %w", err)
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(time.Minute))
+	var s status
+	if err := json.NewDecoder(conn).Decode(&s); err != nil {
+		return fmt.Errorf("read status from %s: %w", statusSocket(root), err)
+	}
+	if asJSON {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		return e.Encode(s)
+	}
+	fmt.Fprintf(w, "version: %s, since %s\n", s.Version, s.Since)
+	if s.SafeMode != "" {
+		fmt.Fprintf(w, "SAFE MODE, nothing new is streamed: %s\n", s.SafeMode)
+	}
+	fmt.Fprintf(w, "mount mode: %s\n", s.MountMode)
+	if s.NotTaken != "" {
+		fmt.Fprintf(w, "not taken: %s\n", s.NotTaken)
+	}
+	fmt.Fprintf(w, "images: %d streamed, %d mounted\ncache: %.1f MB\nstream: %s\n", s.StreamedCount, s.MountedCount, float64(s.CacheBytes)/1e6, strings.Join(s.Stream, " "))
+	for _, p := range s.Problems {
+		fmt.Fprintf(w, "problem: %s\n", p)
+	}
+	return nil
+}
+
+// problems is a handler that remembers the last warnings and errors on their way to another one.
+type problems struct {
+	slog.Handler
+	last *lastLines
+	with []slog.Attr
+}
+
+// maxProblems bounds what is remembered.
+const maxProblems = 20
+
+type lastLines struct {
+	mu    sync.Mutex
+	lines []string
+}
+
+func newProblems(h slog.Handler) *problems { return &problems{Handler: h, last: &lastLines{}} }
+
+func (p *problems) list() []string {
+	p.last.mu.Lock()
+	defer p.last.mu.Unlock()
+	return append([]string{}, p.last.lines...)
+}
+
+// Handle is slog's.
+func (p *problems) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level >= slog.LevelWarn {
+		var b strings.Builder
+		fmt.Fprintf(&b, "%s %s: %s", r.Time.UTC().Format(time.RFC3339), r.Level, r.Message)
+		add := func(a slog.Attr) bool {
+			if a.Key != "stack" {
+				fmt.Fprintf(&b, " %s=%q", a.Key, a.Value)
+			}
+			return true
+		}
+		for _, a := range p.with {
+			add(a)
+		}
+		r.Attrs(add)
+		p.last.mu.Lock()
+		p.last.lines = append(p.last.lines, b.String())
+		p.last.lines = p.last.lines[max(0, len(p.last.lines)-maxProblems):]
+		p.last.mu.Unlock()
+	}
+	return p.Handler.Handle(ctx, r)
+}
+
+// WithAttrs is slog's.
+func (p *problems) WithAttrs(as []slog.Attr) slog.Handler {
+	return &problems{Handler: p.Handler.WithAttrs(as), last: p.last, with: append(append([]slog.Attr{}, p.with...), as...)}
+}
+
+// WithGroup is slog's.
+func (p *problems) WithGroup(name string) slog.Handler {
+	return &problems{Handler: p.Handler.WithGroup(name), last: p.last, with: p.with}
+}
