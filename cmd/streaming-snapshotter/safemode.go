@@ -123,7 +123,9 @@ func attempt[T any](f func() (T, error)) (v T, err error) {
 
 // startSafe opens what can be opened. Nothing is streamed that is not there already.
 func startSafe(c config, keep nodefs.Keeper, log *slog.Logger) (*node, *snapshot.Snapshotter, error) {
-	n, err := attempt(func() (*node, error) { return newNode(c, func(registryclient.Repository) bool { return false }, keep, false) })
+	n, err := attempt(func() (*node, error) {
+		return newNode(c, func(registryclient.Repository) bool { return false }, keep, false)
+	})
 	var images snapshot.Images = noImages{}
 	if err != nil {
 		log.Error("streamed images cannot be used", "error", err)
