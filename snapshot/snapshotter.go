@@ -48,6 +48,10 @@ type Images interface {
 	Unmount(target string) error
 	// Mounted reports whether what is mounted at target is served, be it mounted in an earlier life of the daemon.
 	Mounted(target string) bool
+	// Blobs names what is kept of the first n layers of image id, the same for layers that have it in common; none if the image cannot be loaded. Usage returns the bytes on disk of some of them,
+	// and of what else is kept for the chain of the first n layers, nothing for n = 0.
+	Blobs(id string, n int) []digest.Digest
+	Usage(id string, n int, blobs []digest.Digest) (int64, error)
 	// Forget drops an image that no snapshot uses. Retain drops all of a former life but those in use.
 	Forget(id string) error
 	Retain(used func(id string) bool) error

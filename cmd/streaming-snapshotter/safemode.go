@@ -206,11 +206,13 @@ type noImages struct{}
 func (noImages) Find(context.Context, string, digest.Digest) (string, []digest.Digest, error) {
 	return "", nil, inSafeMode{}
 }
-func (noImages) Mount(context.Context, string, int, string) error { return inSafeMode{} }
-func (noImages) Unmount(string) error                             { return nil }
-func (noImages) Mounted(string) bool                              { return true } // for all that is known: nothing is detached
-func (noImages) Forget(string) error                              { return nil }
-func (noImages) Retain(func(string) bool) error                   { return nil }
+func (noImages) Mount(context.Context, string, int, string) error  { return inSafeMode{} }
+func (noImages) Unmount(string) error                              { return nil }
+func (noImages) Mounted(string) bool                               { return true } // for all that is known: nothing is detached
+func (noImages) Forget(string) error                               { return nil }
+func (noImages) Retain(func(string) bool) error                    { return nil }
+func (noImages) Blobs(string, int) []digest.Digest                 { return nil }
+func (noImages) Usage(string, int, []digest.Digest) (int64, error) { return 0, nil }
 
 type inSafeMode struct{}
 
