@@ -3,7 +3,6 @@ package artifact
 import (
 	"bytes"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"strconv"
 	"time"
@@ -122,7 +121,7 @@ func DecodeManifest(b []byte) (*Manifest, error) {
 func UnmarshalManifest(b []byte) (*ocispec.Manifest, error) {
 	var o struct {
 		ocispec.Manifest
-		Layers layerList `json:"layers"`
+		Layers List[ocispec.Descriptor] `json:"layers"`
 	}
 	if err := json.Unmarshal(b, &o); err != nil {
 		return nil, fmt.Errorf("%w: %w", err, ErrInvalid)
@@ -131,23 +130,24 @@ func UnmarshalManifest(b []byte) (*ocispec.Manifest, error) {
 	return &o.Manifest, nil
 }
 
-// layerList is decoded up to MaxLayers.
-type layerList []ocispec.Descriptor
+// List is decoded from JSON up to MaxLayers elements: what manifests and configs list by layer or by platform, in bounded memory.
+type List[T any] []T
 
-func (l *layerList) UnmarshalJSON(b []byte) error {
+// UnmarshalJSON is called by encoding/json.
+func (l *List[T]) UnmarshalJSON(b []byte) error {
 	*l = nil // of two lists the last counts, as it does for containerd
 	d := json.NewDecoder(bytes.NewReader(b))
 	switch t, err := d.Token(); {
 	case err != nil || t == nil:
 		return err
 	case t != json.Delim('['):
-		return errors.New("layers are no list")
+		return fmt.Errorf("%v where a list should be", t)
 	}
 	for d.More() {
 		if len(*l) == MaxLayers {
-			return fmt.Errorf("more than %d layers", MaxLayers)
+			return fmt.Errorf("a list of more than %d", MaxLayers)
 		}
-		*l = append(*l, ocispec.Descriptor{})
+		*l = append(*l, *new(T))
 		if err := d.Decode(&(*l)[len(*l)-1]); err != nil {
 			return err
 		}

@@ -127,18 +127,27 @@ func (s *Store) readConfig(ctx context.Context, repo registryclient.Repository, 
 	if err != nil {
 		return err
 	}
-	var c struct {
-		RootFS ocispec.RootFS `json:"rootfs"` // and nothing else, so that a long history costs nothing
-	}
-	if err := json.Unmarshal(b, &c); err != nil {
+	diffIDs, err := decodeConfig(b)
+	if err != nil {
 		return fmt.Errorf("config %s: %w", src.manifest.Config.Digest, err)
 	}
-	if len(c.RootFS.DiffIDs) != len(src.manifest.Layers) || len(c.RootFS.DiffIDs) == 0 {
-		return fmt.Errorf("config %s has %d diffIDs, the manifest %d layers", src.manifest.Config.Digest, len(c.RootFS.DiffIDs), len(src.manifest.Layers))
+	if len(diffIDs) != len(src.manifest.Layers) || len(diffIDs) == 0 {
+		return fmt.Errorf("config %s has %d diffIDs, the manifest %d layers", src.manifest.Config.Digest, len(diffIDs), len(src.manifest.Layers))
 	}
-	src.diffIDs = c.RootFS.DiffIDs
-	src.chainIDs = identity.ChainIDs(slices.Clone(c.RootFS.DiffIDs))
+	src.diffIDs = diffIDs
+	src.chainIDs = identity.ChainIDs(slices.Clone(diffIDs))
 	return nil
+}
+
+// decodeConfig returns the diffIDs of an image's config. It decodes nothing else, so that a long history costs nothing.
+func decodeConfig(b []byte) ([]digest.Digest, error) {
+	var c struct {
+		RootFS struct {
+			DiffIDs artifact.List[digest.Digest] `json:"diff_ids"`
+		} `json:"rootfs"`
+	}
+	err := json.Unmarshal(b, &c)
+	return c.RootFS.DiffIDs, err
 }
 
 // check compares what the artifact says of the image with the image.
