@@ -210,6 +210,9 @@ func (t *tree) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fus
 		out.SetAttrTimeout(forever) // and none for the entry
 		return fuse.OK
 	}
+	if len(name) > unix.NAME_MAX { // FUSE's own limit is higher
+		return fuse.Status(unix.ENAMETOOLONG)
+	}
 	child, found, err := t.image.Lookup(t.nid(h.NodeId), name)
 	if err != nil {
 		return fuse.EIO
