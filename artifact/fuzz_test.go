@@ -213,3 +213,18 @@ func fixChecksums(b []byte) {
 		}
 	}
 }
+
+// FuzzSourceTar: whatever the registry gives for a source layer is a tar, or an error.
+func FuzzSourceTar(f *testing.F) {
+	for _, s := range []string{"", "\x1f\x8b\x08\x00\x00\x00\x00\x00", "\x28\xb5\x2f\xfd\x00\x00", "\x50\x2a\x4d\x18\x01\x00\x00\x00x", "plain text"} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		tar, err := SourceTar("", bytes.NewReader(b))
+		if err != nil {
+			return
+		}
+		defer tar.Close()
+		io.Copy(io.Discard, io.LimitReader(tar, 16<<20))
+	})
+}

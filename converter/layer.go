@@ -190,7 +190,7 @@ func (j *layerJob) encode(ctx context.Context, out io.Writer) (artifact.EncodedL
 		return none, err
 	}
 	src := &countReader{r: v, report: func(n int64) { j.report(LayerRead, Event{Read: n}) }}
-	tar, err := decompress(j.src.MediaType, src)
+	tar, err := artifact.SourceTar(j.src.MediaType, src)
 	if err != nil {
 		return none, sourceFirst(v, fmt.Errorf("decompress: %w", err))
 	}

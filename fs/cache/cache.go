@@ -34,6 +34,8 @@
 //
 // The map is written in place: a torn write mixes old bits and new ones, and both are true.
 //
+// A Blob that is gone for good may know another way to the tar: see rebuild.go.
+//
 // Reads of a file from its start to its end are seen and fetched ahead: see readahead.go.
 //
 // The package knows nothing of registries, of retries over hosts, or of mounts. It does not limit its size yet.

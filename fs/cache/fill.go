@@ -22,7 +22,8 @@ type flight struct {
 	buf   *buffer       // the chunk's verified bytes
 	err   error
 
-	refs int // who may look at buf: the waiters and the fill; guarded by store.mu
+	taken bool // by a pass, which delivers it; guarded by store.mu
+	refs  int  // who may look at buf: the waiters and the fill; guarded by store.mu
 }
 
 // fill brings in a run of adjacent chunks, one flight each, for whoever waits.
@@ -203,6 +204,10 @@ func (f *fill) fetch(ctx context.Context, flights []*flight, try int, corrupt er
 		return
 	}
 	again, why, err := f.stream(ctx, flights, try)
+	if src, ok := f.layer.blob.(Rebuilder); err != nil && ok && ctx.Err() == nil && src.Gone(err) {
+		f.rebuild(ctx, src, flights, err)
+		return
+	}
 	if err != nil {
 		f.fail(flights, errors.Join(err, corrupt))
 		return

@@ -163,6 +163,9 @@ func (l *Layer) end() error {
 	for f := range l.fills {
 		f.cancel()
 	}
+	if s.pass != nil && s.pass.layer == l {
+		s.pass.cancel()
+	}
 	s.mu.Unlock()
 	l.running.Wait()
 

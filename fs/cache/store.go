@@ -33,6 +33,7 @@ type store struct {
 	present bitmap // chunks in data, as far as we know
 	flights map[int]*flight
 	kept    []*flight // delivered, but not on disk; oldest first
+	pass    *pass     // under way, if the blob is gone
 	dirty   bool      // present differs from the map file
 	// epoch counts the times that the disk lost writes (a failed fdatasync): a chunk written in an earlier epoch may be gone.
 	epoch int

@@ -150,7 +150,7 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 			return nil, fmt.Errorf("layer %d: %w: the headers up to here have more than %d MiB", i, artifact.ErrUnsupported, maxHeaders>>20)
 		}
 		d.indexes = append(d.indexes, x)
-		cl, err := img.store.o.Cache.Layer(l.IndexDigest, x, blob{img.store.o.Registry, img.rec.Repository, l.Digest})
+		cl, err := img.store.o.Cache.Layer(l.IndexDigest, x, blob{img.store.o.Registry, img.rec, i})
 		if err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
 		}

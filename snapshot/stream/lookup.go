@@ -175,6 +175,9 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 		Version: recordVersion, Artifact: dgst, Manifest: manifest, Repository: repo,
 		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers,
 	}
+	for _, l := range src.manifest.Layers {
+		rec.Sources = append(rec.Sources, ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size})
+	}
 	first, err := rec.firsts()
 	if err != nil {
 		return nil, err

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -30,6 +31,7 @@ type record struct {
 	ChainIDs   []digest.Digest           `json:"chainIDs"`   // of the image's own config, bottom first
 	DiffIDs    []digest.Digest           `json:"diffIDs"`    // likewise
 	Layers     []artifact.Layer          `json:"layers"`
+	Sources    []ocispec.Descriptor      `json:"sources,omitempty"` // the image's own layers: type, digest, size. Releases before it wrote none
 }
 
 func loadRecord(dir string) (*record, error) {
@@ -59,6 +61,9 @@ func (rec *record) digests() []digest.Digest {
 	list := slices.Concat([]digest.Digest{rec.Artifact, rec.Manifest}, rec.ChainIDs, rec.DiffIDs)
 	for _, l := range rec.Layers {
 		list = append(list, l.Digest, l.IndexDigest, l.Source)
+	}
+	for _, d := range rec.Sources {
+		list = append(list, d.Digest)
 	}
 	return list
 }

@@ -399,14 +399,3 @@ func (s *Store) sweepIndexes() error {
 	}
 	return nil
 }
-
-// blob reads one layer blob for the cache.
-type blob struct {
-	reg  Registry
-	repo registryclient.Repository
-	dgst digest.Digest
-}
-
-func (b blob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
-	return b.reg.ReadRange(ctx, b.repo, b.dgst, off, n, try)
-}

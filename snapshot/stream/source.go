@@ -1,0 +1,108 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+// blob reads one layer blob for the cache. Should it be deleted, as retention rules do with artifacts of images that run on, the tar comes from the
+// image's own layer. It is a cache.Rebuilder.
+type blob struct {
+	reg   Registry
+	rec   *record
+	layer int
+}
+
+func (b blob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+	return b.reg.ReadRange(ctx, b.rec.Repository, b.rec.Layers[b.layer].Digest, off, n, try)
+}
+
+// Gone reports whether err says that the registry has the blob no more.
+func (b blob) Gone(err error) bool { return errors.Is(err, registryclient.ErrNotFound) }
+
+// Tar returns the tar of the image's own layer.
+func (b blob) Tar(ctx context.Context, try int) (io.ReadCloser, error) {
+	src, err := b.source(ctx)
+	if err != nil {
+		return nil, err
+	}
+	body, err := b.reg.ReadRange(ctx, b.rec.Repository, src.Digest, 0, src.Size, try)
+	if err != nil {
+		return nil, err
+	}
+	t := &sourceTar{body: body, dgst: src.Digest}
+	if t.tar, err = artifact.SourceTar(src.MediaType, readerFunc(t.fetch)); err != nil {
+		body.Close()
+		return nil, t.explain(err)
+	}
+	return t, nil
+}
+
+// source describes the image's own layer. Records of older releases do not, so the image's manifest is asked for.
+func (b blob) source(ctx context.Context) (ocispec.Descriptor, error) {
+	sources := b.rec.Sources
+	if len(sources) == 0 {
+		raw, err := b.reg.Manifest(ctx, b.rec.Repository, b.rec.Manifest, artifact.MaxManifestSize)
+		if err != nil {
+			return ocispec.Descriptor{}, err
+		}
+		m, err := artifact.UnmarshalManifest(raw)
+		if err != nil {
+			return ocispec.Descriptor{}, err
+		}
+		sources = m.Layers
+	}
+	want := b.rec.Layers[b.layer].Source
+	if b.layer >= len(sources) || sources[b.layer].Digest != want {
+		return ocispec.Descriptor{}, fmt.Errorf("%w: the image's layer %d is not %s", artifact.ErrInvalid, b.layer, want)
+	}
+	return sources[b.layer], nil
+}
+
+// sourceTar is the tar out of a source layer's blob.
+type sourceTar struct {
+	body io.ReadCloser
+	dgst digest.Digest
+	tar  io.ReadCloser
+	err  error // of body
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+func (t *sourceTar) fetch(p []byte) (int, error) {
+	n, err := t.body.Read(p)
+	if err != nil && err != io.EOF {
+		t.err = err
+	}
+	return n, err
+}
+
+func (t *sourceTar) Read(p []byte) (int, error) {
+	n, err := t.tar.Read(p)
+	if err != nil && err != io.EOF {
+		err = t.explain(err)
+	}
+	return n, err
+}
+
+// explain tells bytes that do not decompress, which another host may have right, from bytes that do not come.
+func (t *sourceTar) explain(err error) error {
+	if t.err != nil {
+		return t.err
+	}
+	return fmt.Errorf("%w: source layer %s: %w", artifact.ErrInvalid, t.dgst, err)
+}
+
+func (t *sourceTar) Close() error {
+	return errors.Join(t.tar.Close(), t.body.Close())
+}
