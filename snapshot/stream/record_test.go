@@ -3,9 +3,13 @@ package stream
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // The records that releases have written are read by all later ones. A change that breaks this test needs another version of the record,
@@ -54,5 +58,38 @@ func TestDamagedRecord(t *testing.T) {
 		if _, err := New(Options{Root: root}); err != nil {
 			t.Fatalf("byte %d: %v", i, err)
 		}
+	}
+}
+
+// What the disk cannot read any more is an error: the file is made anew. A daemon that died of it would die at each start.
+func TestUnreadableFile(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	disk, dir := filepath.Join(t.TempDir(), "disk"), t.TempDir()
+	if err := errors.Join(os.WriteFile(disk, nil, 0o600), os.Truncate(disk, 32<<20)); err != nil {
+		t.Fatal(err)
+	}
+	for _, cmd := range [][]string{{"mkfs.ext4", "-q", disk}, {"mount", "-o", "loop", disk, dir}} {
+		if out, err := exec.Command(cmd[0], cmd[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v\n%s", cmd, err, out)
+		}
+	}
+	defer func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	}()
+	path := filepath.Join(dir, "index")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.Write(make([]byte, 16<<20))
+	if err = errors.Join(err, f.Sync(), unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED), f.Close(), os.Truncate(disk, 8<<20)); err != nil {
+		t.Fatal(err)
+	}
+	if err := verifyMetadata(path); !errors.Is(err, unix.EIO) {
+		t.Errorf("got %v, want %v", err, unix.EIO)
 	}
 }
