@@ -119,21 +119,22 @@ func (c *Container) Output(ctx context.Context) (string, error) {
 	}
 }
 
-// ended asks the kernel, not containerd: asked every few milliseconds, crictl would be the larger part of what is measured.
+// ended asks the kernel, not containerd: asked every few milliseconds, crictl would be the larger part of what is measured. Once the process has ended it
+// is CRI that says so, when it has read all that the process has printed.
 func (c *Container) ended(ctx context.Context) (bool, error) {
 	b, err := os.ReadFile(c.node.path("run/c/io.containerd.runtime.v2.task", Namespace, c.ID, "init.pid"))
-	if errors.Is(err, os.ErrNotExist) {
-		return true, nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return false, err
 	}
-	stat, err := os.ReadFile("/proc/" + string(b) + "/stat")
-	if err != nil {
-		return true, nil
+	if err == nil {
+		stat, err := os.ReadFile("/proc/" + string(b) + "/stat")
+		_, rest, _ := strings.Cut(string(stat), ") ")
+		if err == nil && !strings.HasPrefix(rest, "Z") {
+			return false, nil
+		}
 	}
-	_, rest, _ := strings.Cut(string(stat), ") ")
-	return strings.HasPrefix(rest, "Z"), nil
+	state, err := c.node.Crictl(ctx, "inspect", "--output", "go-template", "--template", "{{.status.state}}", c.ID)
+	return strings.TrimSpace(state) == "CONTAINER_EXITED", err
 }
 
 // lines returns what the container has printed, from CRI's log: "TIME STREAM TAG TEXT", where tag P marks a part of a line.
