@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
@@ -88,6 +89,9 @@ func (k *call) ask(f func(*host) error) error {
 			if err == nil {
 				return nil
 			}
+			if errors.Is(err, errBusy) {
+				continue
+			}
 			k.failed(c, err)
 			if c == authority && errors.Is(err, ErrNotFound) {
 				return k.verdict()
@@ -132,7 +136,7 @@ func (k *call) failed(c *candidate, err error) {
 		hold = min(status.retryAfter, maxHold)
 	}
 	c.next = time.Now().Add(max(pause, hold))
-	c.host.failed(hold)
+	c.host.failed(err, hold)
 }
 
 // round returns who may be asked now: healthy hosts first, each in order.
@@ -141,6 +145,9 @@ func (k *call) round() []*candidate {
 	now := time.Now()
 	for _, c := range k.asked {
 		isDown, hold := c.state(now)
+		if poll, _ := c.busy(now); poll > hold {
+			hold = poll
+		}
 		switch {
 		case c.out || hold > 0 || now.Before(c.next):
 		case isDown:
@@ -160,7 +167,12 @@ func (k *call) next() (t time.Time, ok bool) {
 			continue
 		}
 		at := now
-		if _, hold := c.state(now); hold > 0 {
+		_, hold := c.state(now)
+		poll, err := c.busy(now)
+		if c.err == nil {
+			c.err = err
+		}
+		if hold = max(hold, poll); hold > 0 {
 			at = now.Add(hold)
 		}
 		if c.next.After(at) {
@@ -217,7 +229,10 @@ func (k *call) verdict() error {
 
 // get sends q to h. The caller closes the body.
 func (k *call) get(h *host, q question) (*http.Response, error) {
-	a := &attempt{k: k}
+	if !h.enter(time.Now()) {
+		return nil, errBusy
+	}
+	a := &attempt{k: k, host: h, leave: sync.OnceFunc(h.leave)}
 	a.ctx, a.cancel = context.WithCancelCause(k.ctx)
 	a.timer = time.AfterFunc(k.left, func() { a.cancel(errSilent) })
 	start := time.Now()
@@ -227,6 +242,7 @@ func (k *call) get(h *host, q question) (*http.Response, error) {
 	if err != nil {
 		err = a.explain(err)
 		a.cancel(nil)
+		a.leave()
 		return nil, err
 	}
 	a.body = resp.Body
@@ -262,10 +278,12 @@ func (k *call) read(h *host, q question, max int64) (http.Header, []byte, error)
 // against the budget. Time between reads is the caller's own. The timer is set for each read, so that watching costs no goroutine.
 type attempt struct {
 	k      *call
+	host   *host
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	timer  *time.Timer
 	body   io.ReadCloser
+	leave  func()
 }
 
 func (a *attempt) Read(p []byte) (int, error) {
@@ -277,6 +295,7 @@ func (a *attempt) Read(p []byte) (int, error) {
 	k.left -= time.Since(start)
 	if k.gained += int64(n); k.gained >= renewBytes {
 		k.gained, k.left = 0, k.budget
+		a.host.worked()
 		for _, c := range k.asked {
 			c.fails = 0
 		}
@@ -290,6 +309,7 @@ func (a *attempt) Read(p []byte) (int, error) {
 func (a *attempt) Close() error {
 	a.timer.Stop()
 	a.cancel(nil)
+	a.leave()
 	return a.body.Close()
 }
 

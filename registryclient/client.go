@@ -32,9 +32,11 @@ type Options struct {
 	Credentials func(ctx context.Context, host string) (user, secret string, err error) // nil is anonymous; a secret without user is an identity token
 	UserAgent   string                                                                  // "" is "streaming-snapshotter"
 
-	Budget time.Duration // how long an operation goes on without getting anything before it fails; 0 is 30 s
-	Wait   time.Duration // the same for ReadRange, whose callers cannot do without: running containers; 0 is Budget
-	Stall  time.Duration // how long one request may stay silent before it counts as broken; 0 is 15 s
+	Budget time.Duration    // how long an operation goes on without getting anything before it fails; 0 is 30 s
+	Wait   time.Duration    // the same for ReadRange, whose callers cannot do without: running containers; 0 is Budget
+	OnHost func(HostStatus) // told when a host goes away, comes back or gave wrong bytes: once each, not per request; it must not block or call the Client. Nil is nobody
+
+	Stall time.Duration // how long one request may stay silent before it counts as broken; 0 is 15 s
 }
 
 const (
@@ -135,6 +137,7 @@ func (c *Client) fetch(ctx context.Context, repo Repository, kind string, dgst d
 			return err
 		}
 		if got := dgst.Algorithm().FromBytes(b); got != dgst {
+			h.wrong()
 			return refused("content has digest %s", got)
 		}
 		return nil

@@ -54,6 +54,8 @@ type host struct {
 	transport http.RoundTripper // not a client: that follows redirects, or stumbles over them
 	ns        string            // registry that a mirror is asked for (the ns parameter of containerd); "" for the registry itself
 	auth      *authorizer
+	registry  string
+	onChange  func(HostStatus)
 
 	mu        sync.Mutex
 	answered  bool // ever
@@ -61,6 +63,7 @@ type host struct {
 	downUntil time.Time // asked after the others until then
 	holdUntil time.Time // not asked at all until then: it said so (Retry-After)
 	noAPI     map[string]time.Time
+	health
 }
 
 // hostsOf returns the hosts of repo that have the capability, in order.
@@ -171,7 +174,7 @@ func (c *Client) readHosts(domain string) (*registry, error) {
 	}
 	for _, f := range found {
 		f.Authorizer = nil
-		h := &host{RegistryHost: f, noAPI: map[string]time.Time{}}
+		h := &host{RegistryHost: f, registry: domain, onChange: c.o.OnHost, noAPI: map[string]time.Time{}}
 		h.transport = &metered{base: f.Client.Transport, m: &c.meter}
 		h.auth = newAuthorizer(h, c)
 		if f.Host != domain && !(domain == "docker.io" && f.Host == "registry-1.docker.io") {
@@ -201,21 +204,29 @@ func tune(t *http.Transport, stall time.Duration, first bool) {
 }
 
 // failed notes that the host failed in a way that may pass, and how long it asked to be left alone.
-func (h *host) failed(hold time.Duration) {
+func (h *host) failed(err error, hold time.Duration) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	now := time.Now()
 	h.fails++
 	h.downUntil = now.Add(min(time.Second<<min(h.fails-1, 10), maxDown))
 	if hold > 0 {
 		h.holdUntil = now.Add(hold)
 	}
+	changed, s := h.fail(now, err), h.status()
+	h.mu.Unlock()
+	if changed {
+		h.tell(s)
+	}
 }
 
 func (h *host) worked() {
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	h.fails, h.downUntil, h.answered = 0, time.Time{}, true
+	changed, s := h.succeed(), h.status()
+	h.mu.Unlock()
+	if changed {
+		h.tell(s)
+	}
 }
 
 func (h *host) hasWorked() bool {
@@ -224,8 +235,9 @@ func (h *host) hasWorked() bool {
 	return h.answered
 }
 
+// state says whether the host is to be asked after the others, and for how long it is not to be asked at all.
 func (h *host) state(now time.Time) (down bool, hold time.Duration) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return now.Before(h.downUntil), max(h.holdUntil.Sub(now), 0)
+	return now.Before(h.downUntil) || now.Before(h.wrongUntil), max(h.holdUntil.Sub(now), 0)
 }

@@ -86,6 +86,7 @@ func (r *rangeReader) Read(p []byte) (int, error) {
 		r.left -= int64(n)
 		if r.left == 0 {
 			r.from.worked()
+			r.body.Close() // the caller may take its time to
 		} else if err != nil {
 			r.err = r.resume(err)
 		}
@@ -159,6 +160,13 @@ func (r *rangeReader) check(resp *http.Response) error {
 		return err
 	}
 	return refused("status %d in answer to a range", resp.StatusCode)
+}
+
+// Wrong says that what was read is not what the blob's digest stands for: its host is asked after the others for a while.
+func (r *rangeReader) Wrong() {
+	if r.from != nil {
+		r.from.wrong()
+	}
 }
 
 // Close ends the read. It may be called before the end.

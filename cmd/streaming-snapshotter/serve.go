@@ -67,6 +67,7 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 		Credentials: registryclient.DockerCredentials(),
 		UserAgent:   "streaming-snapshotter/" + version(),
 		Wait:        c.RegistryWait.std(),
+		OnHost:      logHost,
 	})
 	if err != nil {
 		return n, err
@@ -78,6 +79,18 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 		close(opened)
 	}
 	return n, err
+}
+
+// logHost logs what happens to a registry's host.
+func logHost(h registryclient.HostStatus) {
+	switch {
+	case h.Away:
+		slog.Warn("registry host is away: reads of what is not on the node wait", "registry", h.Registry, "host", h.Host, "error", h.Error)
+	case h.Error != "":
+		slog.Warn("registry host is asked after the others", "registry", h.Registry, "host", h.Host, "error", h.Error, "until", h.Wrong.Format(time.RFC3339))
+	default:
+		slog.Info("registry host is back", "registry", h.Registry, "host", h.Host)
+	}
 }
 
 // close unmounts everything, or leaves it to a successor, then lets go of the files.

@@ -63,7 +63,7 @@ type Blob interface {
 	// ReadRange returns exactly n bytes at off, or an error: a reader that ends early fails with io.ErrUnexpectedEOF.
 	// It may be called from many goroutines. ctx ends the reads of what it returned, too.
 	// try counts from 0: a chunk whose bytes proved wrong is asked for again with try+1, and the Blob should then
-	// turn to another host. When there is no other, it returns an error.
+	// turn to another host. When there is no other, it returns an error. If the reader has a method Wrong(), it is told.
 	ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error)
 }
 

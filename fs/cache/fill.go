@@ -247,6 +247,9 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 		if err != nil {
 			s.cache.stats.corrupt.Add(1)
 			s.cache.bufs.put(buf)
+			if w, ok := body.(interface{ Wrong() }); ok {
+				w.Wrong()
+			}
 			again, why = append(again, fl), fmt.Errorf("chunk %d: %w", fl.chunk, err)
 			continue
 		}

@@ -297,6 +297,9 @@ func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, 
 	_, err = io.Copy(io.MultiWriter(f, hash), io.LimitReader(r, l.IndexSize))
 	if err = errors.Join(err, f.Close()); err == nil {
 		if got := digest.NewDigest(digest.SHA256, hash); got != l.IndexDigest {
+			if w, ok := r.(interface{ Wrong() }); ok {
+				w.Wrong()
+			}
 			err = fmt.Errorf("%w: index hashes to %s, the artifact's manifest says %s", artifact.ErrInvalid, got, l.IndexDigest)
 		} else {
 			err = os.Rename(f.Name(), path)
