@@ -149,9 +149,13 @@ func cacheFiles(t *testing.T, n *node.Node) (files []string) {
 	return files
 }
 
-// flipBytes inverts a bit in each 16 KiB of a file.
+// flipBytes inverts a bit in each 16 KiB of a file of chunks. Maps stay: without its map a layer is fetched anew, and nothing is found out
+// about its chunks.
 func flipBytes(t *testing.T, name string) {
 	t.Helper()
+	if filepath.Base(name) != "data" {
+		return
+	}
 	b, err := os.ReadFile(name)
 	if err != nil {
 		t.Fatal(err)
