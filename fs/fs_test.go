@@ -160,6 +160,26 @@ func TestForeign(t *testing.T) {
 	}
 }
 
+// A metadata image that the disk loses costs the mount, and not the process.
+func TestMetadataLost(t *testing.T) {
+	s := newServer(t, Options{Mode: ModeTree})
+	m := madeImage(func(m *erofstest.Maker) *erofs.Inode { return m.Wide(2000, 60) })
+	img := m.write(t, "image")
+	target := mountImage(t, s, img)
+	if err := os.Truncate(img.Metadata, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.ReadDir(target); !errors.Is(err, unix.EIO) {
+		t.Errorf("list what is lost: %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(target, "file")); !errors.Is(err, unix.EIO) {
+		t.Errorf("look up in what is lost: %v", err)
+	}
+	other := newImage()
+	other.file("file", noise(1, 100_000))
+	other.compare(t, mountImage(t, s, other.write(t, "other")))
+}
+
 func TestFSTest(t *testing.T) {
 	m := newImage()
 	m.add("a", dir())

@@ -14,6 +14,8 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // Opcodes of fuse_kernel.h that the session knows itself.
@@ -291,7 +293,12 @@ func (s *session) handle(sl slot) {
 		}
 		reply := s.replies.Get().(*[maxReply]byte)
 		defer s.replies.Put(reply)
-		n, status := s.proto.HandleRequest([][]byte{req}, [][]byte{reply[:]})
+		var n int
+		var status fuse.Status
+		if err := mapped.Guard(func() { n, status = s.proto.HandleRequest([][]byte{req}, [][]byte{reply[:]}) }); err != nil {
+			s.log.Error("answer FUSE request", "mount", s.target, "opcode", h.Opcode, "node", h.NodeId, "error", err)
+			n, status = 0, fuse.EIO
+		}
 		switch {
 		case n > 0:
 			s.write(reply[:n])
@@ -366,7 +373,9 @@ func (s *session) read(r *reading) {
 	buf, err := s.memory.get(r.ctx, int(min(r.in.Size, maxRead)))
 	if err == nil {
 		defer s.memory.put(buf)
-		n, err = s.fs.read(r.ctx, r.in.NodeId, int64(r.in.Offset), buf)
+		if fault := mapped.Guard(func() { n, err = s.fs.read(r.ctx, r.in.NodeId, int64(r.in.Offset), buf) }); fault != nil {
+			err = fault
+		}
 	}
 	if err != nil {
 		status := errno(r.ctx, err)

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // tree is the file system of one image in tree mode, served out of its memory-mapped metadata image. It has no state: a node id is a
@@ -88,23 +89,19 @@ func (s *Server) startTree(t *tree, start func(sessionOptions) (*session, error)
 }
 
 func openTree(metadata *os.File, dev Device) (*tree, error) {
-	fi, err := metadata.Stat()
+	mem, err := mapped.Open(metadata)
 	if err != nil {
 		return nil, err
 	}
-	mapped, err := unix.Mmap(int(metadata.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
+	image, err := erofs.Open(mem)
 	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", metadata.Name(), err)
-	}
-	image, err := erofs.Open(mapped)
-	if err != nil {
-		unix.Munmap(mapped)
+		unix.Munmap(mem)
 		return nil, fmt.Errorf("open metadata image %s: %w", metadata.Name(), err)
 	}
 	return &tree{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
 		image:         image,
-		mapped:        mapped,
+		mapped:        mem,
 		device:        dev,
 		xattrs:        image.HasXattrs(),
 	}, nil

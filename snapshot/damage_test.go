@@ -2,9 +2,12 @@ package snapshot
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // A metadata image that the disk has damaged is made anew before it is mounted.
@@ -39,4 +42,31 @@ func TestDamagedMetadataImage(t *testing.T) {
 	if b, err := os.ReadFile(images[0]); err != nil || !bytes.Equal(b, whole) {
 		t.Errorf("the image was not made anew (%v)", err)
 	}
+}
+
+// An index that the disk loses under a container costs it a read, not the daemon, and is fetched anew when it is next opened.
+func TestLostIndex(t *testing.T) {
+	n := newTestNode(t)
+	img := n.push("app", threeLayers(t)...)
+	n.convert(img)
+	top := n.prepareAll(img, 0, "")
+	mounts, err := n.sn.Prepare(testContext(), "container", top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inMounts(t, mounts, func(root string) {
+		for _, f := range n.filesIn("indexes") {
+			if err := os.Truncate(f, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if b, err := os.ReadFile(filepath.Join(root, "top")); !errors.Is(err, unix.EIO) {
+			t.Errorf("read %q, %v without an index", b, err)
+		}
+	})
+	n.restart()
+	if mounts, err = n.sn.Mounts(testContext(), "container"); err != nil {
+		t.Fatal(err)
+	}
+	inMounts(t, mounts, func(root string) { wantFiles(t, root, threeLayersMerged) })
 }

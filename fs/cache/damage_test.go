@@ -2,14 +2,18 @@ package cache
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // Each byte of a blob's frames is changed in turn. Nobody may see wrong bytes, and a second host heals them all.
@@ -244,4 +248,33 @@ func TestDataCutWhileOpen(t *testing.T) {
 	must(t, os.Truncate(c.dataPath(ly.dgst), 20_000))
 	readAll(t, l, ly, 3000)
 	readAll(t, l, ly, len(ly.tar))
+}
+
+// blobFunc is a Blob.
+type blobFunc func(ctx context.Context, off, n int64, try int) (io.ReadCloser, error)
+
+func (f blobFunc) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+	return f(ctx, off, n, try)
+}
+
+// An index that the disk loses while a chunk is fetched costs the read, and not the process.
+func TestIndexLost(t *testing.T) {
+	ly := newLayer(t, 4<<10, 600_000)
+	path := filepath.Join(t.TempDir(), "index")
+	must(t, os.WriteFile(path, ly.blob[ly.index.FramesSize():], 0o600))
+	f, err := os.Open(path)
+	must(t, err)
+	defer f.Close()
+	mem, err := mapped.Open(f)
+	must(t, err)
+	ly.index, err = artifact.DecodeIndex(mem)
+	must(t, err)
+	c := openCache(t, t.TempDir())
+	l := openLayer(t, c, ly, blobFunc(func(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+		return io.NopCloser(bytes.NewReader(ly.blob[off : off+n])), os.Truncate(path, 0)
+	}))
+	if _, err := l.ReadAt(t.Context(), make([]byte, 10), 5000); err == nil || !strings.Contains(err.Error(), "memory map") {
+		t.Errorf("got %v, want that the index is gone", err)
+	}
+	must(t, l.Close())
 }

@@ -9,6 +9,7 @@ import (
 	"sync"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // maxTries bounds how often a chunk whose bytes are wrong is asked for, should a Blob never run out of hosts.
@@ -132,19 +133,25 @@ func (s *store) unref(fl *flight) {
 func (f *fill) run(ctx context.Context) {
 	l, s := f.layer, f.layer.store
 	defer l.running.Done()
-	missing := f.flights
-	if f.onDisk {
-		missing = f.load(ctx, missing)
-	}
-	for _, run := range adjacent(missing) {
-		f.fetch(ctx, run, 0, nil)
+	if err := mapped.Guard(func() { f.bring(ctx) }); err != nil { // of the index
+		f.fail(f.flights, err)
 	}
 	f.cancel()
 	s.mu.Lock()
 	delete(l.fills, f)
 	s.mu.Unlock()
 	if f.ahead {
-		l.ahead.ended()
+		mapped.Guard(l.ahead.ended) // what cannot be read ahead is left to the reads
+	}
+}
+
+func (f *fill) bring(ctx context.Context) {
+	missing := f.flights
+	if f.onDisk {
+		missing = f.load(ctx, missing)
+	}
+	for _, run := range adjacent(missing) {
+		f.fetch(ctx, run, 0, nil)
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/tree"
 )
 
@@ -187,7 +188,11 @@ func (img *image) metadata(ctx context.Context, n int) (string, error) {
 	for i := range layers {
 		layers[i] = tree.Layer{Index: img.dev.indexes[i], Base: img.dev.bases[i], ReadAt: img.dev.layers[i].ReadAt}
 	}
-	root, err := tree.Merge(ctx, layers, blockSize)
+	var root *erofs.Inode
+	var err error
+	if fault := mapped.Guard(func() { root, err = tree.Merge(ctx, layers, blockSize) }); fault != nil { // of an index
+		err = fault
+	}
 	if err != nil {
 		return "", err
 	}

@@ -3,7 +3,6 @@ package stream
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -15,6 +14,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
@@ -140,20 +140,11 @@ func verifyMetadata(path string) error {
 	return m.Verify()
 }
 
-// mapFile maps the file at path. It is read first: what the disk cannot give is an error of read(2), but ends the process in a map.
 func mapFile(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	size, err := io.Copy(io.Discard, f)
-	if err != nil {
-		return nil, err
-	}
-	mem, err := unix.Mmap(int(f.Fd()), 0, int(size), unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		return nil, fmt.Errorf("map %s: %w", path, err)
-	}
-	return mem, nil
+	return mapped.Open(f)
 }
