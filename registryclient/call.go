@@ -25,14 +25,16 @@ const (
 
 // call is one operation: the hosts it may ask and what is left of its budget. It belongs to one goroutine.
 type call struct {
-	c      *Client
-	ctx    context.Context
-	cancel context.CancelFunc
-	repo   Repository
-	name   string       // of the repository below the registry
-	asked  []*candidate // in order of preference
-	budget time.Duration
-	left   time.Duration
+	c       *Client
+	ctx     context.Context
+	cancel  context.CancelFunc
+	repo    Repository
+	name    string       // of the repository below the registry
+	asked   []*candidate // in order of preference
+	budget  time.Duration
+	left    time.Duration
+	sending sync.WaitGroup // requests of first
+
 	reads  bool  // ranges of a blob
 	gained int64 // bytes since the budget was last whole
 }
@@ -73,7 +75,10 @@ func (c *Client) newCall(ctx context.Context, repo Repository, need docker.HostC
 func (k *call) allow(d time.Duration) { k.budget, k.left = d, d }
 
 // end frees what the call holds. Bodies it gave out fail from then on.
-func (k *call) end() { k.cancel() }
+func (k *call) end() {
+	k.cancel()
+	k.sending.Wait()
+}
 
 // ask puts a question to the hosts until one answers it: f returns nil. A host that fails for good is asked once, one that fails in a
 // way that may pass is asked again, after the others and after a pause. What the last host of the list, which is the registry itself, has
@@ -229,16 +234,22 @@ func (k *call) verdict() error {
 
 // get sends q to h. The caller closes the body.
 func (k *call) get(h *host, q question) (*http.Response, error) {
+	start := time.Now()
+	resp, err := k.send(k.ctx, h, q, k.left)
+	k.left -= time.Since(start)
+	return resp, err
+}
+
+// send sends q to h and waits for the answer, at most for left. Several may be sent at a time.
+func (k *call) send(ctx context.Context, h *host, q question, left time.Duration) (*http.Response, error) {
 	if !h.enter(time.Now()) {
 		return nil, errBusy
 	}
 	a := &attempt{k: k, host: h, leave: sync.OnceFunc(h.leave)}
-	a.ctx, a.cancel = context.WithCancelCause(k.ctx)
-	a.timer = time.AfterFunc(k.left, func() { a.cancel(errSilent) })
-	start := time.Now()
+	a.ctx, a.cancel = context.WithCancelCause(ctx)
+	a.timer = time.AfterFunc(left, func() { a.cancel(errSilent) })
 	resp, err := h.do(a.ctx, k.c, k.name, q)
 	a.timer.Stop()
-	k.left -= time.Since(start)
 	if err != nil {
 		err = a.explain(err)
 		a.cancel(nil)

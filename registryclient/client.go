@@ -52,6 +52,7 @@ type Client struct {
 	mu         sync.Mutex
 	registries map[string]*registry
 	redirects  redirects
+	hedges     int // earned for second requests, in parts of one
 }
 
 // Stats counts what a Client has sent and received since New, token requests and failures included.

@@ -63,6 +63,7 @@ type host struct {
 	downUntil time.Time // asked after the others until then
 	holdUntil time.Time // not asked at all until then: it said so (Retry-After)
 	noAPI     map[string]time.Time
+	delays    delays
 	health
 }
 

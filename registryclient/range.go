@@ -117,18 +117,30 @@ func (r *rangeReader) resume(err error) error {
 func (r *rangeReader) open() error {
 	q := question{path: "blobs/" + r.dgst.String(), blob: r.dgst, rng: fmt.Sprintf("bytes=%d-%d", r.off, r.off+r.left-1)}
 	return r.k.ask(func(h *host) error {
-		resp, err := r.k.get(h, q)
+		spare, resp, err := r.k.first(h, q)
+		if err == nil && spare != nil {
+			if err = r.accept(spare.host, resp); err == nil {
+				return nil
+			}
+			r.k.failed(spare, err)
+			resp, err = r.k.get(h, q)
+		}
 		if err != nil {
 			return err
 		}
-		if err := r.check(resp); err != nil {
-			resp.Body.Close()
-			r.k.c.redirects.forget(redirectKey{h, r.k.name, r.dgst}, nil)
-			return fmt.Errorf("host %s: %w", h.Host, err)
-		}
-		r.from, r.body = h, resp.Body
-		return nil
+		return r.accept(h, resp)
 	})
+}
+
+// accept takes h's answer, if it is one to what was asked.
+func (r *rangeReader) accept(h *host, resp *http.Response) error {
+	if err := r.check(resp); err != nil {
+		resp.Body.Close()
+		r.k.c.redirects.forget(redirectKey{h, r.k.name, r.dgst}, nil)
+		return fmt.Errorf("host %s: %w", h.Host, err)
+	}
+	r.from, r.body = h, resp.Body
+	return nil
 }
 
 // check makes sure that the body begins at off and is not known to be short.

@@ -289,6 +289,9 @@ func TestRedirects(t *testing.T) {
 			wantRequests(t, r, 3)
 			read(1) // a second opinion begins at the registry
 			wantRequests(t, r, 2)
+			r.Inject(registrytest.Stored, 1, registrytest.Status(404)) // some stores say so of an expired address
+			read(0)
+			wantRequests(t, r, 3)
 			r.Inject(registrytest.Stored, 1, registrytest.Status(500))
 			read(0)
 			wantRequests(t, r, 3)
