@@ -7,14 +7,17 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
+	"math"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/pelletier/go-toml/v2"
+	"golang.org/x/sys/unix"
 
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
@@ -27,6 +30,7 @@ type config struct {
 	MountMode      nodefs.Mode `toml:"mount_mode" comment:"auto (the first that works here), file, loop or tree."`
 	Stream         patterns    `toml:"stream" comment:"Repositories to stream from: HOST/REPOSITORY, each part a glob; a last part of * stands for everything below.\nSnapshots are shared by chain ID: list only what you would let provide the base layers of every image. Nothing is listed by default."`
 	ReadAhead      bool        `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
+	CacheSize      size        `toml:"cache_size" comment:"How much disk the chunk cache may use: a share of root's file system, as in \"25%\", or as in \"20GiB\". \"0\" for no limit.\nThe chunks used least recently are given back, also those of running containers, which fetch them again. kubelet removes images when the\nfile system is 85% full, and evicts pods soon after: leave it room for unpacked images, logs and what containers write."`
 	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
 	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
@@ -40,6 +44,7 @@ func defaults() config {
 		MountMode:      nodefs.ModeAuto,
 		Stream:         patterns{},
 		ReadAhead:      true,
+		CacheSize:      "25%",
 		HostsDir:       "/etc/containerd/certs.d",
 		ResolveTimeout: duration(15 * time.Second),
 		RegistryWait:   duration(5 * time.Minute),
@@ -105,6 +110,9 @@ func (c *config) validate() error {
 	if c.RegistryWait <= 0 {
 		return fmt.Errorf("registry_wait = %q: want more than nothing", time.Duration(c.RegistryWait))
 	}
+	if _, err := c.CacheSize.of(100); err != nil {
+		return fmt.Errorf("cache_size: %w", err)
+	}
 	return c.Stream.validate()
 }
 
@@ -141,6 +149,32 @@ func (l *level) UnmarshalText(b []byte) error {
 
 func (l level) MarshalText() ([]byte, error) {
 	return []byte(strings.ToLower(slog.Level(l).String())), nil
+}
+
+// size is bytes, as in "20GiB", or a share of a file system, as in "25%".
+type size string
+
+// of returns the bytes that s is on a file system of total bytes.
+func (s size) of(total int64) (int64, error) {
+	unit := strings.TrimLeft(string(s), "0123456789")
+	n, err := strconv.ParseInt(strings.TrimSuffix(string(s), unit), 10, 64)
+	shift, ok := map[string]int{"": 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[unit]
+	switch {
+	case err == nil && unit == "%" && n > 0 && n <= 100:
+		return total / 100 * n, nil
+	case err == nil && ok && n <= math.MaxInt64>>shift:
+		return n << shift, nil
+	}
+	return 0, fmt.Errorf("%q is no size, as in \"25%%\" of the file system or \"20GiB\"", string(s))
+}
+
+// in returns the bytes that s is on the file system of dir.
+func (s size) in(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, fmt.Errorf("size of the file system of %s: %w", dir, err)
+	}
+	return s.of(int64(st.Blocks) * st.Bsize)
 }
 
 // patterns are repositories in the form HOST/REPOSITORY. Each part between slashes is a glob as of path.Match, which never

@@ -22,7 +22,7 @@ func load(t *testing.T, text string) (config, error) {
 
 // What `config` prints is a configuration file that says the same.
 func TestConfigPrintsItself(t *testing.T) {
-	for _, text := range []string{"", "stream = ['r.example/a/*', 'q.example/b']\nmount_mode = 'tree'\nlog_level = 'debug'\nresolve_timeout = '3s'\nregistry_wait = '1h'\nhosts_dir = ''\n"} {
+	for _, text := range []string{"", "stream = ['r.example/a/*', 'q.example/b']\nmount_mode = 'tree'\nlog_level = 'debug'\nresolve_timeout = '3s'\nregistry_wait = '1h'\nhosts_dir = ''\ncache_size = '3GiB'\n"} {
 		c, err := load(t, text)
 		if err != nil {
 			t.Fatal(err)
@@ -54,6 +54,11 @@ func TestConfigErrors(t *testing.T) {
 		"level":            {"log_level = 'loud'\n", `"loud" is no level: want debug, info, warn or error`},
 		"pattern":          {"stream = ['registry.example.com']\n", "HOST/REPOSITORY"},
 		"pattern with URL": {"stream = ['https://registry.example.com/*']\n", "HOST/REPOSITORY"},
+		"size":             {"cache_size = '10 potatoes'\n", `cache_size: "10 potatoes" is no size`},
+		"size of nothing":  {"cache_size = ''\n", "is no size"},
+		"share too large":  {"cache_size = '101%'\n", "is no size"},
+		"share of nothing": {"cache_size = '0%'\n", "is no size"},
+		"size too large":   {"cache_size = '9000000TiB'\n", "is no size"},
 		"bad glob":         {"stream = ['registry.example.com/[a']\n", "HOST/REPOSITORY"},
 	}
 	for name, c := range cases {
@@ -65,6 +70,17 @@ func TestConfigErrors(t *testing.T) {
 	}
 	if _, err := loadConfig(filepath.Join(t.TempDir(), "none")); err == nil {
 		t.Error("a configuration file that was named and is not there is no error")
+	}
+}
+
+func TestSizes(t *testing.T) {
+	for s, want := range map[size]int64{"25%": 250, "100%": 1000, "0": 0, "7": 7, "20GiB": 20 << 30, "1KiB": 1024, "8388607TiB": 8388607 << 40} {
+		if got, err := s.of(1000); err != nil || got != want {
+			t.Errorf("%s of 1000: got %d, %v, want %d", s, got, err, want)
+		}
+	}
+	if got, err := size("50%").in(t.TempDir()); err != nil || got < 1<<20 {
+		t.Errorf("half of a file system is %d bytes, %v", got, err)
 	}
 }
 

@@ -59,7 +59,11 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 	if n.mounts, err = nodefs.New(o); err != nil {
 		return n, err
 	}
-	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{NoReadAhead: !c.ReadAhead}); err != nil {
+	limit, err := c.CacheSize.in(c.Root)
+	if err != nil {
+		return n, err
+	}
+	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{NoReadAhead: !c.ReadAhead, Limit: limit}); err != nil {
 		return n, err
 	}
 	n.reg, err = registryclient.New(registryclient.Options{

@@ -26,6 +26,16 @@ func (b bitmap) clearAll() {
 	}
 }
 
+// empty reports whether b has nothing.
+func (b bitmap) empty() bool {
+	for i := range b {
+		if b[i].Load() != 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // hasAll reports whether b has all of [lo, hi).
 func (b bitmap) hasAll(lo, hi int) bool {
 	for i := lo; i < hi; i++ {

@@ -16,6 +16,8 @@
 //	  sha256-HEX/   a layer, named by the digest of its index (mode 0700)
 //	    data        the layer's tar, sparse: chunk i at its tar offset (mode 0600)
 //	    map         which chunks of data are present (mode 0600)
+//	    uses        when each chunk was used last, Unix seconds, 4 bytes each, little-endian (mode 0600); only the order of eviction
+//	                depends on it, so it is never synced, and one of another size says nothing
 //
 // A layer is named by its index, which says what each chunk's bytes are, and not by what the index or its artifact claims the layer to be
 // (diffID, source layer, blob): so bytes of one artifact cannot stand in for another's before they are proven, nor take their place. Files
@@ -38,7 +40,9 @@
 //
 // Reads of a file from its start to its end are seen and fetched ahead: see readahead.go.
 //
-// The package knows nothing of registries, of retries over hosts, or of mounts. It does not limit its size yet.
+// With a limit, chunks that were used least recently are given back, also of layers that are open: see evict.go.
+//
+// The package knows nothing of registries, of retries over hosts, of mounts, or of the images that layers belong to.
 package cache
 
 import (
@@ -83,13 +87,20 @@ type Cache struct {
 	bufs  buffers
 	stats counters
 	exact bool // no read-ahead
+	limit int64
 
+	now     atomic.Uint32 // Unix seconds at the last flush: the clock of recency
+	used    atomic.Int64  // bytes on disk when last measured, and what was written since
+	writing atomic.Int64  // of used: may not be on disk yet
 	unsaved atomic.Int64  // bytes written since the last flush
 	kick    chan struct{} // asks the flusher to flush now
 	stop    chan struct{} // closed by Close
 	done    chan struct{} // closed by the flusher
 
-	// LOCK ORDER: slot.mu, Cache.mu, store.flushMu, readAhead.mu, store.mu. None is held while waiting for a Blob or a fill.
+	evictMu sync.Mutex  // one eviction at a time
+	stuck   atomic.Bool // the last eviction has not freed enough: not again before the next flush
+
+	// LOCK ORDER: Cache.evictMu, slot.mu, Cache.mu, store.flushMu, readAhead.mu, store.mu. None is held while waiting for a Blob or a fill.
 	mu      sync.Mutex
 	slots   map[digest.Digest]*slot
 	handles map[*Layer]struct{}
@@ -98,7 +109,8 @@ type Cache struct {
 
 // slot is the place of a layer in the cache. Its mutex serialises opening and closing of the layer's files.
 type slot struct {
-	users int // handles, and those about to open one; guarded by Cache.mu
+	users   int  // handles, and those about to open one or to remove the files; guarded by Cache.mu
+	removed bool // the files go with the last handle; guarded by mu
 
 	mu    sync.Mutex
 	refs  int    // handles
@@ -108,19 +120,16 @@ type slot struct {
 // Open opens or creates the cache in dir. Damage is a miss, never an error. It fails if dir cannot be made or another
 // process has it open.
 func Open(dir string, o Options) (*Cache, error) {
-	c, err := open(dir, osDisk{})
-	if err == nil {
-		c.exact = o.NoReadAhead
-	}
-	return c, err
+	return open(dir, o, osDisk{})
 }
 
 // Options of a Cache.
 type Options struct {
-	NoReadAhead bool // fetch the chunks that reads touch and no others
+	NoReadAhead bool  // fetch the chunks that reads touch and no others
+	Limit       int64 // bytes on disk, blocks really allocated; 0 for no limit. See evict.go
 }
 
-func open(dir string, d disk) (*Cache, error) {
+func open(dir string, o Options, d disk) (*Cache, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("open cache: %w", err)
 	}
@@ -129,10 +138,12 @@ func open(dir string, d disk) (*Cache, error) {
 		return nil, fmt.Errorf("open cache: %w", err)
 	}
 	c := &Cache{
-		dir: dir, lock: lock, disk: d,
+		dir: dir, lock: lock, disk: d, exact: o.NoReadAhead, limit: o.Limit,
 		kick: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 		slots: make(map[digest.Digest]*slot), handles: make(map[*Layer]struct{}),
 	}
+	c.now.Store(uint32(time.Now().Unix()))
+	c.measure()
 	go c.flusher()
 	return c, nil
 }
@@ -176,16 +187,12 @@ func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index) (*store, error) {
 		c.mu.Unlock()
 		return nil, os.ErrClosed
 	}
-	sl := c.slots[dgst]
-	if sl == nil {
-		sl = new(slot)
-		c.slots[dgst] = sl
-	}
-	sl.users++
+	sl := c.use(dgst)
 	c.mu.Unlock()
 
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
+	sl.removed = false
 	id := identity(x)
 	switch {
 	case sl.store == nil:
@@ -199,6 +206,17 @@ func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index) (*store, error) {
 	}
 	sl.refs++
 	return sl.store, nil
+}
+
+// use returns the slot of dgst with one more use. The caller holds mu.
+func (c *Cache) use(dgst digest.Digest) *slot {
+	sl := c.slots[dgst]
+	if sl == nil {
+		sl = new(slot)
+		c.slots[dgst] = sl
+	}
+	sl.users++
+	return sl
 }
 
 // unuse takes back a use of sl, whose store is now s.
@@ -224,6 +242,9 @@ func (c *Cache) release(dgst digest.Digest) error {
 	if sl.refs--; sl.refs == 0 {
 		err = s.close()
 		s = nil
+		if sl.removed {
+			err = c.removeFiles(dgst)
+		}
 	}
 	c.unuse(dgst, sl, s)
 	return err
@@ -232,10 +253,15 @@ func (c *Cache) release(dgst digest.Digest) error {
 // wrote counts n bytes written to a data file, and asks for a flush when there are many.
 func (c *Cache) wrote(n int) {
 	if c.unsaved.Add(int64(n)) >= flushBytes {
-		select {
-		case c.kick <- struct{}{}:
-		default: // it is asked already
-		}
+		c.wake()
+	}
+}
+
+// wake asks for a flush now.
+func (c *Cache) wake() {
+	select {
+	case c.kick <- struct{}{}:
+	default: // it is asked already
 	}
 }
 
@@ -257,19 +283,24 @@ func (c *Cache) flusher() {
 
 // flush makes what was written until now durable. Its errors are in Stats.
 func (c *Cache) flush() {
+	c.now.Store(uint32(time.Now().Unix()))
 	c.unsaved.Store(0)
+	c.stats.suspended.Store(false) // a disk that was full may have room again
+	for _, s := range c.openStores() {
+		s.flush()
+	}
+	c.evict()
+}
+
+func (c *Cache) openStores() (stores []*store) {
 	c.mu.Lock()
-	stores := make([]*store, 0, len(c.slots))
+	defer c.mu.Unlock()
 	for _, sl := range c.slots {
 		if sl.store != nil {
 			stores = append(stores, sl.store)
 		}
 	}
-	c.mu.Unlock()
-	for _, s := range stores {
-		s.flush()
-	}
-	c.stats.suspended.Store(false) // a disk that was full may have room again
+	return stores
 }
 
 // Close flushes and closes all. Layers that are still open read no more.

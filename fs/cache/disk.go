@@ -23,6 +23,8 @@ type file interface {
 	size() (int64, error)
 	truncate(size int64) error
 	datasync() error // fdatasync(2)
+	// punch gives back the blocks of [off, off+n), which reads as zeros then. The size stays.
+	punch(off, n int64) error
 }
 
 type osDisk struct{}
@@ -54,6 +56,14 @@ func (f osFile) datasync() error {
 	for {
 		if err := unix.Fdatasync(int(f.Fd())); err != unix.EINTR {
 			return os.NewSyscallError("fdatasync", err)
+		}
+	}
+}
+
+func (f osFile) punch(off, n int64) error {
+	for {
+		if err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, n); err != unix.EINTR {
+			return os.NewSyscallError("fallocate", err)
 		}
 	}
 }

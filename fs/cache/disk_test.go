@@ -102,6 +102,13 @@ func (f *faultyFile) datasync() error {
 	return f.file.datasync()
 }
 
+func (f *faultyFile) punch(off, n int64) error {
+	if err := f.disk.fault(); err != nil {
+		return err
+	}
+	return f.file.punch(off, n)
+}
+
 // Every operation on the disk fails in turn, once or from there on. Reads never notice; what is left on disk is true.
 func TestFailingDiskCostsOnlyTheCaching(t *testing.T) {
 	ly := newLayer(t, 4<<10, 40_000, 100, 9000)
@@ -111,7 +118,7 @@ func TestFailingDiskCostsOnlyTheCaching(t *testing.T) {
 				for at := int64(0); ; at++ {
 					dir := t.TempDir()
 					d := &faultyDisk{disk: unsynced{}, err: errno, at: at, forever: forever}
-					c, err := open(dir, d)
+					c, err := open(dir, Options{}, d)
 					must(t, err)
 					scenario(t, c, ly)
 					failed := d.ops.Load() > at
@@ -185,7 +192,7 @@ func checkMap(t *testing.T, dir string, ly *layer) (claimed int) {
 func TestFullDisk(t *testing.T) {
 	ly := newLayer(t, 64<<10, 4<<20)
 	d := &faultyDisk{disk: osDisk{}, err: syscall.ENOSPC, at: 1 << 40}
-	c, err := open(t.TempDir(), d)
+	c, err := open(t.TempDir(), Options{}, d)
 	must(t, err)
 	t.Cleanup(func() { must(t, c.Close()) })
 	b := ly.serve()
@@ -268,6 +275,18 @@ func (f *volatileFile) WriteAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
+func (f *volatileFile) punch(off, n int64) error {
+	f.disk.mu.Lock()
+	defer f.disk.mu.Unlock()
+	old := make([]byte, n)
+	m, err := f.file.ReadAt(old, off)
+	if err != nil && err != io.EOF {
+		return err
+	}
+	f.undo = append(f.undo, undo{off, old[:m]})
+	return f.file.punch(off, n)
+}
+
 func (f *volatileFile) datasync() error {
 	f.disk.mu.Lock()
 	lost, undo := f.disk.lose, f.undo
@@ -314,7 +333,7 @@ func TestPowerLossLeavesNoFalseClaim(t *testing.T) {
 		rnd := rand.New(rand.NewPCG(seed, 3))
 		root := t.TempDir()
 		d := &volatileDisk{disk: unsynced{}, files: make(map[string]*volatileFile)}
-		c, err := open(filepath.Join(root, "cache"), d)
+		c, err := open(filepath.Join(root, "cache"), Options{}, d)
 		must(t, err)
 		l := openLayer(t, c, ly, ly.serve())
 		read := func() {
@@ -351,7 +370,7 @@ func TestFailedSyncLosesWrites(t *testing.T) {
 	for _, during := range []string{"after the write", "during the write"} {
 		t.Run(during, func(t *testing.T) {
 			d := &volatileDisk{disk: unsynced{}, files: make(map[string]*volatileFile)}
-			c, err := open(t.TempDir(), d)
+			c, err := open(t.TempDir(), Options{}, d)
 			must(t, err)
 			t.Cleanup(func() { must(t, c.Close()) })
 			l := openLayer(t, c, ly, ly.serve())

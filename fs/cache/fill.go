@@ -174,7 +174,9 @@ func (f *fill) load(ctx context.Context, flights []*flight) (damaged []*flight) 
 			f.deliver(fl, buf, true)
 			continue
 		}
-		s.cache.stats.damaged.Add(1)
+		if s.holds(fl.chunk) { // it was not given back meanwhile
+			s.cache.stats.damaged.Add(1)
+		}
 		s.cache.bufs.put(buf)
 		s.forget(fl.chunk, fl.chunk+1)
 		damaged = append(damaged, fl)
@@ -211,11 +213,11 @@ func (f *fill) fetch(ctx context.Context, flights []*flight, try int, corrupt er
 		return
 	}
 	again, why, err := f.stream(ctx, flights, try)
-	if src, ok := f.layer.blob.(Rebuilder); err != nil && ok && ctx.Err() == nil && src.Gone(err) {
-		f.rebuild(ctx, src, flights, err)
-		return
-	}
 	if err != nil {
+		if src, ok := f.layer.blob.(Rebuilder); ok && ctx.Err() == nil && src.Gone(err) {
+			f.rebuild(ctx, src, flights, err)
+			return
+		}
 		f.fail(flights, errors.Join(err, corrupt))
 		return
 	}

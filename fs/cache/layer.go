@@ -74,10 +74,12 @@ func (l *Layer) enter() bool {
 // or another handle's fetch failed. The next round then has fewer to count on.
 func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int) (again bool, err error) {
 	s := l.store
-	if s.verified.hasAll(lo, hi) { // the common case, without a lock
+	s.touch(lo, hi)
+	evictions := s.evictions.Load() // before looking at verified: see evict.go
+	if s.verified.hasAll(lo, hi) {  // the common case, without a lock
 		l.ahead.read(off, off+int64(len(p)))
 		s.cache.stats.hits.Add(int64(hi - lo))
-		return !l.pread(p, off, lo, hi), nil
+		return !l.pread(p, off, lo, hi, evictions), nil
 	}
 	if err := ctx.Err(); err != nil {
 		return false, err
@@ -93,7 +95,7 @@ func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int) (agai
 				j++
 			}
 			from, to := l.overlap(p, off, i, j)
-			if !l.pread(p[from-off:to-off], from, i, j) {
+			if !l.pread(p[from-off:to-off], from, i, j, evictions) {
 				return true, nil
 			}
 			s.cache.stats.hits.Add(int64(j - i))
@@ -118,11 +120,12 @@ func (l *Layer) overlap(p []byte, off int64, lo, hi int) (from, to int64) {
 	return max(off, first.TarOffset), min(off+int64(len(p)), last.TarOffset+last.TarSize)
 }
 
-// pread reads p from disk, all of it in chunks [lo, hi), which were verified. If it cannot, it forgets them and returns false.
-func (l *Layer) pread(p []byte, off int64, lo, hi int) bool {
+// pread reads p from disk, all of it in chunks [lo, hi), which were verified when evictions was the count of them. If it cannot, it forgets
+// them and returns false; so it does if they may have been given back meanwhile.
+func (l *Layer) pread(p []byte, off int64, lo, hi int, evictions uint64) bool {
 	n, err := l.store.data.ReadAt(p, off)
 	if n == len(p) {
-		return true
+		return l.store.evictions.Load() == evictions
 	}
 	l.store.cache.stats.readError(err)
 	l.store.forget(lo, hi)

@@ -94,7 +94,7 @@ func (r *readAhead) note(off, end int64) *stream {
 func (r *readAhead) pump(st *stream) {
 	l, s := r.layer, r.layer.store
 	length := st.next - st.from
-	if st.reads < streamReads || length < streamBytes || s.cache.stats.suspended.Load() {
+	if st.reads < streamReads || length < streamBytes || s.cache.stats.suspended.Load() || !s.cache.room(aheadRequest) {
 		return
 	}
 	if st.end < st.next { // the first time, or the stream has gone on into another body

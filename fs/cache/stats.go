@@ -16,13 +16,16 @@ type Stats struct {
 	FetchedBytes  int64 // bytes asked of Blob.ReadRange
 	CorruptChunks int64 // chunks from a Blob that did not verify
 	DamagedChunks int64 // chunks on disk that did not verify
+	Evicted       int64 // chunks given back to stay within the limit
 	DiskErrors    int64 // operations on the cache's disk that failed
 }
 
 // counters are the live Stats.
 type counters struct {
-	hits, verified, misses, readAhead, requests, fetchedBytes, corrupt, damaged, diskErrors atomic.Int64
+	hits, verified, misses, readAhead, requests, fetchedBytes, corrupt, damaged, evicted, diskErrors atomic.Int64
 
+	// failing: the disk refused something, and has written and synced nothing since.
+	failing atomic.Bool
 	// suspended: a write failed, so do not write before the next flush.
 	suspended atomic.Bool
 
@@ -36,8 +39,21 @@ func (c *Cache) Stats() Stats {
 	return Stats{
 		Hits: s.hits.Load(), Verified: s.verified.Load(), Misses: s.misses.Load(), ReadAhead: s.readAhead.Load(),
 		Requests: s.requests.Load(), FetchedBytes: s.fetchedBytes.Load(),
-		CorruptChunks: s.corrupt.Load(), DamagedChunks: s.damaged.Load(), DiskErrors: s.diskErrors.Load(),
+		CorruptChunks: s.corrupt.Load(), DamagedChunks: s.damaged.Load(), Evicted: s.evicted.Load(), DiskErrors: s.diskErrors.Load(),
 	}
+}
+
+// Status is the state of the cache's disk.
+type Status struct {
+	Used, Limit int64 // bytes on disk, as of the last look, and what they may be; without a limit both are 0
+	// NotCaching: the disk refused something and has done nothing well since. Reads go on without caching.
+	NotCaching bool
+	Err        error // the last failure of the disk, also if it has recovered; nil if there was none
+}
+
+// Status returns the state of the cache's disk, for a log and for operators.
+func (c *Cache) Status() Status {
+	return Status{Used: c.used.Load(), Limit: c.limit, NotCaching: c.stats.failing.Load(), Err: c.Err()}
 }
 
 // Err returns the last failure of the cache's disk, or nil. Reads go on without caching meanwhile.
@@ -50,6 +66,7 @@ func (c *Cache) Err() error {
 // diskError notes a failure of the disk.
 func (c *counters) diskError(err error) {
 	c.diskErrors.Add(1)
+	c.failing.Store(true)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.err = err

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -20,21 +21,31 @@ type store struct {
 	n      int                              // chunks
 	header []byte                           // of the map file
 
-	data, table file // nil if the disk refused; the layer is then read without caching
+	// nil while the disk refuses; the layer is then read without caching. Set once, under flushMu and mu.
+	data, table file
 
 	// verified chunks are in data and were proven by this process: they may be read without a lock.
 	// Verified implies present. Set under mu.
 	verified bitmap
 
-	flushMu sync.Mutex // held while the files are synced or closed
-	closed  bool       // guarded by flushMu
+	recent    []atomic.Uint32 // Unix seconds of the last use of each chunk
+	lastUse   atomic.Uint32   // of any
+	evictions atomic.Uint64   // counts up when chunks are given back: see evict.go
+
+	flushMu   sync.Mutex // held while the files are synced, punched or closed
+	closed    bool       // guarded by flushMu
+	usesSaved uint32     // lastUse when uses were written; guarded by flushMu
+	hand      int        // where the last eviction has ended; guarded by flushMu
 
 	mu      sync.Mutex
 	present bitmap // chunks in data, as far as we know
 	flights map[int]*flight
-	kept    []*flight // delivered, but not on disk; oldest first
-	pass    *pass     // under way, if the blob is gone
-	dirty   bool      // present differs from the map file
+	// writing counts who writes a chunk; punching are those that are given back, which nobody may write.
+	writing  map[int]int
+	punching map[int]bool
+	kept     []*flight // delivered, but not on disk; oldest first
+	pass     *pass     // under way, if the blob is gone
+	dirty    bool      // present differs from the map file
 	// epoch counts the times that the disk lost writes (a failed fdatasync): a chunk written in an earlier epoch may be gone.
 	epoch int
 }
@@ -49,6 +60,7 @@ func (c *Cache) openStore(dgst digest.Digest, x *artifact.Index, id [32]byte) *s
 	s := &store{
 		cache: c, dgst: dgst, id: id, index: x, layout: sync.OnceValues(x.Layout), n: n, header: encodeMapHeader(x, id),
 		verified: newBitmap(n), present: newBitmap(n), flights: make(map[int]*flight),
+		recent: make([]atomic.Uint32, n), writing: make(map[int]int), punching: make(map[int]bool),
 	}
 	if err := s.openFiles(x.TarSize); err != nil {
 		c.stats.diskError(err)
@@ -77,6 +89,11 @@ func (s *store) openFiles(tarSize int64) (err error) {
 	if err != nil {
 		return errors.Join(err, data.Close(), table.Close())
 	}
+	if !present.empty() {
+		s.loadUses()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.data, s.table, s.present = data, table, present
 	return nil
 }
@@ -117,24 +134,35 @@ func reset(data, table file, tarSize int64) error {
 
 // write puts chunk i, verified, on disk. It reports whether the disk took it: if not, that costs the caching only.
 func (s *store) write(i int, off int64, b []byte) bool {
-	if s.data == nil || s.cache.stats.suspended.Load() {
+	if s.cache.stats.suspended.Load() || !s.cache.reserve(len(b)) {
 		return false
 	}
+	defer s.cache.written(len(b))
 	s.mu.Lock()
+	if s.data == nil || s.punching[i] {
+		s.mu.Unlock()
+		return false
+	}
+	s.writing[i]++
 	epoch := s.epoch
 	s.mu.Unlock()
-	if _, err := s.data.WriteAt(b, off); err != nil {
-		s.cache.stats.suspended.Store(true)
-		s.cache.stats.diskError(err)
-		return false
-	}
+	_, err := s.data.WriteAt(b, off)
 	s.mu.Lock()
-	if s.epoch == epoch {
+	if s.writing[i]--; s.writing[i] == 0 {
+		delete(s.writing, i)
+	}
+	if err == nil && s.epoch == epoch {
 		s.present.set(i)
 		s.verified.set(i)
 		s.dirty = true
 	}
 	s.mu.Unlock()
+	if err != nil {
+		s.cache.stats.suspended.Store(true)
+		s.cache.stats.diskError(err)
+		return false
+	}
+	s.touch(i, i+1)
 	s.cache.wrote(len(b))
 	return true
 }
@@ -156,6 +184,13 @@ func (s *store) keep(fl *flight) {
 	}
 }
 
+// holds reports whether chunk i is on disk, as far as we know.
+func (s *store) holds(i int) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.present.has(i)
+}
+
 // forget makes chunks [lo, hi) misses.
 func (s *store) forget(lo, hi int) {
 	s.mu.Lock()
@@ -167,11 +202,42 @@ func (s *store) forget(lo, hi int) {
 	s.dirty = true
 }
 
-// flush makes data durable, and then the map that tells of it.
-func (s *store) flush() error {
+// flush makes data durable, and then the map that tells of it. Files that the disk refused are asked for again.
+func (s *store) flush() {
 	s.flushMu.Lock()
 	defer s.flushMu.Unlock()
-	return s.flushLocked()
+	if s.closed {
+		return
+	}
+	if s.data == nil {
+		if err := s.openFiles(s.index.TarSize); err != nil {
+			s.cache.stats.diskError(err)
+			return
+		}
+	}
+	s.writeKept()
+	if s.flushLocked() == nil {
+		s.saveUses(false)
+	}
+}
+
+// writeKept offers the disk again what it did not take.
+func (s *store) writeKept() {
+	s.mu.Lock()
+	kept := s.kept
+	s.kept = nil
+	s.mu.Unlock()
+	for _, fl := range kept {
+		written := s.write(fl.chunk, s.index.Chunk(fl.chunk).TarOffset, fl.buf.b)
+		s.mu.Lock()
+		if written {
+			s.land(fl)
+		} else {
+			s.keep(fl)
+		}
+		s.unref(fl)
+		s.mu.Unlock()
+	}
 }
 
 func (s *store) flushLocked() error {
@@ -198,8 +264,10 @@ func (s *store) flushLocked() error {
 		s.mu.Lock()
 		s.dirty = true // what the map claims now is true; try again later
 		s.mu.Unlock()
+		return err
 	}
-	return err
+	s.cache.stats.failing.Store(false)
+	return nil
 }
 
 // lost forgets all chunks after a failed fdatasync: the kernel may have dropped any page written since the last good one, and
@@ -222,6 +290,9 @@ func (s *store) close() error {
 		return nil
 	}
 	err := s.flushLocked()
+	if err == nil {
+		err = s.saveUses(true)
+	}
 	s.closed = true
 	return errors.Join(err, s.data.Close(), s.table.Close())
 }

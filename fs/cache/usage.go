@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Usage returns the bytes on disk (blocks really allocated) that the cache holds of layers, the digests of layer blobs, be they open or
+// Usage returns the bytes on disk (blocks really allocated) that the cache holds of layers, named as Layer names them, be they open or
 // not. What it has nothing of counts nothing; one named twice counts once. It costs three lstat(2) per layer and takes no lock, so that it may be
 // called for every snapshot.
 func (c *Cache) Usage(layers ...digest.Digest) (total int64, err error) {
@@ -34,7 +34,7 @@ func (c *Cache) Usage(layers ...digest.Digest) (total int64, err error) {
 
 // dirUsage returns the bytes allocated of a layer's files in dir.
 func dirUsage(dir string) (total int64, err error) {
-	for _, name := range []string{"data", "map"} {
+	for _, name := range []string{"data", "map", "uses"} {
 		var st unix.Stat_t
 		err := unix.Lstat(filepath.Join(dir, name), &st)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {

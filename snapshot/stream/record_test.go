@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 )
 
 // The records that releases have written are read by all later ones. A change that breaks this test needs another version of the record,
@@ -49,13 +51,18 @@ func TestDamagedRecord(t *testing.T) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
+	chunks, err := cache.Open(filepath.Join(root, "cache"), cache.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer chunks.Close()
 	for i := range record {
 		damaged := bytes.Clone(record)
 		damaged[i] ^= 1 << (i % 8)
 		if err := os.WriteFile(filepath.Join(dir, recordName), damaged, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := New(Options{Root: root}); err != nil {
+		if _, err := New(Options{Root: root, Cache: chunks}); err != nil {
 			t.Fatalf("byte %d: %v", i, err)
 		}
 	}

@@ -304,7 +304,7 @@ func (s *Store) load(id string) (*image, error) {
 	return img, nil
 }
 
-// Forget drops an image that nothing uses any more, and the indexes that only it used. Its chunks stay in the cache.
+// Forget drops an image that nothing uses any more, and the indexes and cached chunks of layers that only it used.
 func (s *Store) Forget(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -365,7 +365,7 @@ func (s *Store) discardIndexes() error {
 	return s.sweepIndexes()
 }
 
-// sweepIndexes removes indexes that no image on disk names, once every image's record can be read. The caller holds s.mu or is alone.
+// sweepIndexes removes indexes and cached layers that no image on disk names, once every image's record can be read. The caller holds s.mu or is alone.
 func (s *Store) sweepIndexes() error {
 	used := map[string]bool{}
 	for name := range s.pins {
@@ -397,5 +397,5 @@ func (s *Store) sweepIndexes() error {
 			os.Remove(filepath.Join(s.o.Root, "indexes", f.Name()))
 		}
 	}
-	return nil
+	return s.o.Cache.Retain(func(index digest.Digest) bool { return used[index.Encoded()] })
 }

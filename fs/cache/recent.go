@@ -1,0 +1,73 @@
+package cache
+
+import (
+	"encoding/binary"
+	"path/filepath"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// saveUsesEvery is how often, in seconds, the file of uses is written while a layer is read. A crash costs so much of the order of eviction.
+const saveUsesEvery = 300
+
+func (c *Cache) usesPath(dgst digest.Digest) string { return filepath.Join(c.layerDir(dgst), "uses") }
+
+// touch notes a use of chunks [lo, hi). It writes memory that other readers share only when the clock has moved on.
+func (s *store) touch(lo, hi int) {
+	now := s.cache.now.Load()
+	for i := lo; i < hi; i++ {
+		if s.recent[i].Load() != now {
+			s.recent[i].Store(now)
+			s.lastUse.Store(now)
+		}
+	}
+}
+
+// loadUses reads when chunks were used in former lives. A file that is not good says nothing: its chunks are the first to go.
+func (s *store) loadUses() {
+	f, err := s.cache.disk.open(s.cache.usesPath(s.dgst))
+	if err != nil {
+		s.cache.stats.diskError(err)
+		return
+	}
+	defer f.Close()
+	size, err := f.size()
+	b := make([]byte, 4*s.n)
+	if err == nil && size != int64(len(b)) {
+		return
+	}
+	if err == nil {
+		_, err = f.ReadAt(b, 0)
+	}
+	if err != nil {
+		s.cache.stats.diskError(err)
+		return
+	}
+	now := s.cache.now.Load()
+	for i := range s.n {
+		s.recent[i].Store(min(binary.LittleEndian.Uint32(b[4*i:]), now))
+	}
+}
+
+// saveUses writes when chunks were used, if that has changed for some time, or at all. The caller holds flushMu.
+func (s *store) saveUses(always bool) error {
+	last := s.lastUse.Load()
+	if last == s.usesSaved || !always && s.cache.now.Load()-s.usesSaved < saveUsesEvery {
+		return nil
+	}
+	s.usesSaved = last
+	f, err := s.cache.disk.open(s.cache.usesPath(s.dgst))
+	if err != nil {
+		s.cache.stats.diskError(err)
+		return err
+	}
+	defer f.Close()
+	b := make([]byte, 0, 4*s.n)
+	for i := range s.n {
+		b = binary.LittleEndian.AppendUint32(b, s.recent[i].Load())
+	}
+	if _, err = f.WriteAt(b, 0); err != nil {
+		s.cache.stats.diskError(err)
+	}
+	return err
+}
