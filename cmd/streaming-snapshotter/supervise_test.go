@@ -75,6 +75,9 @@ func TestSupervise(t *testing.T) {
 	install(t, program, "")
 	p := startProgram(t, program, "supervise", "--", "serve", "--config", config)
 	waitForSocket(t, address)
+	if err := call(t.Context(), address); err != nil { // the socket is there a moment before it is kept, and answers only after that
+		t.Fatal(err)
+	}
 	inode := func() uint64 {
 		var st unix.Stat_t
 		if err := unix.Stat(address, &st); err != nil {
