@@ -50,9 +50,10 @@ fuzz:
 		{ grep -q '^ *context deadline exceeded$$' .build/fuzz.log && ! grep -q 'Failing input' .build/fuzz.log; } || { cat .build/fuzz.log; exit 1; }; \
 		tail -n 2 .build/fuzz.log | head -n 1; done; done
 
-# The images of the end-to-end tests, from Debian's and npm's packages; what is built already stays.
+# The images of the end-to-end tests, and a Debian that boots, from Debian's and npm's packages; what is built already stays.
 images:
 	@integration/images/build.sh
+	@integration/images/build.sh systemd
 
 clean:
 	rm -rf .build
