@@ -127,7 +127,7 @@ WantedBy=multi-user.target
 }
 
 // boot runs the Debian in root until it powers itself off, and returns its console. Nothing is left of it however that ends: its mounts, and nspawn's own in
-// /run, are in a mount namespace, and its processes in a cgroup.
+// /run, are in a mount namespace, and its processes in a PID namespace, which ends with this process, and in a cgroup.
 func boot(t *testing.T, root string) (console []byte, err error) {
 	t.Helper()
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
@@ -146,10 +146,10 @@ func boot(t *testing.T, root string) (console []byte, err error) {
 	defer fd.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
 	defer cancel()
-	c := exec.CommandContext(ctx, "sh", "-c", `mount -t tmpfs tmpfs /run && exec systemd-nspawn --register=no --keep-unit --boot --bind=/dev/fuse --capability=all --console=pipe -D "$0"`, root)
+	c := exec.CommandContext(ctx, "sh", "-c", `mount -t proc proc /proc && mount -t tmpfs tmpfs /run && exec systemd-nspawn --register=no --keep-unit --boot --bind=/dev/fuse --capability=all --console=pipe -D "$0"`, root)
 	c.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
 	c.WaitDelay = 10 * time.Second
-	c.SysProcAttr = &unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, UseCgroupFD: true, CgroupFD: int(fd.Fd()), Pdeathsig: unix.SIGKILL}
+	c.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Unshareflags: unix.CLONE_NEWNS, UseCgroupFD: true, CgroupFD: int(fd.Fd()), Pdeathsig: unix.SIGKILL}
 	runtime.LockOSThread() // Pdeathsig is about the thread
 	defer runtime.UnlockOSThread()
 	return c.CombinedOutput()
