@@ -94,18 +94,12 @@ type many struct {
 	t    *testing.T
 	n    *node.Node
 	refs []string
-	mu   sync.Mutex
-	ids  int
 }
 
 // run runs a container of image i and compares what it reads.
 func (m *many) run(ctx context.Context, i int) error {
-	m.mu.Lock()
-	m.ids++
-	id := fmt.Sprintf("many%d", m.ids)
-	m.mu.Unlock()
 	i %= len(m.refs)
-	out, err := m.n.Ctr(ctx, "run", "--rm", "--snapshotter", m.n.Snapshotter(), m.refs[i], id, "/guest", "sum", "/data/small")
+	out, err := m.n.Run(ctx, m.refs[i], nil, "/guest", "sum", "/data/small")
 	if err != nil {
 		return err
 	}

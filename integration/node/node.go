@@ -23,6 +23,7 @@ import (
 	"sort"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -65,7 +66,7 @@ type Node struct {
 	snapshotter *process
 	containerd  *process
 	pods        int
-	containers  int
+	containers  atomic.Int64 // of Run
 }
 
 // Start runs a node. Close ends it.

@@ -195,14 +195,22 @@ func writeJSON(name string, v any) error {
 }
 
 // Run runs ref's default command, or args, with `ctr run` and the node's snapshotter, in a network namespace of its own, and returns what it has printed.
+// It may be called from several goroutines at once.
+//
+// The shim writes that to a file: ctr closes its own pipes when the container has ended, and loses what it has not read yet.
 func (n *Node) Run(ctx context.Context, ref string, env []string, args ...string) (string, error) {
-	n.containers++
-	a := []string{"run", "--rm", "--snapshotter", n.Snapshotter()}
+	id := fmt.Sprintf("run%d", n.containers.Add(1))
+	log := n.path("logs", id+".out")
+	a := []string{"run", "--rm", "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + log}
 	for _, e := range env {
 		a = append(a, "--env", e)
 	}
-	a = append(a, ref, fmt.Sprintf("run%d", n.containers))
-	return n.Ctr(ctx, append(a, args...)...)
+	_, err := n.Ctr(ctx, append(append(a, ref, id), args...)...)
+	out, readErr := os.ReadFile(log)
+	if err != nil {
+		return string(out), fmt.Errorf("%w\n%s", err, out)
+	}
+	return string(out), readErr
 }
 
 // Mount mounts the root file system that a container of ref would have on dir, as `ctr images mount --rw` does.
