@@ -1,9 +1,9 @@
-// Package lagproxy is a TCP proxy that makes a loopback connection behave like a link to a far registry: latency, a shared
-// bandwidth, and counters of what crossed it.
+// Package lagproxy is a TCP proxy that makes a loopback connection behave like a link to a far registry: latency, a
+// bandwidth that all connections share, one that each has for itself, TCP's slow start, and counters of what crossed it.
 //
-// Each direction is one pipe that all connections share: a chunk occupies it for size/bandwidth, in the order of arrival, and reaches the other
-// side half a round trip after it has left. A connection costs one round trip more, for TCP's handshake. There is no
-// slow start, no loss and no TLS handshake, so that a figure measured through it flatters nobody but is a little better than the real link.
+// Each direction is one pipe that all connections share: a segment occupies it for size/bandwidth, in the order of arrival, and reaches the other
+// side half a round trip after it has left. A connection costs one round trip more, for TCP's handshake. What the two sides say in TLS crosses the
+// link as everything does. There is no loss and no congestion by others, so that a figure measured through it flatters nobody but is a little better than the real link.
 package lagproxy
 
 import (
@@ -20,8 +20,10 @@ import (
 
 // Link describes the link. Zero values are no delay and no limit.
 type Link struct {
-	RTT       time.Duration
-	Bandwidth int64 // bytes per second in each direction
+	RTT        time.Duration
+	Bandwidth  int64 // bytes per second in each direction
+	Connection int64 // bytes per second of one connection in each direction
+	SlowStart  bool  // a connection begins with ten segments each round trip, and doubles
 }
 
 // Count is what has crossed the link since the proxy began.
@@ -180,11 +182,24 @@ func (p *Proxy) carry(line *pipe, dst io.Writer, src io.Reader) {
 			}
 		}
 	}()
+	own := pipe{bandwidth: p.link.Connection}
+	congestion := newWindow(p.link)
 	for !failed.Load() {
-		b := make([]byte, segmentSize)
+		room, until := congestion.room(time.Now())
+		if room <= 0 {
+			if !wait(p.ctx, until) {
+				break
+			}
+			continue
+		}
+		b := make([]byte, min(segmentSize, room))
 		n, err := src.Read(b)
 		if n > 0 {
 			left := line.occupy(n)
+			if l := own.occupy(n); l.After(left) {
+				left = l
+			}
+			congestion.sent(time.Now(), left, int64(n))
 			under <- segment{left.Add(p.link.RTT / 2), b[:n]}
 			if !wait(p.ctx, left) {
 				break
