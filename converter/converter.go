@@ -156,42 +156,56 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 			c.Warnings = append(c.Warnings, fmt.Sprintf("the artifact before, %s, stays: %v", a.desc.Digest, err))
 		}
 	}
+	if len(old) > 0 {
+		warnings, err := deleteStale(ctx, p, m)
+		c.Warnings = append(c.Warnings, warnings...)
+		return c, err
+	}
 	return c, nil
 }
 
-// attached is a referrer with the artifact's type.
-type attached struct {
+// attachedOf is a referrer of a type that has manifests M.
+type attachedOf[M any] struct {
 	desc     ocispec.Descriptor
 	raw      []byte
-	manifest *artifact.Manifest // nil if this release cannot read it, which err says
+	manifest *M // nil if this release cannot read it, which err says
 	err      error
 }
+
+// attached is a referrer with the artifact's type.
+type attached = attachedOf[artifact.Manifest]
 
 // artifactsOf lists the artifacts attached to the platform manifest subject. Those that this release cannot use are among
 // them, with manifest nil.
 func artifactsOf(ctx context.Context, p Place, subject digest.Digest) ([]attached, error) {
+	return attachedTo(ctx, p, subject, artifact.ArtifactType, artifact.DecodeManifest,
+		func(m *artifact.Manifest) digest.Digest { return m.Subject.Digest })
+}
+
+// attachedTo lists the referrers of subject that have artifactType.
+func attachedTo[M any](ctx context.Context, p Place, subject digest.Digest, artifactType string, decode func([]byte) (*M, error), subjectOf func(*M) digest.Digest) ([]attachedOf[M], error) {
 	referrers, err := p.Referrers(ctx, subject)
 	if err != nil {
 		return nil, fmt.Errorf("list referrers of %s: %w", subject, err)
 	}
-	var list []attached
+	var list []attachedOf[M]
 	for _, d := range referrers {
-		if d.ArtifactType != artifact.ArtifactType {
+		if d.ArtifactType != artifactType {
 			continue
 		}
-		a := attached{desc: d}
+		a := attachedOf[M]{desc: d}
 		_, a.raw, err = p.Manifest(ctx, d.Digest.String())
 		switch {
 		case errors.Is(err, ErrNotFound):
 			// A referrers tag that was not cleaned up lists what is gone. The node skips it, too.
 			a.err = err
 		case err != nil:
-			return nil, fmt.Errorf("fetch artifact %s: %w", d.Digest, err)
+			return nil, fmt.Errorf("fetch referrer %s: %w", d.Digest, err)
 		default:
-			a.manifest, a.err = artifact.DecodeManifest(a.raw)
+			a.manifest, a.err = decode(a.raw)
 		}
-		if a.err == nil && a.manifest.Subject.Digest != subject {
-			a.manifest, a.err = nil, fmt.Errorf("%w: its subject is %s", artifact.ErrInvalid, a.manifest.Subject.Digest)
+		if a.err == nil && subjectOf(a.manifest) != subject {
+			a.manifest, a.err = nil, fmt.Errorf("%w: its subject is %s", artifact.ErrInvalid, subjectOf(a.manifest))
 		}
 		list = append(list, a)
 	}

@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -26,7 +27,7 @@ func signed(t *testing.T, p Place, d ocispec.Descriptor, text string) ocispec.De
 	return putManifest(t, p, ocispec.MediaTypeImageManifest, "", m)
 }
 
-// TestCopy takes an index with artifacts, a signature of the index and one of an artifact from place to place, round all
+// TestCopy takes an index with artifacts, a profile, a signature of the index and one of an artifact from place to place, round all
 // kinds of them, and finds everything as it was.
 func TestCopy(t *testing.T) {
 	first := places[0].open(t) + ":v1"
@@ -37,6 +38,7 @@ func TestCopy(t *testing.T) {
 	done := create(t, first, CreateOptions{})
 	signed(t, p, top, "of the index")
 	signed(t, p, done[0].Artifact, "of an artifact")
+	attach(t, p, "v1", twoLayers(manifestOf(t, p, done[0])), artifact.ProfileRecorded, time.Unix(1e9, 0))
 
 	all := func(p Place) (list []digest.Digest) {
 		for _, d := range []ocispec.Descriptor{top, amd, arm, done[0].Artifact, done[1].Artifact} {
@@ -48,8 +50,8 @@ func TestCopy(t *testing.T) {
 		return list
 	}
 	want := all(p)
-	if len(want) != 4 {
-		t.Fatalf("%d referrers, want 4", len(want))
+	if len(want) != 5 {
+		t.Fatalf("%d referrers, want 5", len(want))
 	}
 	src := p
 	for i, place := range append(places[1:], places[0]) {
@@ -62,7 +64,7 @@ func TestCopy(t *testing.T) {
 		if err != nil {
 			t.Fatalf("to %s: %v", place.name, err)
 		}
-		if c.Digest != top.Digest || c.Manifests != 7 || c.Referrers != 4 {
+		if c.Digest != top.Digest || c.Manifests != 8 || c.Referrers != 5 {
 			t.Errorf("to %s: %+v", place.name, c)
 		}
 		if d, _, err := dst.Manifest(t.Context(), "copy"); err != nil || d.Digest != top.Digest {
@@ -71,8 +73,8 @@ func TestCopy(t *testing.T) {
 		if got := all(dst); !slices.Equal(got, want) {
 			t.Errorf("to %s: referrers %v, want %v", place.name, got, want)
 		}
-		if _, err := Verify(t.Context(), dst, "copy", VerifyOptions{}); err != nil {
-			t.Errorf("to %s: %v", place.name, err)
+		if v, err := Verify(t.Context(), dst, "copy", VerifyOptions{}); err != nil || len(v[0].Profiles) != 1 {
+			t.Errorf("to %s: %v, %+v", place.name, err, v)
 		}
 		// What is there is not copied again.
 		if c, err = Copy(t.Context(), src, ref, dst, tag, CopyOptions{}); err != nil || c.Blobs != 0 {

@@ -25,6 +25,7 @@ type Inspection struct {
 	Source    int64            `json:"sourceSize"` // of the image's layers; 0 if the image is not there
 	TarSize   int64            `json:"tarSize"`
 	Chunks    int              `json:"chunks"`
+	Profiles  []Profile        `json:"profiles"` // of the subject
 }
 
 // InspectedLayer describes a layer of an artifact. Sizes are bytes.
@@ -40,8 +41,8 @@ type InspectedLayer struct {
 	Chunks      int           `json:"chunks"`
 }
 
-// Inspect describes the artifacts of the image that ref names, or the artifact that it names itself, from their manifests
-// and indexes.
+// Inspect describes the artifacts of the image that ref names, or the artifact that it names itself, and the image's profiles, from their
+// manifests, indexes and lists.
 func Inspect(ctx context.Context, p Place, ref string, platforms []ocispec.Platform) ([]Inspection, error) {
 	list, err := artifactsNamed(ctx, p, ref, platforms)
 	if err != nil {
@@ -98,7 +99,9 @@ func inspect(ctx context.Context, p Place, a attached) (Inspection, error) {
 		res.TarSize += x.TarSize
 		res.Chunks += x.NumChunks()
 	}
-	return res, nil
+	var err error
+	res.Profiles, err = describeProfiles(ctx, p, m.Subject.Digest)
+	return res, err
 }
 
 // readIndex fetches a layer's index as a node does, verified against the manifest.

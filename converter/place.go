@@ -20,7 +20,8 @@ type Place interface {
 	// Manifest fetches the manifest or index that ref names: a tag, a digest, or "" for the only one of a layout. Its
 	// bytes are verified against a digest. The descriptor has the media type, digest, size and artifact type.
 	Manifest(ctx context.Context, ref string) (ocispec.Descriptor, []byte, error)
-	// Blob opens the blob d from offset off on; the bytes are not verified. The caller closes it.
+	// Blob opens the blob d from offset off on; the bytes are not verified. With a smaller size than the blob's, bytes behind it need
+	// not come. The caller closes it.
 	Blob(ctx context.Context, d ocispec.Descriptor, off int64) (io.ReadCloser, error)
 	// HasBlob says whether the blob is there.
 	HasBlob(ctx context.Context, dgst digest.Digest) (bool, error)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -101,14 +102,14 @@ func artifactsNamed(ctx context.Context, p Place, ref string, want []ocispec.Pla
 	return list, nil
 }
 
-// DeleteArtifacts deletes the artifacts of the image that ref names, or the artifact that it names itself, and nothing
-// else. It returns what it deleted, also with an error.
+// DeleteArtifacts deletes the artifacts of the image that ref names, or the artifact that it names itself, and the profiles of
+// what has no artifact any more; nothing else. It returns what it deleted, also with an error.
 func DeleteArtifacts(ctx context.Context, p Place, ref string, platforms []ocispec.Platform) ([]digest.Digest, error) {
 	list, err := artifactsNamed(ctx, p, ref, platforms)
 	if err != nil {
 		return nil, err
 	}
-	var deleted []digest.Digest
+	var deleted, subjects []digest.Digest
 	for _, a := range list {
 		c, err := parseContent(a.raw)
 		if a.raw != nil && err != nil {
@@ -117,11 +118,41 @@ func DeleteArtifacts(ctx context.Context, p Place, ref string, platforms []ocisp
 		var subject digest.Digest
 		if c.Subject != nil {
 			subject = c.Subject.Digest
+			subjects = append(subjects, subject)
 		}
 		if err := p.Delete(ctx, a.desc.Digest, subject); err != nil && !errors.Is(err, ErrNotFound) {
 			return deleted, fmt.Errorf("delete artifact %s: %w", a.desc.Digest, err)
 		}
 		deleted = append(deleted, a.desc.Digest)
+	}
+	slices.Sort(subjects)
+	for _, s := range slices.Compact(subjects) {
+		gone, err := deleteProfilesAlone(ctx, p, s)
+		deleted = append(deleted, gone...)
+		if err != nil {
+			return deleted, err
+		}
+	}
+	return deleted, nil
+}
+
+// deleteProfilesAlone deletes the profiles of subject if it has no artifact.
+func deleteProfilesAlone(ctx context.Context, p Place, subject digest.Digest) (deleted []digest.Digest, err error) {
+	list, err := p.Referrers(ctx, subject)
+	if err != nil {
+		return nil, fmt.Errorf("list referrers of %s: %w", subject, err)
+	}
+	if slices.ContainsFunc(list, func(d ocispec.Descriptor) bool { return d.ArtifactType == artifact.ArtifactType }) {
+		return nil, nil
+	}
+	for _, d := range list {
+		if d.ArtifactType != artifact.ProfileType {
+			continue
+		}
+		if err := p.Delete(ctx, d.Digest, subject); err != nil && !errors.Is(err, ErrNotFound) {
+			return deleted, fmt.Errorf("delete profile %s: %w", d.Digest, err)
+		}
+		deleted = append(deleted, d.Digest)
 	}
 	return deleted, nil
 }

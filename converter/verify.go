@@ -23,7 +23,8 @@ type Verified struct {
 	Subject  digest.Digest `json:"subject"`
 	Artifact digest.Digest `json:"artifact"`
 	Layers   int           `json:"layers"`
-	Bytes    int64         `json:"bytes"` // of the artifact's blobs
+	Bytes    int64         `json:"bytes"`    // of the artifact's blobs
+	Profiles []Profile     `json:"profiles"` // of the subject
 }
 
 // VerifyOptions say what Verify looks at, and how.
@@ -36,7 +37,8 @@ type VerifyOptions struct {
 // Verify proves the artifacts of the image that ref names, or the artifact that it names itself: that the subject is there
 // and is an image, that the artifact has its config and its layers in its order, and of every layer, read whole, that it
 // is well formed, that its tar is the one that the image's config promises, and that its index says of the tar what a tar
-// reader says. The first difference is an error that is ErrDifferent.
+// reader says; and of the image's profiles, that what is in their hot blobs is the artifact's. The first difference is an error that is
+// ErrDifferent.
 func Verify(ctx context.Context, p Place, ref string, o VerifyOptions) ([]Verified, error) {
 	list, err := artifactsNamed(ctx, p, ref, o.Platforms)
 	if err != nil {
@@ -84,7 +86,21 @@ func verify(ctx context.Context, p Place, a attached, o VerifyOptions) (Verified
 	if err := compareManifest(m, img); err != nil {
 		return v, err
 	}
-	v.Bytes, err = verifyLayers(ctx, p, m, img, o)
+	if v.Bytes, err = verifyLayers(ctx, p, m, img, o); err != nil {
+		return v, err
+	}
+	// A profile may be of another of the image's artifacts: those that cannot be used are told of when their turn comes.
+	others, err := artifactsOf(ctx, p, m.Subject.Digest)
+	if err != nil {
+		return v, err
+	}
+	usable := []*artifact.Manifest{m}
+	for _, other := range others {
+		if other.manifest != nil {
+			usable = append(usable, other.manifest)
+		}
+	}
+	v.Profiles, err = verifyProfiles(ctx, p, m.Subject.Digest, usable)
 	return v, err
 }
 

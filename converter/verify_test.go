@@ -87,19 +87,8 @@ func TestVerifyForged(t *testing.T) {
 	otherDesc := other.put(t, p, "other")
 	c := create(t, image+":v1", CreateOptions{})[0]
 	evil := create(t, image+":other", CreateOptions{})[0]
-	manifestOf := func(c Created) *artifact.Manifest {
-		_, raw, err := p.Manifest(t.Context(), c.Artifact.Digest.String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		m, err := artifact.DecodeManifest(raw)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return m
-	}
 	forge := func(change func(m *artifact.Manifest)) string {
-		m := manifestOf(c)
+		m := manifestOf(t, p, c)
 		change(m)
 		raw, err := m.Encode()
 		if err != nil {
@@ -111,7 +100,7 @@ func TestVerifyForged(t *testing.T) {
 		}
 		return fd.Digest.String()
 	}
-	evilLayers := manifestOf(evil).Layers
+	evilLayers := manifestOf(t, p, evil).Layers
 	tests := []struct {
 		name, says string
 		change     func(m *artifact.Manifest)
@@ -132,7 +121,7 @@ func TestVerifyForged(t *testing.T) {
 		{"a subject that is not there", "is not in", func(m *artifact.Manifest) { m.Subject.Digest = digest.FromString("x") }},
 		{"a subject of another type", "is of type", func(m *artifact.Manifest) { m.Subject.MediaType = dockerManifest }},
 		{"another config", "its config", func(m *artifact.Manifest) {
-			m.Config = manifestOf(evil).Config
+			m.Config = manifestOf(t, p, evil).Config
 			m.Config.Digest = digest.FromString("x")
 		}},
 		{"another platform", "its platform", func(m *artifact.Manifest) { m.Platform.Architecture = "arm64" }},

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -17,7 +18,7 @@ func newInspect() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "inspect REF",
 		Short: "Describe the streaming artifacts of an image",
-		Long: `Describe the streaming artifacts of an image: layers, chunks, sizes, and their ratio to the source.
+		Long: `Describe the streaming artifacts of an image: layers, chunks, sizes, their ratio to the source, and profiles.
 
 Only manifests and indexes are read; verify reads everything.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -60,5 +61,16 @@ func printInspection(w io.Writer, a converter.Inspection) error {
 	}
 	fmt.Fprintf(t, "all\t\t%s\t\t%s\t%s\t%s\t%s\t%s\t%d\n", size(a.Source), size(a.Size), ratio(a.Size, a.Source), size(a.IndexSize),
 		size(a.TarSize), size(headers), a.Chunks)
+	if err := t.Flush(); err != nil || len(a.Profiles) == 0 {
+		return err
+	}
+	fmt.Fprintln(t, "PROFILE\tDIGEST\tCREATED\tCHUNKS\tSIZE")
+	for _, p := range a.Profiles {
+		created := "-"
+		if p.Created != nil {
+			created = p.Created.Format(time.RFC3339)
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%d\t%s\n", p.Source, short(p.Digest), created, p.Chunks, size(p.Size))
+	}
 	return t.Flush()
 }

@@ -51,7 +51,7 @@ func newDelete() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "delete REF",
-		Short: "Delete the streaming artifacts of an image; the image stays",
+		Short: "Delete the streaming artifacts of an image and its profiles; the image stays",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			p, ref, platforms, err := image.open(args)
 			if err != nil {

@@ -36,6 +36,9 @@ The first difference is named on standard error, and the exit status is 1.`,
 			}
 			for _, v := range done {
 				fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %d layers, %s, are those of %s\n", v.Platform, v.Artifact, v.Layers, size(v.Bytes), v.Subject)
+				for _, p := range v.Profiles {
+					fmt.Fprintf(cmd.OutOrStdout(), "%s %s: %s profile, %d chunks, %s, are the artifact's\n", v.Platform, p.Digest, p.Source, p.Chunks, size(p.Size))
+				}
 			}
 			return nil
 		},
