@@ -63,7 +63,7 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 	if err != nil {
 		return n, err
 	}
-	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{NoReadAhead: !c.ReadAhead, Limit: limit}); err != nil {
+	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root)}); err != nil {
 		return n, err
 	}
 	n.reg, err = registryclient.New(registryclient.Options{

@@ -40,6 +40,8 @@
 //
 // Reads of a file from its start to its end are seen and fetched ahead: see readahead.go.
 //
+// A chunk that another layer has, too, is copied: see twins.go.
+//
 // With a limit, chunks that were used least recently are given back, also of layers that are open: see evict.go.
 //
 // The package knows nothing of registries, of retries over hosts, of mounts, or of the images that layers belong to.
@@ -86,6 +88,7 @@ type Cache struct {
 	disk  disk
 	bufs  buffers
 	stats counters
+	twins twins
 	exact bool // no read-ahead
 	limit int64
 
@@ -127,6 +130,9 @@ func Open(dir string, o Options) (*Cache, error) {
 type Options struct {
 	NoReadAhead bool  // fetch the chunks that reads touch and no others
 	Limit       int64 // bytes on disk, blocks really allocated; 0 for no limit. See evict.go
+	// Index opens the index of a layer that was opened before, by its digest, for as long as it is used: so chunks that another layer has
+	// are copied, see twins.go. Nil: each is fetched.
+	Index func(dgst digest.Digest) (*artifact.Index, error)
 }
 
 func open(dir string, o Options, d disk) (*Cache, error) {
@@ -142,6 +148,8 @@ func open(dir string, o Options, d disk) (*Cache, error) {
 		kick: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
 		slots: make(map[digest.Digest]*slot), handles: make(map[*Layer]struct{}),
 	}
+	c.twins.index = o.Index
+	c.twins.generation.Store(1)
 	c.now.Store(uint32(time.Now().Unix()))
 	c.measure()
 	go c.flusher()
@@ -197,6 +205,7 @@ func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index) (*store, error) {
 	switch {
 	case sl.store == nil:
 		s := c.openStore(dgst, x, id)
+		c.twins.generation.Add(1)
 		c.mu.Lock()
 		sl.store = s
 		c.mu.Unlock()
@@ -268,6 +277,10 @@ func (c *Cache) wake() {
 // flusher saves the layers from time to time until Close.
 func (c *Cache) flusher() {
 	defer close(c.done)
+	if c.twins.index != nil {
+		c.learn()
+		c.twins.ready.Store(true)
+	}
 	tick := time.NewTicker(flushEvery)
 	defer tick.Stop()
 	for {

@@ -150,7 +150,7 @@ func (f *fill) bring(ctx context.Context) {
 	if f.onDisk {
 		missing = f.load(ctx, missing)
 	}
-	for _, run := range adjacent(missing) {
+	for _, run := range adjacent(f.copy(ctx, missing)) {
 		f.fetch(ctx, run, 0, nil)
 	}
 }

@@ -10,6 +10,7 @@ import (
 type Stats struct {
 	Hits          int64 // chunks read from disk, verified before
 	Verified      int64 // chunks found on disk and verified at their first use
+	Copied        int64 // chunks that another layer had
 	Misses        int64 // chunks fetched because a read waited for them
 	ReadAhead     int64 // chunks fetched before a read asked for them
 	Requests      int64 // calls of Blob.ReadRange
@@ -22,7 +23,7 @@ type Stats struct {
 
 // counters are the live Stats.
 type counters struct {
-	hits, verified, misses, readAhead, requests, fetchedBytes, corrupt, damaged, evicted, diskErrors atomic.Int64
+	hits, verified, copied, misses, readAhead, requests, fetchedBytes, corrupt, damaged, evicted, diskErrors atomic.Int64
 
 	// failing: the disk refused something, and has written and synced nothing since.
 	failing atomic.Bool
@@ -37,7 +38,7 @@ type counters struct {
 func (c *Cache) Stats() Stats {
 	s := &c.stats
 	return Stats{
-		Hits: s.hits.Load(), Verified: s.verified.Load(), Misses: s.misses.Load(), ReadAhead: s.readAhead.Load(),
+		Hits: s.hits.Load(), Verified: s.verified.Load(), Copied: s.copied.Load(), Misses: s.misses.Load(), ReadAhead: s.readAhead.Load(),
 		Requests: s.requests.Load(), FetchedBytes: s.fetchedBytes.Load(),
 		CorruptChunks: s.corrupt.Load(), DamagedChunks: s.damaged.Load(), Evicted: s.evicted.Load(), DiskErrors: s.diskErrors.Load(),
 	}

@@ -113,11 +113,22 @@ func syncDir(dir string) error {
 // mapIndex maps, verifies and decodes the index file at path against what the artifact's manifest says of layer l. The
 // map lives as long as the Index: a reader that comes late, after an unmount that was only lazy, still finds it.
 func mapIndex(path string, l artifact.Layer) (*artifact.Index, error) {
+	return mapDecoded(path, l.Index)
+}
+
+// Indexes returns what opens the indexes that a Store in root has, by digest: cache.Options.Index. What is read with them is verified otherwise.
+func Indexes(root string) func(dgst digest.Digest) (*artifact.Index, error) {
+	return func(dgst digest.Digest) (*artifact.Index, error) {
+		return mapDecoded(indexPath(root, dgst), artifact.DecodeIndex)
+	}
+}
+
+func mapDecoded(path string, decode func([]byte) (*artifact.Index, error)) (*artifact.Index, error) {
 	mem, err := mapFile(path)
 	if err != nil {
 		return nil, err
 	}
-	x, err := l.Index(mem)
+	x, err := decode(mem)
 	if err != nil {
 		unix.Munmap(mem)
 		return nil, err

@@ -331,8 +331,10 @@ func (s *Store) Retain(used func(id string) bool) error {
 
 func (s *Store) imageDir(id string) string { return filepath.Join(s.o.Root, "images", id) }
 
-func (s *Store) indexPath(index digest.Digest) string {
-	return filepath.Join(s.o.Root, "indexes", index.Encoded())
+func (s *Store) indexPath(index digest.Digest) string { return indexPath(s.o.Root, index) }
+
+func indexPath(root string, index digest.Digest) string {
+	return filepath.Join(root, "indexes", index.Encoded())
 }
 
 // sweep removes what a killed daemon left half made. A record that cannot be read stays, as long as snapshots need it: it may be

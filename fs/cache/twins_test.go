@@ -1,0 +1,130 @@
+package cache
+
+import (
+	"archive/tar"
+	"bytes"
+	"errors"
+	"os"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// openSharing opens a cache that copies between layers, once it knows those that are there.
+func openSharing(t *testing.T, dir string, limit int64, layers ...*layer) *Cache {
+	t.Helper()
+	c, err := Open(dir, Options{NoReadAhead: true, Limit: limit, Index: func(dgst digest.Digest) (*artifact.Index, error) {
+		for _, ly := range layers {
+			if ly.dgst == dgst {
+				return ly.index, nil
+			}
+		}
+		return nil, errors.New("no such index")
+	}})
+	must(t, err)
+	t.Cleanup(func() { must(t, c.Close()) })
+	poll(t, "knowledge of the layers", c.twins.ready.Load)
+	return c
+}
+
+// versions returns two versions of a layer: the second has a file more before the others, so that everything moves.
+func versions(t *testing.T) (v1, v2 *layer) {
+	t.Helper()
+	v1 = newLayer(t, 8<<10, 3000, 400_001, 70, 9000)
+	var grown bytes.Buffer
+	w := tar.NewWriter(&grown)
+	must(t, w.WriteHeader(&tar.Header{Name: "new", Mode: 0o644, Size: 700}))
+	_, err := w.Write(make([]byte, 700))
+	must(t, err)
+	must(t, w.Flush())
+	return v1, encode(t, append(grown.Bytes(), v1.tar...), 8<<10)
+}
+
+func TestTheNextVersionIsCopied(t *testing.T) {
+	v1, v2 := versions(t)
+	dir := t.TempDir()
+	c := openSharing(t, dir, 0, v1, v2)
+	l := openLayer(t, c, v1, v1.serve())
+	readAll(t, l, v1, 5000)
+
+	for _, state := range []string{"open", "closed", "of a former life"} {
+		t.Run(state, func(t *testing.T) {
+			switch state {
+			case "closed":
+				must(t, l.Close())
+			case "of a former life":
+				must(t, c.Close())
+				c = openSharing(t, dir, 0, v1, v2)
+			}
+			b := v2.serve()
+			l := openLayer(t, c, v2, b)
+			before := c.Stats()
+			readAll(t, l, v2, 5000)
+			must(t, l.Close())
+			must(t, c.remove(v2.dgst, false))
+			if got := b.bytes.Load(); got == 0 || got > int64(len(v2.blob)/10) {
+				t.Errorf("%d bytes of %d were fetched", got, len(v2.blob))
+			}
+			after := c.Stats()
+			if copied, misses := after.Copied-before.Copied, after.Misses-before.Misses; copied+misses != int64(v2.index.NumChunks()) || misses > 3 {
+				t.Errorf("%d chunks were copied, %d fetched, of %d", copied, misses, v2.index.NumChunks())
+			}
+		})
+	}
+}
+
+// What the other layer has is proven before it is shown: damage is a miss.
+func TestADamagedTwinIsAMiss(t *testing.T) {
+	v1, v2 := versions(t)
+	c := openSharing(t, t.TempDir(), 0, v1, v2)
+	l := openLayer(t, c, v1, v1.serve())
+	readAll(t, l, v1, 5000)
+	f, err := os.OpenFile(c.dataPath(v1.dgst), os.O_WRONLY, 0)
+	must(t, err)
+	defer f.Close()
+	for i := range v1.index.NumChunks() {
+		off := v1.index.Chunk(i).TarOffset
+		_, err := f.WriteAt([]byte{^v1.tar[off]}, off)
+		must(t, err)
+	}
+	b := v2.serve()
+	readAll(t, openLayer(t, c, v2, b), v2, 5000)
+	checkFetched(t, b, v2)
+}
+
+// A layer repeats itself, too: equal files are fetched once.
+func TestEqualChunksOfALayer(t *testing.T) {
+	one := newLayer(t, 8<<10, 400_001)
+	twice := encode(t, append(bytes.Clone(one.tar[:len(one.tar)-1024]), one.tar...), 8<<10)
+	c := openSharing(t, t.TempDir(), 0, twice)
+	b := twice.serve()
+	readAll(t, openLayer(t, c, twice, b), twice, 5000)
+	if got := b.bytes.Load(); got > twice.index.FramesSize()*6/10 {
+		t.Errorf("%d bytes of %d were fetched", got, twice.index.FramesSize())
+	}
+}
+
+func TestLayersThatLeftAreForgotten(t *testing.T) {
+	v1, v2 := versions(t)
+	c := openSharing(t, t.TempDir(), 0, v1, v2)
+	l := openLayer(t, c, v1, v1.serve())
+	readAll(t, l, v1, 5000)
+	must(t, l.Close())
+	must(t, c.Retain(func(digest.Digest) bool { return false }))
+	b := v2.serve()
+	readAll(t, openLayer(t, c, v2, b), v2, 5000)
+	checkFetched(t, b, v2)
+	if len(c.twins.layers) != 1 {
+		t.Errorf("%d layers are remembered", len(c.twins.layers))
+	}
+}
+
+// checkFetched: all was fetched, but for what is only zeros: those are everywhere.
+func checkFetched(t *testing.T, b *memBlob, ly *layer) {
+	t.Helper()
+	if got, want := b.bytes.Load(), ly.index.FramesSize(); got < want-100 || got > want {
+		t.Errorf("%d bytes of %d were fetched", got, want)
+	}
+}
