@@ -36,6 +36,14 @@ func imagesDir() string {
 // pushLayout pushes the image that an OCI layout holds under the tag latest.
 func pushLayout(t *testing.T, ref, name string) {
 	t.Helper()
+	if err := ociimage.Push(t.Context(), layoutImage(t, name), ref); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// layoutImage returns the image that an OCI layout holds.
+func layoutImage(t *testing.T, name string) v1.Image {
+	t.Helper()
 	p, err := layout.FromPath(filepath.Join(imagesDir(), name))
 	if err != nil {
 		t.Fatalf("%v (`make images` builds the test images)", err)
@@ -52,9 +60,7 @@ func pushLayout(t *testing.T, ref, name string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := ociimage.Push(t.Context(), img, ref); err != nil {
-		t.Fatal(err)
-	}
+	return img
 }
 
 // TestEquality holds the tree that a container sees when it is streamed, in each way to mount, against what containerd's
