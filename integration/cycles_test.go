@@ -1,13 +1,10 @@
 package integration_test
 
 import (
-	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
+	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
@@ -38,78 +35,12 @@ func TestCycles(t *testing.T) {
 				})
 			}
 			cycle()
-			first := holdingsOf(t, n)
+			first, begin := holdingsOf(t, n), time.Now()
 			for range cycles - 1 {
 				cycle()
 			}
-			var now holdings
-			defer func() {
-				t.Logf("after 1 and %d cycles: %d and %d descriptors, %d and %d sockets, %d and %d threads, %d and %d files", cycles,
-					len(first.descriptors), len(now.descriptors), first.sockets, now.sockets, first.threads, now.threads, len(first.files), len(now.files))
-				if t.Failed() {
-					t.Logf("first: %+v\nnow: %+v", first, now)
-				}
-			}()
-			// Connections that wait to be used again come and go, a few.
-			eventually(t, "no more than after the first cycle", func() bool {
-				now = holdingsOf(t, n)
-				return len(now.descriptors) <= len(first.descriptors) && now.sockets <= first.sockets+4 && slices.Equal(now.mounts, first.mounts) &&
-					slices.Equal(now.loops, first.loops) && slices.Equal(now.files, first.files)
-			})
-			// Go keeps a thread for each system call that ever blocked beside others.
-			if now.threads > first.threads+16 {
-				t.Errorf("%d threads, %d after the first cycle", now.threads, first.threads)
-			}
+			t.Logf("%d cycles, %v each", cycles, time.Since(begin)/time.Duration(cycles-1))
+			wantNoMoreThan(t, n, first)
 		})
 	}
-}
-
-// holdings is what a leak of the daemon would show in.
-type holdings struct {
-	descriptors, mounts, loops, files []string // descriptors but for sockets
-	sockets, threads                  int
-}
-
-func holdingsOf(t *testing.T, n *node.Node) (h holdings) {
-	t.Helper()
-	proc := fmt.Sprintf("/proc/%d", n.SnapshotterPID())
-	descriptors, err := os.ReadDir(proc + "/fd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, d := range descriptors {
-		target, err := os.Readlink(filepath.Join(proc, "fd", d.Name()))
-		if strings.HasPrefix(target, "socket:") {
-			h.sockets++
-		} else if err == nil { // else closed meanwhile
-			h.descriptors = append(h.descriptors, target)
-		}
-	}
-	tasks, err := os.ReadDir(proc + "/task")
-	if err != nil {
-		t.Fatal(err)
-	}
-	h.threads = len(tasks)
-	if h.mounts, err = n.Mounts("."); err != nil {
-		t.Fatal(err)
-	}
-	h.loops = n.Loops()
-	for _, dir := range []string{"s", "run"} {
-		err := filepath.WalkDir(filepath.Join(n.Dir, dir), func(path string, _ fs.DirEntry, err error) error {
-			// containerd's own state changes with its garbage collection.
-			if err == nil && !strings.HasPrefix(path, filepath.Join(n.Dir, "run/c/")) {
-				h.files = append(h.files, path)
-			}
-			if os.IsNotExist(err) {
-				return nil
-			}
-			return err
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
-	slices.Sort(h.mounts)
-	slices.Sort(h.loops)
-	return h
 }

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -30,6 +31,7 @@ type status struct {
 	StreamedCount int      `json:"streamed_images"`
 	MountedCount  int      `json:"mounted_images"`
 	CacheBytes    int64    `json:"cache_bytes"` // on disk
+	Goroutines    int      `json:"goroutines"`  // of the daemon: what leaks shows here first
 	Problems      []string `json:"problems"`    // the last ones, the newest at the end
 }
 
@@ -56,6 +58,7 @@ func (s status) measure(root string, p *problems) status {
 		}
 		return nil
 	})
+	s.Goroutines = runtime.NumGoroutine()
 	s.Problems = p.list()
 	return s
 }

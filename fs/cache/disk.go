@@ -1,8 +1,10 @@
 package cache
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 
@@ -13,6 +15,8 @@ import (
 type disk interface {
 	// open opens the file at path for reading and writing, and makes it and its directory if they do not exist.
 	open(path string) (file, error)
+	// remove deletes the file at path, if there is one.
+	remove(path string) error
 }
 
 // file is a file of a layer. Its methods may be called from many goroutines.
@@ -38,6 +42,13 @@ func (osDisk) open(path string) (file, error) {
 		return nil, err
 	}
 	return osFile{f}, nil
+}
+
+func (osDisk) remove(path string) error {
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 type osFile struct{ *os.File }

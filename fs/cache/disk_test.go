@@ -1,14 +1,11 @@
 package cache
 
 import (
-	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -16,14 +13,6 @@ import (
 	"syscall"
 	"testing"
 )
-
-// TestMain runs the child of TestKilledProcessLeavesAGoodCache, if this is it.
-func TestMain(m *testing.M) {
-	if dir := os.Getenv("CACHE_TEST_FILL"); dir != "" {
-		fillUntilKilled(dir)
-	}
-	os.Exit(m.Run())
-}
 
 // unsynced is a disk that syncs nothing, for the time it takes.
 type unsynced struct{ osDisk }
@@ -43,22 +32,38 @@ type faultyDisk struct {
 	err     error
 	at      int64
 	forever bool
+	kill    bool // the process dies instead, by SIGKILL
 	ops     atomic.Int64
 }
 
-func (d *faultyDisk) fault() error {
-	if n := d.ops.Add(1) - 1; n == d.at || d.forever && n > d.at {
-		return d.err
+// fault is called before each operation; part does what of one is done when it fails.
+func (d *faultyDisk) fault(part func()) error {
+	if n := d.ops.Add(1) - 1; n != d.at && (!d.forever || n < d.at) {
+		return nil
 	}
-	return nil
+	if part != nil {
+		part()
+	}
+	if d.kill {
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+		select {}
+	}
+	return d.err
 }
 
 func (d *faultyDisk) open(path string) (file, error) {
-	if err := d.fault(); err != nil {
+	if err := d.fault(nil); err != nil {
 		return nil, err
 	}
 	f, err := d.disk.open(path)
 	return &faultyFile{f, d}, err
+}
+
+func (d *faultyDisk) remove(path string) error {
+	if err := d.fault(nil); err != nil {
+		return err
+	}
+	return d.disk.remove(path)
 }
 
 type faultyFile struct {
@@ -67,43 +72,42 @@ type faultyFile struct {
 }
 
 func (f *faultyFile) ReadAt(p []byte, off int64) (int, error) {
-	if err := f.disk.fault(); err != nil {
+	if err := f.disk.fault(nil); err != nil {
 		return 0, err
 	}
 	return f.file.ReadAt(p, off)
 }
 
 func (f *faultyFile) WriteAt(p []byte, off int64) (int, error) {
-	if err := f.disk.fault(); err != nil {
-		n, _ := f.file.WriteAt(p[:len(p)/2], off) // a full disk takes a part
-		return n, err
+	if err := f.disk.fault(func() { f.file.WriteAt(p[:len(p)/2], off) }); err != nil {
+		return len(p) / 2, err
 	}
 	return f.file.WriteAt(p, off)
 }
 
 func (f *faultyFile) size() (int64, error) {
-	if err := f.disk.fault(); err != nil {
+	if err := f.disk.fault(nil); err != nil {
 		return 0, err
 	}
 	return f.file.size()
 }
 
 func (f *faultyFile) truncate(size int64) error {
-	if err := f.disk.fault(); err != nil {
+	if err := f.disk.fault(nil); err != nil {
 		return err
 	}
 	return f.file.truncate(size)
 }
 
 func (f *faultyFile) datasync() error {
-	if err := f.disk.fault(); err != nil {
+	if err := f.disk.fault(nil); err != nil {
 		return err
 	}
 	return f.file.datasync()
 }
 
 func (f *faultyFile) punch(off, n int64) error {
-	if err := f.disk.fault(); err != nil {
+	if err := f.disk.fault(func() { f.file.punch(off, n/2) }); err != nil {
 		return err
 	}
 	return f.file.punch(off, n)
@@ -258,6 +262,13 @@ func (d *volatileDisk) open(path string) (file, error) {
 	return d.files[path], nil
 }
 
+func (d *volatileDisk) remove(path string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(d.files, path)
+	return d.disk.remove(path)
+}
+
 func (f *volatileFile) WriteAt(p []byte, off int64) (int, error) {
 	f.disk.mu.Lock()
 	defer f.disk.mu.Unlock()
@@ -403,74 +414,5 @@ func TestFailedSyncLosesWrites(t *testing.T) {
 			}
 			readAll(t, l, ly, 20_000)
 		})
-	}
-}
-
-// fillUntilKilled is the child of TestKilledProcessLeavesAGoodCache: it reads and flushes without end, and says so.
-func fillUntilKilled(dir string) {
-	t := &testing.T{}
-	ly := killedLayer(t)
-	c, err := Open(dir, Options{})
-	if err != nil {
-		panic(err)
-	}
-	l, err := c.Layer(ly.dgst, ly.index, ly.serve())
-	if err != nil {
-		panic(err)
-	}
-	read := func() {
-		p := make([]byte, 10_000)
-		if _, err := l.ReadAt(context.Background(), p, rand.Int64N(int64(len(ly.tar)-len(p)))); err != nil {
-			panic(err)
-		}
-	}
-	go func() {
-		for {
-			read()
-		}
-	}()
-	for {
-		for range 5 {
-			read()
-		}
-		c.flush()
-		fmt.Println("flushed")
-	}
-}
-
-func killedLayer(t testing.TB) *layer { return newLayer(t, 4<<10, 4<<20) }
-
-func TestKilledProcessLeavesAGoodCache(t *testing.T) {
-	ly := killedLayer(t)
-	dir := t.TempDir()
-	claimed := 0
-	for round := range 5 {
-		cmd := exec.Command(os.Args[0])
-		cmd.Env = append(os.Environ(), "CACHE_TEST_FILL="+dir)
-		cmd.Stderr = os.Stderr
-		out, err := cmd.StdoutPipe()
-		must(t, err)
-		must(t, cmd.Start())
-		t.Cleanup(func() { cmd.Process.Kill() })
-		sc := bufio.NewScanner(out)
-		for n := 0; n <= round && sc.Scan(); {
-			if sc.Text() == "flushed" {
-				n++
-			}
-		}
-		must(t, cmd.Process.Kill())
-		cmd.Wait()
-
-		c := &Cache{dir: dir}
-		claimed += checkMap(t, c.layerDir(ly.dgst), ly)
-		must(t, sc.Err())
-	}
-	if claimed == 0 {
-		t.Error("no map claimed anything: the test has tested nothing")
-	}
-	c := openCache(t, dir)
-	readAll(t, openLayer(t, c, ly, ly.serve()), ly, 100_000)
-	if c.Stats().Verified == 0 || c.Stats().DamagedChunks != 0 {
-		t.Errorf("%d chunks came from the killed processes, %d of them damaged", c.Stats().Verified, c.Stats().DamagedChunks)
 	}
 }

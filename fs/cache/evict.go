@@ -3,7 +3,6 @@ package cache
 import (
 	"cmp"
 	"errors"
-	"io/fs"
 	"math/bits"
 	"os"
 	"slices"
@@ -152,7 +151,7 @@ func (c *Cache) remove(dgst digest.Digest, later bool) error {
 // removeFiles deletes the files of a layer that is not open. Others' files stay.
 func (c *Cache) removeFiles(dgst digest.Digest) error {
 	for _, path := range []string{c.mapPath(dgst), c.usesPath(dgst), c.dataPath(dgst)} {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := c.disk.remove(path); err != nil {
 			return err
 		}
 	}

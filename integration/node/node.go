@@ -161,7 +161,7 @@ func (n *Node) KillSupervised() bool {
 
 // supervised returns the process ID of the streaming snapshotter below `supervise`.
 func (n *Node) supervised() (int, error) {
-	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", n.SnapshotterPID()))
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", n.snapshotter.cmd.Process.Pid))
 	for _, task := range tasks {
 		b, _ := os.ReadFile(task)
 		if pid, err := strconv.Atoi(strings.TrimSpace(string(b))); err == nil {
@@ -193,8 +193,15 @@ func (n *Node) KillSupervisedAnd(ctx context.Context, meanwhile func()) error {
 	return syscall.Kill(pid, syscall.SIGKILL)
 }
 
-// SnapshotterPID is the process ID of the streaming snapshotter.
-func (n *Node) SnapshotterPID() int { return n.snapshotter.cmd.Process.Pid }
+// Processes returns the process IDs of the streaming snapshotter: the supervisor's, if there is one, and the daemon's.
+func (n *Node) Processes() ([]int, error) {
+	pids := []int{n.snapshotter.cmd.Process.Pid}
+	if !n.o.Supervise {
+		return pids, nil
+	}
+	pid, err := n.supervised()
+	return append(pids, pid), err
+}
 
 // RestartContainerd ends containerd, as a crash would if kill is true, and runs it again. Containers go on.
 func (n *Node) RestartContainerd(ctx context.Context, kill bool) error {
