@@ -312,6 +312,8 @@ func deviceOptions(o sessionOptions) sessionOptions {
 	o.flags = unix.MS_NODEV | unix.MS_NOSUID | unix.MS_NOEXEC
 	o.proto.DisableReadDirPlus = true
 	o.proto.ExplicitDataCacheControl = true
+	// For loop devices. In a tree it would make a container's O_DIRECT read wait, whatever kills it, until we answer.
+	o.proto.ExtraCapabilities = fuse.CAP_ASYNC_DIO
 	return o
 }
 

@@ -140,7 +140,7 @@ func makeSession(target string, device *os.File, f filesystem, st *state, o sess
 	o.proto.MaxWrite = maxRead // go-fuse has one number for both
 	o.proto.MaxBackground = maxBackground
 	o.proto.DisabledCapabilities |= fuse.CAP_PASSTHROUGH // would make EROFS above a stacked file system, which it refuses to be
-	o.proto.ExtraCapabilities |= fuse.CAP_ASYNC_DIO | fuse.CAP_HAS_RESEND
+	o.proto.ExtraCapabilities |= fuse.CAP_HAS_RESEND
 	o.proto.Logger = slog.NewLogLogger(o.log.Handler(), slog.LevelDebug)
 	s := &session{
 		target:  target,

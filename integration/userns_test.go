@@ -3,7 +3,6 @@ package integration_test
 import (
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -64,16 +63,11 @@ func idMaps(base uint32) []string {
 // wantOwner checks that a file of the image belongs to base in the container of that name, and that its first page can be read.
 func wantOwner(t *testing.T, n *node.Node, base uint32) {
 	t.Helper()
-	pid := ""
-	for l := range strings.Lines(ctr(t, n, "tasks", "list")) {
-		if f := strings.Fields(l); len(f) == 3 && f[0] == name(base) && f[2] == "RUNNING" {
-			pid = f[1]
-		}
+	pid, err := n.PID(name(base))
+	if err != nil {
+		t.Fatal(err)
 	}
-	if pid == "" {
-		t.Fatalf("container %s does not run", name(base))
-	}
-	path := filepath.Join("/proc", pid, "root/data/big")
+	path := fmt.Sprintf("/proc/%d/root/data/big", pid)
 	st, err := os.Stat(path)
 	if err != nil {
 		t.Fatal(err)

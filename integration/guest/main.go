@@ -2,6 +2,8 @@
 //
 //	guest pause         waits for a signal: a pod's pause container
 //	guest sum DIR...    prints "SHA256 PATH" for each regular file below DIR, or "ERRNO PATH" if it cannot be read, and "done" at the end
+//	guest map FILE      reads the file through a memory map: page faults; and prints "done"
+//	guest direct FILE   reads the file past the page cache (O_DIRECT), and prints "done"
 //	guest watch DIR     does that for ever, and prints "pass SHA256" after each round: the sum of what sum would have printed; and what could not be read
 //	guest every DIR PROGRAM ARGS...
 //	                    runs the program for ever, and prints "pass OUTPUT" after each success; and how it failed, with its output
@@ -27,7 +29,7 @@ import (
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: guest pause | sum DIR... | watch DIR | every DIR PROGRAM ARGS...")
+		fmt.Fprintln(os.Stderr, "usage: guest pause | sum DIR... | map FILE | direct FILE | watch DIR | every DIR PROGRAM ARGS...")
 		os.Exit(2)
 	}
 	switch os.Args[1] {
@@ -38,6 +40,16 @@ func main() {
 	case "sum":
 		for _, dir := range os.Args[2:] {
 			sum(os.Stdout, dir)
+		}
+		fmt.Println("done")
+	case "map", "direct":
+		read := mapFile
+		if os.Args[1] == "direct" {
+			read = readDirect
+		}
+		if err := read(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
 		}
 		fmt.Println("done")
 	case "watch":
@@ -105,6 +117,46 @@ func sum(w io.Writer, dir string) (failed []string) {
 
 // forget drops f from the page cache; overlayfs passes this on to the file below.
 func forget(f *os.File) { unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED) }
+
+func mapFile(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(b)
+	sha256.Sum256(b)
+	return nil
+}
+
+func readDirect(path string) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	b, err := unix.Mmap(-1, 0, 128<<10, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS) // aligned
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(b)
+	for {
+		if n, err := f.Read(b); n == 0 {
+			if err == io.EOF {
+				return nil
+			}
+			return err
+		}
+	}
+}
 
 func sumFile(path string) (string, error) {
 	f, err := os.Open(path)

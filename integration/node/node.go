@@ -203,13 +203,19 @@ func (n *Node) Processes() ([]int, error) {
 	return append(pids, pid), err
 }
 
-// RestartContainerd ends containerd, as a crash would if kill is true, and runs it again. Containers go on.
-func (n *Node) RestartContainerd(ctx context.Context, kill bool) error {
+// StopContainerd ends containerd as `systemctl stop` does. Containers go on.
+func (n *Node) StopContainerd() error {
 	p := n.containerd
 	n.containerd = nil
+	return p.stop()
+}
+
+// RestartContainerd ends containerd, as a crash would if kill is true, and runs it again. Containers go on.
+func (n *Node) RestartContainerd(ctx context.Context, kill bool) error {
 	if kill {
-		p.kill()
-	} else if err := p.stop(); err != nil {
+		n.containerd.kill()
+		n.containerd = nil
+	} else if err := n.StopContainerd(); err != nil {
 		return err
 	}
 	return n.startContainerd(ctx)

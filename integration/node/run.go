@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -71,6 +72,15 @@ func (n *Node) RunPod(ctx context.Context, ref string, env ...string) (*Containe
 	return c, err
 }
 
+// PID is the ID of a container's first process; os.ErrNotExist if there is no such container.
+func (n *Node) PID(container string) (int, error) {
+	b, err := os.ReadFile(n.path("run/c/io.containerd.runtime.v2.task", Namespace, container, "init.pid"))
+	if err != nil {
+		return 0, err
+	}
+	return strconv.Atoi(string(b))
+}
+
 // WaitLine waits until the container has printed a line that matches, and returns it; or the error that the container ended without, with all that it has printed.
 func (c *Container) WaitLine(ctx context.Context, match *regexp.Regexp) (string, error) {
 	for ended := false; ; {
@@ -122,12 +132,12 @@ func (c *Container) Output(ctx context.Context) (string, error) {
 // ended asks the kernel, not containerd: asked every few milliseconds, crictl would be the larger part of what is measured. Once the process has ended it
 // is CRI that says so, when it has read all that the process has printed.
 func (c *Container) ended(ctx context.Context) (bool, error) {
-	b, err := os.ReadFile(c.node.path("run/c/io.containerd.runtime.v2.task", Namespace, c.ID, "init.pid"))
+	pid, err := c.node.PID(c.ID)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return false, err
 	}
 	if err == nil {
-		stat, err := os.ReadFile("/proc/" + string(b) + "/stat")
+		stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 		_, rest, _ := strings.Cut(string(stat), ") ")
 		if err == nil && !strings.HasPrefix(rest, "Z") {
 			return false, nil
