@@ -222,7 +222,7 @@ func (s *Server) newName() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.lastName++
-	return fmt.Sprintf("fuse-%d", s.lastName)
+	return keptName(s.lastName)
 }
 
 // Mode returns the mode in use, and, for ModeAuto, why the better ones were not taken.

@@ -1,6 +1,7 @@
 package fs
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -31,6 +32,44 @@ func TestLeave(t *testing.T) {
 		}
 		r.finish(t)
 	})
+}
+
+// TestRelease releases what a killed daemon has kept, with a reader inside, whose read ends.
+func TestRelease(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(string(mode), func(t *testing.T) {
+			k := newKeeper(t, daemonArgs{Mode: mode}, 2)
+			before := leftovers(t, filepath.Dir(k.args.Dir))
+			k.start()
+			k.ready()
+			r := startComparing(t, k.args.Targets[0])
+			k.kill()
+			eventually(t, "a read that waits", func() bool { return waitsInRead(r.cmd.Process.Pid) })
+			own := &socketKeeper{kept: k.kept}
+			if err := Release(dropping{own}); err != nil && !errors.Is(err, unix.EBUSY) {
+				t.Error(err)
+			}
+			var report readerReport
+			if err := json.NewDecoder(r.out).Decode(&report); err != nil || len(report.Errors) == 0 {
+				t.Errorf("the reader saw %v, %v, want an error", report.Errors, err)
+			}
+			r.cmd.Wait()
+			if len(own.kept) > 0 {
+				t.Errorf("still kept: %v", own.kept)
+			}
+			eventually(t, "nothing left behind", func() bool { return !leftovers(t, filepath.Dir(k.args.Dir)).exceed(before) })
+		})
+	}
+}
+
+// dropping is the Keeper of whoever keeps: what is dropped is gone.
+type dropping struct{ *socketKeeper }
+
+func (k dropping) Drop(name string) error {
+	if f := k.Kept(name); f != nil {
+		return f.Close()
+	}
+	return nil
 }
 
 // TestOtherMode: mounts are served on in their mode when another is configured.

@@ -9,7 +9,6 @@ import (
 	"maps"
 	"os"
 	"regexp"
-	"strconv"
 	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -241,16 +240,9 @@ func closeDevice(dev Device) error {
 
 // resume serves the mounts that predecessors have kept. What cannot be served does not keep others, or the Server, from it.
 func (s *Server) resume() {
-	numbers := map[int]bool{}
-	for _, name := range s.keep.KeptNames() {
-		if m := sessionName.FindStringSubmatch(name); m != nil {
-			n, _ := strconv.Atoi(m[1])
-			numbers[n] = true
-			s.lastName = max(s.lastName, n)
-		}
-	}
-	for n := range numbers {
-		name := fmt.Sprintf("fuse-%d", n)
+	for _, n := range keptSessions(s.keep) {
+		s.lastName = max(s.lastName, n)
+		name := keptName(n)
 		p, err := takeKept(s.keep, name)
 		switch {
 		case errors.Is(err, errState):

@@ -343,9 +343,9 @@ func TestDaemonDown(t *testing.T) {
 	}
 }
 
-// TestSupervisorKilled: when who keeps the mounts dies, the node works again after a start: images are there and new containers run, beside
-// old ones, which are lost.
-func TestSupervisorKilled(t *testing.T) {
+// TestSupervisorEnds: when who keeps the mounts dies or is stopped, the node works again after a start: images are there and new containers
+// run, beside old ones, which are lost. Stopped, it leaves no mount.
+func TestSupervisorEnds(t *testing.T) {
 	registry := startRegistry(t, registrytest.Options{})
 	ref := registry.Host() + "/app:v1"
 	pushSmall(t, ref, 66)
@@ -358,6 +358,16 @@ func TestSupervisorKilled(t *testing.T) {
 				t.Fatal(err)
 			}
 			n.KillSnapshotter()
+			if err := n.StartSnapshotter(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			sumIn(t, n, ref, 66, "/data")
+			if err := n.StopSnapshotter(); err != nil {
+				t.Error(err)
+			}
+			if left, err := n.Mounts("s"); err != nil || len(left) > 0 {
+				t.Errorf("left after a stop: %v, %v", left, err)
+			}
 			if err := n.StartSnapshotter(t.Context()); err != nil {
 				t.Fatal(err)
 			}

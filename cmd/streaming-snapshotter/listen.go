@@ -36,6 +36,23 @@ func listen(address string, st *fdstore.Store) (net.Listener, error) {
 	return l, nil
 }
 
+// removeSocket removes the socket that listen has given to st to keep.
+func removeSocket(st *fdstore.Store) error {
+	f := st.Kept(keptSocket)
+	if f == nil {
+		return nil
+	}
+	defer f.Close()
+	l, err := net.FileListener(f)
+	if err != nil {
+		return err
+	}
+	if u, ok := l.(*net.UnixListener); ok {
+		u.SetUnlinkOnClose(true)
+	}
+	return l.Close()
+}
+
 // inherited returns the socket at address that st has, or nil. One that has lost its place in the file system is of no use.
 func inherited(address string, st *fdstore.Store) (found net.Listener) {
 	for _, name := range st.KeptNames() {

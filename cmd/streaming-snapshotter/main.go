@@ -109,8 +109,12 @@ func newMountCommand(configFile *string) *cobra.Command {
 			if err != nil {
 				return err
 			}
+			st, err := fdstore.Open()
+			if err != nil {
+				return err
+			}
 			o.ref, o.dir, o.out = args[0], args[1], cmd.OutOrStdout()
-			return mountImage(cmd.Context(), c, o)
+			return mountImage(cmd.Context(), c, o, st)
 		},
 	}
 	cmd.Flags().StringVar(&o.platform, "platform", "", "os/arch[/variant] of an index (default: this machine's)")
@@ -144,14 +148,16 @@ func newSuperviseCommand() *cobra.Command {
 	var socket string
 	cmd := &cobra.Command{
 		Use:   "supervise [-- COMMAND ...]",
-		Short: "Keep the descriptors and the socket of a command of this program beyond its life, and run it again when it ends",
-		Long: `Keeps the descriptors and the socket of "serve" beyond its life, and runs it again when it ends, as in
+		Short: "Keep the mounts and the socket of a command of this program beyond its life, and run it again when it ends",
+		Long: `Keeps the mounts, and the socket, of "serve" or "mount" beyond its life, and runs it again when it ends, as in
 
   streaming-snapshotter supervise -- serve
+  streaming-snapshotter supervise -- mount REF DIR
 
-SIGHUP ends the command and runs it again, with the program and the configuration that are there then. SIGTERM and SIGINT end both.
+Who reads meanwhile waits. SIGHUP ends the command and runs it again, with the program and the configuration that are there then. SIGTERM and
+SIGINT end both, and unmount everything: containers that use streamed images read no file from then on that they have not read yet.
 Without a command it only keeps descriptors, for programs that have the path given by --socket in $` + fdstore.KeeperEnv + `.
-If systemd keeps descriptors for it, it may itself be restarted.`,
+If systemd keeps descriptors for it, it may itself be restarted, and unmounts nothing.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return supervise(cmd.Context(), socket, args)
 		},

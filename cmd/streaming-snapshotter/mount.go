@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/containerd/platforms"
 	"github.com/moby/sys/mountinfo"
@@ -16,6 +17,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
@@ -25,8 +27,9 @@ type mountOptions struct {
 	out                             io.Writer
 }
 
-// mountImage mounts the artifact of o.ref at o.dir until ctx ends. The user names the image, so nothing need be listed in `stream`.
-func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
+// mountImage mounts the artifact of o.ref at o.dir until ctx ends. The user names the image, so nothing need be listed in `stream`. If st keeps
+// descriptors, the mount and its files outlive the process: it goes on with those of a predecessor, and whoever keeps them ends them.
+func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store) (err error) {
 	if o.mode != "" {
 		c.MountMode = nodefs.Mode(o.mode)
 		if err := c.validate(); err != nil {
@@ -41,31 +44,44 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 		}
 		matcher = platforms.Only(p)
 	}
-	target, err := mountPoint(o.dir)
-	if err != nil {
-		return fmt.Errorf("mount at %s: %w", o.dir, err)
-	}
-	tmp, err := os.MkdirTemp("", "streaming-snapshotter-mount-")
-	if err != nil {
+	var remove func() error
+	if c.Root, remove, err = mountRoot(o.cache, st); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	if c.Root = tmp; o.cache != "" {
-		if c.Root, err = filepath.Abs(o.cache); err != nil {
-			return err
-		}
-	}
+	defer func() { err = errors.Join(err, remove()) }()
 	lock, err := lockDir(c.Root)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
-	n, err := newNode(c, nil, nil, true)
+	var keep nodefs.Keeper
+	if st.Keeps() {
+		keep = st
+	}
+	n, err := newNode(c, nil, keep, true)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
 
+	// After newNode: it is what answers, if the directory is a predecessor's mount.
+	target, err := mountPoint(o.dir, n.mounts.Mounted)
+	if err != nil {
+		return fmt.Errorf("mount at %s: %w", o.dir, err)
+	}
+	if !n.mounts.Mounted(target) {
+		if err := n.mountAt(ctx, target, o, matcher); err != nil {
+			return err
+		}
+	}
+	if err := st.Notify("READY=1"); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
+}
+
+func (n *node) mountAt(ctx context.Context, target string, o mountOptions, matcher platforms.MatchComparer) error {
 	manifest, err := resolve(ctx, n.reg, o, matcher)
 	if err != nil {
 		return err
@@ -79,19 +95,76 @@ func mountImage(ctx context.Context, c config, o mountOptions) (err error) {
 	}
 	mode, _ := n.mounts.Mode()
 	fmt.Fprintf(o.out, "%s@%s is mounted at %s (%s mode, %d layers); interrupt to unmount\n", o.ref, manifest, o.dir, mode, len(chainIDs))
-	<-ctx.Done()
 	return nil
 }
 
-// mountPoint returns the path of the directory dir without symbolic links. On top of another mount, whoever unmounts would not
-// know what.
-func mountPoint(dir string) (string, error) {
+// keptRoot is the name under which a temporary directory with the files of a mount is kept.
+const keptRoot = "mount-root"
+
+// mountRoot returns the directory for the files of a mount: cache, or a temporary one, which remove removes. If st keeps descriptors, that is
+// its predecessor's, and remove leaves it to removeRoot.
+func mountRoot(cache string, st *fdstore.Store) (root string, remove func() error, err error) {
+	nothing := func() error { return nil }
+	if cache != "" {
+		root, err = filepath.Abs(cache)
+		return root, nothing, err
+	}
+	if f := st.Kept(keptRoot); f != nil {
+		defer f.Close()
+		root, err = os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+		return root, nothing, err
+	}
+	if root, err = os.MkdirTemp("", "streaming-snapshotter-mount-"); err != nil {
+		return "", nil, err
+	}
+	remove = func() error { return os.RemoveAll(root) }
+	if !st.Keeps() {
+		return root, remove, nil
+	}
+	f, err := os.Open(root)
+	if err == nil {
+		err = st.Keep(keptRoot, f)
+		f.Close()
+	}
+	if err != nil {
+		return "", nil, errors.Join(err, remove())
+	}
+	return root, nothing, nil
+}
+
+// removeRoot removes a directory that mountRoot has left, once its command has ended for good, however that was.
+func removeRoot(st *fdstore.Store) error {
+	f := st.Kept(keptRoot)
+	if f == nil {
+		return nil
+	}
+	defer f.Close()
+	root, err := os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
+	if err != nil {
+		return err
+	}
+	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(root))
+	if err != nil {
+		return err
+	}
+	for _, m := range slices.Backward(mounts) { // of a process that was killed while it tried to mount
+		unix.Unmount(m.Mountpoint, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+	}
+	return os.RemoveAll(root)
+}
+
+// mountPoint returns the path of the directory dir without symbolic links. On top of another mount than one of ours, whoever unmounts would
+// not know what.
+func mountPoint(dir string, ours func(target string) bool) (string, error) {
 	path, err := filepath.Abs(dir)
 	if err == nil {
 		path, err = filepath.EvalSymlinks(path)
 	}
 	if err != nil {
 		return "", err
+	}
+	if ours(path) {
+		return path, nil
 	}
 	if st, err := os.Stat(path); err != nil || !st.IsDir() {
 		return "", cmp.Or(err, error(unix.ENOTDIR))

@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/random"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
@@ -330,7 +331,25 @@ func TestNewSocket(t *testing.T) {
 // push pushes an image of two layers for this machine's architecture.
 func push(t *testing.T, ref string) (manifest string, diffIDs []string) {
 	t.Helper()
-	img, err := random.Image(10_000, 2)
+	img := pushImage(t, ref, 10_000, 2)
+	dgst, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cf, err := img.ConfigFile()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range cf.RootFS.DiffIDs {
+		diffIDs = append(diffIDs, d.String())
+	}
+	return dgst.String(), diffIDs
+}
+
+// pushImage pushes an image of layers with one file of size bytes each.
+func pushImage(t *testing.T, ref string, size, layers int64) v1.Image {
+	t.Helper()
+	img, err := random.Image(size, layers)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -350,14 +369,7 @@ func push(t *testing.T, ref string) (manifest string, diffIDs []string) {
 	if err := remote.Write(r, img); err != nil {
 		t.Fatal(err)
 	}
-	dgst, err := img.Digest()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, d := range cf.RootFS.DiffIDs {
-		diffIDs = append(diffIDs, d.String())
-	}
-	return dgst.String(), diffIDs
+	return img
 }
 
 func convert(t *testing.T, ref string) {
@@ -446,8 +458,13 @@ func TestMountInterrupted(t *testing.T) {
 		"resolving":    registrytest.Manifests,
 		"searching":    registrytest.Referrers,
 		"index wanted": registrytest.Blobs,
+		"supervised":   registrytest.Blobs,
 	} {
 		t.Run(name, func(t *testing.T) {
+			var supervise []string
+			if name == "supervised" {
+				supervise = []string{"supervise", "--"}
+			}
 			asked := make(chan struct{}, 1)
 			defer reg.Inject(what, -1, func(r *registrytest.Registry, next http.Handler) http.Handler {
 				select {
@@ -456,7 +473,7 @@ func TestMountInterrupted(t *testing.T) {
 				}
 				return registrytest.Stall(-1)(r, next)
 			})()
-			p := start(t, "mount", ref, t.TempDir())
+			p := start(t, append(supervise, "mount", ref, t.TempDir())...)
 			select {
 			case <-asked:
 			case <-time.After(30 * time.Second):

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
+	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 )
 
 // The wait before a command that has ended is run again: the first, and the longest, after a row of starts that came to nothing.
@@ -26,7 +27,7 @@ const (
 )
 
 // supervisor keeps the descriptors of a command that it runs again and again. It opens no file of a mount and stats none: while the command
-// is away, that would block it for ever.
+// is away, that would block it for ever. When it ends, and nobody keeps anything for it, it ends what the command has left.
 type supervisor struct {
 	program string // path
 	args    []string
@@ -69,7 +70,11 @@ func supervise(ctx context.Context, socket string, args []string) (err error) {
 		err = errors.Join(err, <-served)
 	}()
 	if len(args) > 0 {
-		return s.run(ctx)
+		err := s.run(ctx)
+		if !s.own.Keeps() {
+			err = errors.Join(err, s.release())
+		}
+		return err
 	}
 	if err := s.own.Notify("READY=1"); err != nil {
 		return err
@@ -106,6 +111,9 @@ func (s *supervisor) run(ctx context.Context) error {
 	for {
 		s.ready.Store(false)
 		asked, err := s.runOnce(ctx, hangup)
+		if exit := (*exec.ExitError)(nil); ctx.Err() != nil && errors.As(err, &exit) && !exit.Exited() {
+			return nil // killed, by somebody else, a moment before
+		}
 		if ctx.Err() != nil {
 			return err
 		}
@@ -127,6 +135,20 @@ func (s *supervisor) run(ctx context.Context) error {
 		}
 		backOff = min(2*backOff, maxBackOff)
 	}
+}
+
+// release ends what the command, which has ended, has left to a successor: there is none.
+func (s *supervisor) release() error {
+	st, err := fdstore.OpenKeeper(s.socket)
+	if err != nil {
+		return err
+	}
+	err = nodefs.Release(st)
+	if errors.Is(err, unix.EBUSY) {
+		s.log.Warn("a mount is in use: who uses it gets errors from now on", "error", err)
+		err = nil
+	}
+	return errors.Join(err, removeRoot(st), removeSocket(st))
 }
 
 // runOnce runs the command to its end, which it asks for when ctx ends, or at a signal from hangup: asked.

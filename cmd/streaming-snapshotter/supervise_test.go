@@ -136,7 +136,10 @@ func TestSupervise(t *testing.T) {
 	if unix.Kill(pid, 0) == nil {
 		t.Error("the daemon is still there")
 	}
-	p.wantNothingLeft()
+	p.wantUnmounted(filepath.Join(dir, "root"))
+	if _, err := os.Lstat(address); !os.IsNotExist(err) {
+		t.Errorf("the socket: %v, want it gone", err)
+	}
 }
 
 // install puts a copy of this program at path, as a package manager does, with a mark at its end.

@@ -75,12 +75,16 @@ func Open() (*Store, error) {
 			s.receive(name, os.NewFile(uintptr(firstFD+i), name))
 		}
 	}
-	if s.own {
-		if err := s.take(); err != nil {
-			return nil, fmt.Errorf("take descriptors from %s: %w", s.keeper, err)
-		}
+	if !s.own {
+		return s, nil
 	}
-	return s, nil
+	return s, s.take()
+}
+
+// OpenKeeper takes what is kept by the Keeper at path.
+func OpenKeeper(path string) (*Store, error) {
+	s := &Store{names: map[string]bool{}, kept: map[string]*os.File{}, keeper: path, own: true}
+	return s, s.take()
 }
 
 func takeEnv(key string) string {
@@ -164,10 +168,14 @@ func (s *Store) KeptNames() []string {
 	return names
 }
 
-// Notify tells who started the process its state, as in "READY=1\nSTATUS=serving". Without somebody to tell it does nothing.
+// Notify tells who started the process its state, as in "READY=1\nSTATUS=serving". Without somebody to tell it does nothing. It waits for one
+// that is restarting, but not with STOPPING=1: who has gone for good is a reason to stop.
 func (s *Store) Notify(state string) error {
 	if s.notify == "" {
 		return nil
+	}
+	if state == "STOPPING=1" {
+		return sendOnce(s.notify, state, nil)
 	}
 	return send(s.notify, state, nil)
 }
@@ -195,7 +203,12 @@ func (s *Store) tell(command string, f *os.File) error {
 }
 
 // take receives copies of all that the Keeper keeps: a message for each, its name with the descriptor, and takenAll at the end.
-func (s *Store) take() error {
+func (s *Store) take() (err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("take descriptors from %s: %w", s.keeper, err)
+		}
+	}()
 	ours, theirs, err := socketpair()
 	if err != nil {
 		return err
