@@ -5,7 +5,7 @@ GOTEST := go run ./integration/gotest $(if $(CI),-no-skips)
 UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
 FUZZTIME ?= 20s
 
-.PHONY: build demo test test-full soak lint bench fuzz images clean
+.PHONY: build demo test test-full soak lint bench bench-startup fuzz images clean
 
 build: .build/tools
 	CGO_ENABLED=0 go build -o $(BIN)/ ./cmd/...
@@ -41,6 +41,12 @@ lint:
 
 bench: build
 	BENCH_HUGE=1 go test -p 1 -run '^$$' -bench . -benchmem -timeout 60m ./...
+
+# make bench-startup [IMAGES=nginx,postgres] [LINKS=5ms] [SYSTEMS=overlayfs,none] [N=5] [FLAGS=-trace=FILE]: writes docs/benchmarks.md and the plots beside it, if all is measured
+bench-startup: build
+	@.ci/packages runc
+	@go build -o .build/startup ./integration/startup && .build/startup $(if $(IMAGES),-images $(IMAGES)) $(if $(LINKS),-links $(LINKS)) $(if $(SYSTEMS),-systems $(SYSTEMS)) \
+		$(if $(N),-n $(N)) $(if $(IMAGES)$(LINKS)$(SYSTEMS),,-docs docs) $(FLAGS)
 
 # Go's fuzzing fails with "context deadline exceeded" and no failing input when its time is up in the middle of one.
 fuzz:

@@ -3,16 +3,13 @@ package integration_test
 import (
 	"context"
 	"fmt"
-	"os"
 	"path"
-	"path/filepath"
 	"regexp"
 	"testing"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/crane"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs/erofstest"
@@ -21,42 +18,18 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
-// imagesDir is where integration/images has built its OCI layouts.
-func imagesDir() string {
-	if dir := os.Getenv("OUT"); dir != "" {
-		return filepath.Join(dir, "oci")
-	}
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "test-images"
-	}
-	return filepath.Join(cache, "test-images", "oci")
-}
-
-// pushLayout pushes the image that an OCI layout holds under the tag latest.
-func pushLayout(t *testing.T, ref, name string) {
+// pushBuilt pushes an image that integration/images has built.
+func pushBuilt(t *testing.T, ref, name string) {
 	t.Helper()
-	if err := ociimage.Push(t.Context(), layoutImage(t, name), ref); err != nil {
+	if err := ociimage.Push(t.Context(), builtImage(t, name), ref); err != nil {
 		t.Fatal(err)
 	}
 }
 
-// layoutImage returns the image that an OCI layout holds.
-func layoutImage(t *testing.T, name string) v1.Image {
+// builtImage returns an image that integration/images has built.
+func builtImage(t *testing.T, name string) v1.Image {
 	t.Helper()
-	p, err := layout.FromPath(filepath.Join(imagesDir(), name))
-	if err != nil {
-		t.Fatalf("%v (`make images` builds the test images)", err)
-	}
-	index, err := p.ImageIndex()
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := index.IndexManifest()
-	if err != nil {
-		t.Fatal(err)
-	}
-	img, err := index.Image(m.Manifests[0].Digest)
+	img, err := ociimage.Built(name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -80,7 +53,7 @@ func TestEquality(t *testing.T) {
 				ready = regexp.MustCompile(`(?m)^done$`)
 				push(t, ref, func(dir string, guest []byte) (v1.Image, error) { return ociimage.Weird(t.Context(), dir, guest) })
 			} else {
-				pushLayout(t, ref, name)
+				pushBuilt(t, ref, name)
 			}
 			run(t, "streamctl", "create", "--record", "", ref)
 			begin := time.Now()

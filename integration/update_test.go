@@ -4,9 +4,7 @@ import (
 	"archive/tar"
 	"errors"
 	"io"
-	"io/fs"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 
@@ -29,7 +27,7 @@ func TestNextVersion(t *testing.T) {
 	registry := startRegistry(t, registrytest.Options{})
 	pause, ref := registry.Host()+"/pause:1", registry.Host()+"/app:"
 	pushPause(t, pause)
-	img := layoutImage(t, name)
+	img := builtImage(t, name)
 	next, size := nextVersion(t, img)
 	for tag, img := range map[string]v1.Image{"1": img, "2": next} {
 		if err := ociimage.Push(t.Context(), img, ref+tag); err != nil {
@@ -133,19 +131,7 @@ func readImage(t *testing.T, n *node.Node, ref string) {
 			t.Error(err)
 		}
 	}()
-	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() {
-			return err
-		}
-		f, err := os.Open(path)
-		if err != nil {
-			return err
-		}
-		defer f.Close()
-		_, err = io.Copy(io.Discard, f)
-		return err
-	})
-	if err != nil {
+	if err := node.ReadFiles(dir); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -18,8 +18,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"strconv"
-	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -29,6 +27,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -145,22 +144,11 @@ func mounted(b *testing.B, ref, mode string, f func(dir string, pid int, mountin
 // resident is the process's memory, bytes; without the pages of mapped files, which are the page cache's.
 func resident(b *testing.B, pid int) (anonymous, all int64) {
 	b.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	u, err := node.ReadUsage(pid)
 	if err != nil {
 		b.Fatal(err)
 	}
-	kib := func(key string) int64 {
-		_, after, ok := strings.Cut(string(status), "\n"+key+":")
-		if !ok {
-			b.Fatalf("%s has no %s", status, key)
-		}
-		n, err := strconv.ParseInt(strings.Fields(after)[0], 10, 64)
-		if err != nil {
-			b.Fatal(err)
-		}
-		return n << 10
-	}
-	return kib("RssAnon"), kib("VmRSS")
+	return u.Anonymous, u.Resident
 }
 
 // BenchmarkDaemonMemory is the memory of a daemon that has an image of 100,000 files mounted, after every one was looked at and read.

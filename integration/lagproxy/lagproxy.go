@@ -184,26 +184,28 @@ func (p *Proxy) carry(line *pipe, dst io.Writer, src io.Reader) {
 	}()
 	own := pipe{bandwidth: p.link.Connection}
 	congestion := newWindow(p.link)
+	at := time.Now() // in the link's time, which a busy machine does not delay: see onTime
 	for !failed.Load() {
 		room, until := congestion.room(time.Now())
 		if room <= 0 {
 			if !wait(p.ctx, until) {
 				break
 			}
+			at = until
 			continue
 		}
 		b := make([]byte, min(segmentSize, room))
+		begin := time.Now()
 		n, err := src.Read(b)
 		if n > 0 {
-			left := line.occupy(n)
-			if l := own.occupy(n); l.After(left) {
-				left = l
-			}
-			congestion.sent(time.Now(), left, int64(n))
+			at = onTime(at, begin, time.Now())
+			left := later(line.occupy(at, n), own.occupy(at, n))
+			congestion.sent(at, left, int64(n))
 			under <- segment{left.Add(p.link.RTT / 2), b[:n]}
 			if !wait(p.ctx, left) {
 				break
 			}
+			at = left
 		}
 		if err != nil {
 			break
@@ -213,8 +215,28 @@ func (p *Proxy) carry(line *pipe, dst io.Writer, src io.Reader) {
 	<-done
 }
 
-// burst is how far the link may catch up after the proxy was not scheduled in time: without it a busy machine would be a slower link.
-const burst = 20 * time.Millisecond
+const (
+	// burst is how far the link may catch up after the proxy was not scheduled in time: without it a busy machine would be a slower link.
+	burst = 20 * time.Millisecond
+	// prompt is how long a read takes at most that found its data waiting.
+	prompt = 500 * time.Microsecond
+)
+
+// onTime returns when, in the link's time, the data came that a read has brought. The sender was last busy until at. Data that was waiting follows upon that,
+// however late the proxy comes to read it; an idle link has no time to make up for.
+func onTime(at, begin, end time.Time) time.Time {
+	if end.Sub(begin) > prompt {
+		return end
+	}
+	return later(at, end.Add(-burst))
+}
+
+func later(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}
 
 // pipe is one direction of the link, shared by all connections.
 type pipe struct {
@@ -225,19 +247,15 @@ type pipe struct {
 	free time.Time // when the last byte accepted so far has left
 }
 
-// occupy takes the pipe for n bytes and returns when the last of them has left.
-func (l *pipe) occupy(n int) time.Time {
+// occupy takes the pipe for n bytes that are there at a time, and returns when the last of them has left.
+func (l *pipe) occupy(at time.Time, n int) time.Time {
 	l.bytes.Add(int64(n))
-	now := time.Now()
 	if l.bandwidth <= 0 {
-		return now
+		return at
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if earliest := now.Add(-burst); l.free.Before(earliest) {
-		l.free = earliest
-	}
-	l.free = l.free.Add(time.Duration(int64(n) * int64(time.Second) / l.bandwidth))
+	l.free = later(l.free, at).Add(time.Duration(int64(n) * int64(time.Second) / l.bandwidth))
 	return l.free
 }
 

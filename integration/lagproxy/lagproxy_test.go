@@ -42,7 +42,7 @@ func get(t *testing.T, c *http.Client, url string) []byte {
 // Bounds below are lower bounds only, because a busy machine makes everything slower but nothing faster.
 func TestLatency(t *testing.T) {
 	const rtt = 40 * time.Millisecond
-	p, c := serve(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hello") }, Link{RTT: rtt})
+	p, c := serve(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, "hello") }, Link{RTT: rtt, Bandwidth: 1 << 30, Connection: 1 << 30, SlowStart: true})
 	for i, want := range []time.Duration{2 * rtt, rtt, rtt} { // the first one connects too
 		start := time.Now()
 		if got := string(get(t, c, "http://"+p.Addr())); got != "hello" {

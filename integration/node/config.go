@@ -86,6 +86,8 @@ func (n *Node) writeConfigs() error {
 		files["conf.d/streaming-snapshotter.toml"] = strings.NewReplacer(
 			"/run/streaming-snapshotter/snapshotter.sock", "DIR/run/s.sock",
 			"/var/lib/streaming-snapshotter", "DIR/s",
+			`snapshotter = "`+Snapshotter+`"`, `snapshotter = "`+n.Snapshotter()+`"`,
+			"proxy_plugins."+Snapshotter, "proxy_plugins."+n.Snapshotter(),
 		).Replace(string(b))
 	}
 	for name, text := range files {

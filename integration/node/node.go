@@ -53,9 +53,17 @@ type Options struct {
 	Stream []string // repositories to stream from
 	Pause  string   // reference of the pods' pause image; "" for nodes without pods
 	Config string   // more of the snapshotter's configuration, TOML
+	// Peer is run in the snapshotter's place; Pull is Transfer then.
+	Peer *Peer
 	// Supervise runs the snapshotter below `supervise`, which keeps its mounts when it ends, and starts it again. Start-, Stop- and
 	// KillSnapshotter are then about the supervisor.
 	Supervise bool
+}
+
+// Peer is somebody else's proxy snapshotter, to be measured against ours.
+type Peer struct {
+	Name    string   // in containerd's configuration
+	Command []string // DIR in it is the node's directory; it serves on DIR/run/s.sock
 }
 
 // Node is a running node. It is for one goroutine.
@@ -82,11 +90,11 @@ func Start(ctx context.Context, o Options) (n *Node, err error) {
 		return nil, err
 	}
 	n = &Node{Dir: dir, o: o}
-	defer func() {
+	defer func(started *Node) {
 		if err != nil {
-			err = errors.Join(err, n.Close())
+			err = errors.Join(err, started.Close())
 		}
-	}()
+	}(n)
 	if err := os.Chmod(n.Dir, 0o711); err != nil {
 		return nil, err
 	}
@@ -113,8 +121,11 @@ func (n *Node) HostsDir() string { return n.path("certs.d") }
 
 // Snapshotter is the name of the snapshotter that CRI pulls with on this node.
 func (n *Node) Snapshotter() string {
-	if n.o.Pull == Plain {
+	switch {
+	case n.o.Pull == Plain:
 		return "overlayfs"
+	case n.o.Peer != nil:
+		return n.o.Peer.Name
 	}
 	return Snapshotter
 }
@@ -124,6 +135,12 @@ func (n *Node) StartSnapshotter(ctx context.Context) error {
 	args := []string{"streaming-snapshotter", "serve", "--config", n.path("snapshotter.toml")}
 	if n.o.Supervise {
 		args = slices.Insert(args, 1, "supervise", "--")
+	}
+	if n.o.Peer != nil {
+		args = nil
+		for _, a := range n.o.Peer.Command {
+			args = append(args, strings.ReplaceAll(a, "DIR", n.Dir))
+		}
 	}
 	p, err := start(n.path("logs"), "streaming-snapshotter", args...)
 	if err != nil {
@@ -202,6 +219,9 @@ func (n *Node) Processes() ([]int, error) {
 	pid, err := n.supervised()
 	return append(pids, pid), err
 }
+
+// ContainerdPID is the process ID of containerd.
+func (n *Node) ContainerdPID() int { return n.containerd.cmd.Process.Pid }
 
 // StopContainerd ends containerd as `systemctl stop` does. Containers go on.
 func (n *Node) StopContainerd() error {

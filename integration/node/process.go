@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -124,4 +125,43 @@ func tail(name string) string {
 	}
 	b, _ := io.ReadAll(f)
 	return fmt.Sprintf("--- %s\n%s", name, b)
+}
+
+// Usage is what a process has used so far.
+type Usage struct {
+	CPU             time.Duration // of all its threads, in user and kernel mode; in steps of 10 ms
+	Anonymous, Peak int64         // memory, bytes: its own now, and at most with the pages of mapped files, which are the page cache's
+	Resident        int64         // its own and those now
+}
+
+// ReadUsage reads the usage of a process.
+func ReadUsage(pid int) (u Usage, err error) {
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return u, err
+	}
+	var user, system int64
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	if f := strings.Fields(rest); len(f) > 12 { // proc(5) counts from 1, and two fields are before
+		user, _ = strconv.ParseInt(f[11], 10, 64)
+		system, _ = strconv.ParseInt(f[12], 10, 64)
+	}
+	const tick = 10 * time.Millisecond // USER_HZ is 100 wherever Go runs
+	u.CPU = time.Duration(user+system) * tick
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		return u, err
+	}
+	for key, n := range map[string]*int64{"RssAnon": &u.Anonymous, "VmRSS": &u.Resident, "VmHWM": &u.Peak} {
+		_, after, ok := strings.Cut(string(status), "\n"+key+":")
+		if !ok {
+			return u, fmt.Errorf("process %d has no %s", pid, key)
+		}
+		kib, err := strconv.ParseInt(strings.Fields(after)[0], 10, 64)
+		if err != nil {
+			return u, err
+		}
+		*n = kib << 10
+	}
+	return u, nil
 }

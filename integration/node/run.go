@@ -5,7 +5,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -18,6 +21,14 @@ func (n *Node) Pull(ctx context.Context, ref string) error {
 	return err
 }
 
+// Pod is a pod without containers.
+type Pod struct {
+	ID   string
+	name string
+	node *Node
+	file string // its configuration
+}
+
 // Container is a container in a pod of its own.
 type Container struct {
 	ID, Pod string
@@ -27,15 +38,39 @@ type Container struct {
 
 // RunPod runs ref's default command in a pod, as the kubelet does: `crictl runp`, `create`, `start`. The image has been pulled.
 func (n *Node) RunPod(ctx context.Context, ref string, env ...string) (*Container, error) {
+	p, err := n.RunSandbox(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c, err := p.Create(ctx, ref, env...)
+	if err != nil {
+		return nil, err
+	}
+	return c, c.Start(ctx)
+}
+
+// RunSandbox runs the sandbox of a pod, which the kubelet does before it pulls the images of the pod's containers.
+func (n *Node) RunSandbox(ctx context.Context) (*Pod, error) {
 	n.pods++
 	name := fmt.Sprintf("pod%d", n.pods)
-	pod := map[string]any{
+	config := map[string]any{
 		"metadata":      map[string]any{"name": name, "uid": name, "namespace": "default", "attempt": 1},
 		"log_directory": n.path("logs", name),
 		"linux": map[string]any{"security_context": map[string]any{
 			"namespace_options": map[string]any{"network": 2}, // the host's
 		}},
 	}
+	p := &Pod{name: name, node: n, file: n.path("run", name+".json")}
+	if err := errors.Join(os.MkdirAll(n.path("logs", name), 0o755), writeJSON(p.file, config)); err != nil {
+		return nil, err
+	}
+	id, err := n.Crictl(ctx, "runp", p.file)
+	p.ID = strings.TrimSpace(id)
+	return p, err
+}
+
+// Create creates a container of ref, the only one of the pod.
+func (p *Pod) Create(ctx context.Context, ref string, env ...string) (*Container, error) {
 	type variable struct {
 		Key   string `json:"key"`
 		Value string `json:"value"`
@@ -45,31 +80,23 @@ func (n *Node) RunPod(ctx context.Context, ref string, env ...string) (*Containe
 		k, v, _ := strings.Cut(e, "=")
 		envs = append(envs, variable{k, v})
 	}
-	container := map[string]any{
+	file := p.node.path("run", p.name+".main.json")
+	if err := writeJSON(file, map[string]any{
 		"metadata": map[string]any{"name": "main"},
 		"image":    map[string]any{"image": ref},
 		"log_path": "main.log",
 		"envs":     envs,
-	}
-	if err := os.MkdirAll(n.path("logs", name), 0o755); err != nil {
+	}); err != nil {
 		return nil, err
 	}
-	podFile, containerFile := n.path("run", name+".json"), n.path("run", name+".main.json")
-	if err := errors.Join(writeJSON(podFile, pod), writeJSON(containerFile, container)); err != nil {
-		return nil, err
-	}
-	podID, err := n.Crictl(ctx, "runp", podFile)
-	if err != nil {
-		return nil, err
-	}
-	c := &Container{Pod: strings.TrimSpace(podID), node: n, log: n.path("logs", name, "main.log")}
-	id, err := n.Crictl(ctx, "create", c.Pod, containerFile, podFile)
-	if err != nil {
-		return nil, err
-	}
-	c.ID = strings.TrimSpace(id)
-	_, err = n.Crictl(ctx, "start", c.ID)
-	return c, err
+	id, err := p.node.Crictl(ctx, "create", p.ID, file, p.file)
+	return &Container{ID: strings.TrimSpace(id), Pod: p.ID, node: p.node, log: p.node.path("logs", p.name, "main.log")}, err
+}
+
+// Start starts the container.
+func (c *Container) Start(ctx context.Context) error {
+	_, err := c.node.Crictl(ctx, "start", c.ID)
+	return err
 }
 
 // PID is the ID of a container's first process; os.ErrNotExist if there is no such container.
@@ -233,4 +260,21 @@ func (n *Node) Mount(ctx context.Context, ref, dir string) error {
 func (n *Node) Unmount(ctx context.Context, dir string) error {
 	_, err := n.Ctr(ctx, "images", "unmount", "--snapshotter", n.Snapshotter(), "--rm", dir)
 	return err
+}
+
+// ReadFiles reads every regular file below dir, one after the other.
+func ReadFiles(dir string) error {
+	buf := make([]byte, 1<<20)
+	return filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{f}, buf)
+		return err
+	})
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
@@ -160,6 +161,43 @@ func Image(config v1.Config, layers ...v1.Layer) (v1.Image, error) {
 		return nil, err
 	}
 	return mutate.AppendLayers(img, layers...)
+}
+
+// Built returns an image that integration/images has built: $OUT/oci/NAME, or ~/.cache/test-images/oci/NAME.
+func Built(name string) (v1.Image, error) {
+	dir := os.Getenv("OUT")
+	if dir == "" {
+		cache, err := os.UserCacheDir()
+		if err != nil {
+			return nil, err
+		}
+		dir = filepath.Join(cache, "test-images")
+	}
+	img, err := FromLayout(filepath.Join(dir, "oci", name))
+	if err != nil {
+		return nil, fmt.Errorf("%w (`make images` builds the test images)", err)
+	}
+	return img, nil
+}
+
+// FromLayout returns the only image of an OCI layout.
+func FromLayout(dir string) (v1.Image, error) {
+	p, err := layout.FromPath(dir)
+	if err != nil {
+		return nil, err
+	}
+	index, err := p.ImageIndex()
+	if err != nil {
+		return nil, err
+	}
+	m, err := index.IndexManifest()
+	if err != nil {
+		return nil, err
+	}
+	if len(m.Manifests) != 1 {
+		return nil, fmt.Errorf("%s holds %d images", dir, len(m.Manifests))
+	}
+	return index.Image(m.Manifests[0].Digest)
 }
 
 // Push pushes img to a registry on loopback as ref ("127.0.0.1:5000/repo:tag").

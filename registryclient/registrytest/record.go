@@ -16,9 +16,9 @@ type Request struct {
 	Range         string
 	Authorization string
 	Header        http.Header
-	Status        int   // sent; 0 if the connection was broken before
-	Bytes         int64 // of the body sent
-	Begin         time.Time
+	Status        int       // sent; 0 if the connection was broken before
+	Bytes         int64     // of the body sent
+	Begin, End    time.Time // End is zero while it is being answered
 }
 
 // Requests returns the requests since the start or the last Reset, in the order they came. What is being answered is among them, with what it has been sent so far.
@@ -74,6 +74,11 @@ func (r *Registry) recorded(server string, h http.Handler) http.Handler {
 		if fault := r.fault(req); fault != nil {
 			handler = fault(r, h)
 		}
+		defer func() {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			q.End = time.Now()
+		}()
 		handler.ServeHTTP(&recorder{ResponseWriter: w, mu: &r.mu, q: q}, req)
 	})
 }

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/lagproxy"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// link is a way to the registry, with a host:port of its own.
+type link struct {
+	Name string `json:"name"`
+	Host string `json:"-"`
+	lagproxy.Link
+	proxy *lagproxy.Proxy
+}
+
+// perConnection is what one connection gets of any link: what a cloud's registry gives.
+const perConnection = 60 << 20
+
+// links are the ones that the benchmark knows: within a zone, within a region, and far away.
+func links() []*link {
+	mbit := func(n int64) int64 { return n * 1e6 / 8 }
+	of := func(rtt time.Duration, bandwidth int64) lagproxy.Link {
+		return lagproxy.Link{RTT: rtt, Bandwidth: bandwidth, Connection: perConnection, SlowStart: true}
+	}
+	return []*link{
+		{Name: "1ms", Link: of(time.Millisecond, mbit(1000))},
+		{Name: "5ms", Link: of(5*time.Millisecond, mbit(500))},
+		{Name: "50ms", Link: of(50*time.Millisecond, mbit(100))},
+	}
+}
+
+func (l *link) String() string {
+	return fmt.Sprintf("%v, %d Mbit/s", l.RTT, l.Bandwidth*8/1e6)
+}
+
+// origin is a registry with two fronts: plain HTTP without a delay for preparations, and TLS behind each of the links.
+type origin struct {
+	*registrytest.Registry
+	caFile string
+	server *http.Server
+	links  []*link
+	served chan error
+}
+
+// startOrigin runs the registry until close. Its blobs lie in memory, because they are what a registry's own disk or cache is no matter of ours.
+func startOrigin(dir string, links []*link) (o *origin, err error) {
+	blobs := filepath.Join(dir, "registry")
+	if err := os.Mkdir(blobs, 0o700); err != nil {
+		return nil, err
+	}
+	if err := unix.Mount("tmpfs", blobs, "tmpfs", 0, "size=16g"); err != nil {
+		return nil, fmt.Errorf("mount tmpfs on %s: %w", blobs, err)
+	}
+	r, err := registrytest.Run(registrytest.Options{Dir: blobs})
+	if err != nil {
+		return nil, err
+	}
+	o = &origin{Registry: r, caFile: filepath.Join(dir, "ca.pem"), links: links, served: make(chan error, 1)}
+	cert, ca, err := certificate()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(o.caFile, ca, 0o644); err != nil {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	o.server = &http.Server{Handler: r, ErrorLog: log.New(io.Discard, "", 0)} // daemons are killed in mid-connection
+	// HTTP/1.1, as most of what serves layers speaks: each request in flight has a connection of its own, with its own slow start.
+	tlsListener := tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"http/1.1"}})
+	go func() { o.served <- o.server.Serve(tlsListener) }()
+	for _, k := range links {
+		if k.proxy, err = lagproxy.Listen("tcp", l.Addr().String(), k.Link); err != nil {
+			return nil, errors.Join(err, o.close())
+		}
+		k.Host = k.proxy.Addr()
+	}
+	return o, nil
+}
+
+func (o *origin) close() error {
+	var errs []error
+	for _, k := range o.links {
+		if k.proxy != nil {
+			errs = append(errs, k.proxy.Close())
+		}
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	if o.server.Shutdown(ctx) != nil {
+		errs = append(errs, o.server.Close())
+	}
+	if err := <-o.served; !errors.Is(err, http.ErrServerClosed) {
+		errs = append(errs, err)
+	}
+	o.Registry.Close()
+	return errors.Join(errs...)
+}
+
+// trust writes containerd's registry host configuration for all links into certs.d.
+func (o *origin) trust(hostsDir string) error {
+	for _, k := range o.links {
+		dir := filepath.Join(hostsDir, k.Host)
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+		text := fmt.Sprintf("server = \"https://%s\"\nca = %q\n", k.Host, o.caFile)
+		if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// certificate makes one for loopback, signed by a CA made for it, whose certificate is returned in PEM.
+func certificate() (c tls.Certificate, ca []byte, err error) {
+	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return c, nil, err
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return c, nil, err
+	}
+	root := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "startup benchmark"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(0, 0, 7),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	caDER, err := x509.CreateCertificate(rand.Reader, root, root, caKey.Public(), caKey)
+	if err != nil {
+		return c, nil, err
+	}
+	leaf := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "registry"}, NotBefore: root.NotBefore, NotAfter: root.NotAfter,
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, leaf, root, key.Public(), caKey)
+	if err != nil {
+		return c, nil, err
+	}
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER}), nil
+}

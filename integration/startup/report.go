@@ -1,0 +1,165 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+const (
+	beginMark = "<!-- make bench-startup writes from here -->"
+	endMark   = "<!-- to here -->"
+)
+
+// write puts the report between its marks in docs/benchmarks.md, and the plots beside it.
+func (r *results) write(docs string) error {
+	name := filepath.Join(docs, "benchmarks.md")
+	old, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	before, rest, ok := bytes.Cut(old, []byte(beginMark))
+	_, after, ok2 := bytes.Cut(rest, []byte(endMark))
+	if !ok || !ok2 {
+		return fmt.Errorf("%s lacks the marks %q and %q", name, beginMark, endMark)
+	}
+	var b bytes.Buffer
+	b.Write(before)
+	fmt.Fprintln(&b, beginMark)
+	r.markdown(&b)
+	b.WriteString(endMark)
+	b.Write(after)
+	for _, l := range r.Links {
+		if err := os.WriteFile(filepath.Join(docs, plotName(l)), []byte(r.plot(l)), 0o644); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(name, b.Bytes(), 0o644)
+}
+
+func plotName(l *link) string { return "startup-" + l.Name + ".svg" }
+
+func (r *results) markdown(w io.Writer) {
+	fmt.Fprintf(w, "%s UTC, %s; load average %.1f at the begin, %.1f at the end.", r.Date, r.Machine, r.Load[0], r.Load[1])
+	for _, s := range r.Systems {
+		if s.Missing != "" {
+			fmt.Fprintf(w, " Not measured: %s (%s).", s.Name, s.Missing)
+		}
+	}
+	fmt.Fprintf(w, "\n\n| system | |\n|---|---|\n")
+	for _, s := range r.Systems {
+		if s.Missing == "" {
+			fmt.Fprintf(w, "| %s | %s |\n", s.Name, s.What)
+		}
+	}
+	for _, f := range r.Failed {
+		fmt.Fprintf(w, "\nFailed: %s\n", f)
+	}
+	r.summary(w)
+	for _, l := range r.Links {
+		fmt.Fprintf(w, "\n### %s\n\n![Time to ready over %s](%s)\n\n", l, l, plotName(l))
+		r.table(w, l)
+	}
+}
+
+// measured are the systems that were.
+func (r *results) measured() (names []string) {
+	for _, s := range r.Systems {
+		if s.Missing == "" {
+			names = append(names, s.Name)
+		}
+	}
+	return names
+}
+
+// summary is what the systems come to.
+func (r *results) summary(w io.Writer) {
+	fmt.Fprintf(w, "\nTime to ready: how many times faster than overlayfs, geometric mean over %s; in brackets the least over the images, and the time as a multiple of the floor.\n\n| |", strings.Join(r.Images, ", "))
+	for _, l := range r.Links {
+		fmt.Fprintf(w, " %s |", l)
+	}
+	fmt.Fprintf(w, "\n|---|%s\n", strings.Repeat("---:|", len(r.Links)))
+	for _, s := range r.measured() {
+		fmt.Fprintf(w, "| %s |", s)
+		for _, l := range r.Links {
+			least, floors := math.Inf(1), []float64{}
+			for _, image := range r.Images {
+				least = min(least, r.speedup(l.Name, image, s))
+				floors = append(floors, median(r.of(l.Name, image, s, ready))/r.floor(l, image))
+			}
+			fmt.Fprintf(w, " %s (%s; %s floors) |", number(r.meanSpeedup(l.Name, s), 1), number(least, 1), number(geometricMean(floors), 1))
+		}
+		fmt.Fprintln(w)
+	}
+	fmt.Fprintf(w, "| floor |")
+	for _, l := range r.Links {
+		var fs []float64
+		for _, image := range r.Images {
+			fs = append(fs, median(r.of(l.Name, image, "overlayfs", ready))/r.floor(l, image))
+		}
+		fmt.Fprintf(w, " %s |", number(geometricMean(fs), 1))
+	}
+	fmt.Fprintln(w)
+}
+
+// column is a column of the tables of a link.
+type column struct {
+	title  string
+	digits int
+	figure func(sample) (float64, bool)
+}
+
+func columns() []column {
+	of := always
+	return []column{
+		{"pull, s", 2, pulled},
+		{"MB", 1, of(func(s sample) float64 { return float64(s.Bytes) / 1e6 })},
+		{"requests", 0, of(func(s sample) float64 { return float64(s.Requests) })},
+		{"after the start", 0, of(func(s sample) float64 { return float64(s.AfterStart) })},
+		{"misses", 0, func(s sample) (float64, bool) { return float64(s.Misses), s.Misses >= 0 }},
+		{"CPU, s", 2, of(func(s sample) float64 { return s.Containerd + s.Snapshotter })},
+		{"memory, MiB", 0, func(s sample) (float64, bool) { return float64(s.Memory) / (1 << 20), s.Memory > 0 }},
+		{"peak", 0, func(s sample) (float64, bool) { return float64(s.Peak) / (1 << 20), s.Peak > 0 }},
+		{"read everything, s", 1, everything},
+	}
+}
+
+// table has a row for each image and system.
+func (r *results) table(w io.Writer, l *link) {
+	fmt.Fprint(w, "| | | ready, s | least to most | overlayfs / it | it / floor |")
+	cs := columns()
+	for _, c := range cs {
+		fmt.Fprintf(w, " %s |", c.title)
+	}
+	fmt.Fprintf(w, "\n|---|---|%s\n", strings.Repeat("---:|", 4+len(cs)))
+	for _, image := range r.Images {
+		for _, s := range r.measured() {
+			fs := r.of(l.Name, image, s, ready)
+			if len(fs) == 0 {
+				continue
+			}
+			fmt.Fprintf(w, "| %s | %s | %s | %s to %s | %s | %s |", image, s, number(median(fs), 2), number(slices.Min(fs), 2), number(slices.Max(fs), 2),
+				number(r.speedup(l.Name, image, s), 1), number(median(fs)/r.floor(l, image), 1))
+			for _, c := range cs {
+				fmt.Fprintf(w, " %s |", number(median(r.of(l.Name, image, s, c.figure)), c.digits))
+			}
+			fmt.Fprintln(w)
+		}
+		if f := r.floor(l, image); !math.IsNaN(f) {
+			fmt.Fprintf(w, "| %s | floor | %s | | | |  | %.1f |%s\n", image, number(f, 2), float64(r.Needed[image])/1e6, strings.Repeat(" |", len(cs)-2))
+		}
+	}
+}
+
+// number is empty for what was not measured.
+func number(f float64, digits int) string {
+	if math.IsNaN(f) || math.IsInf(f, 0) {
+		return ""
+	}
+	return fmt.Sprintf("%.*f", digits, f)
+}
