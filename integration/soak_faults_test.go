@@ -17,8 +17,6 @@ func (s *soak) step() {
 	wait := time.Duration(s.rand.IntN(int(400 * time.Millisecond)))
 	s.heal(time.Now())
 	times := 1 + int(size%8)
-	// Not in the mix yet, because with a single host a read fails at once instead of asking again: a flipped byte, and ranges ignored far into
-	// a large blob (docs/operations.md).
 	switch {
 	case what < 8:
 		wait *= 5
@@ -40,10 +38,14 @@ func (s *soak) step() {
 		s.onTheWay("500", times, registrytest.Status(http.StatusInternalServerError))
 	case what < 60:
 		s.onTheWay("a slow registry", 20, registrytest.Delay(200*time.Millisecond))
-	case what < 64:
+	case what < 62:
 		s.log("delete the files of the cache")
 		s.damageCache(deleted)
+	case what < 66:
+		s.onTheWay("a flipped byte", times, registrytest.Flip(size))
 	case what < 70:
+		s.onTheWay("ignored ranges", times, registrytest.IgnoreRange())
+	case what < 75:
 		s.log("restart containerd, killed: %v", which == 0)
 		if err := s.n.RestartContainerd(s.t.Context(), which == 0); err != nil {
 			s.t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -31,21 +32,24 @@ type call struct {
 	repo    Repository
 	name    string       // of the repository below the registry
 	asked   []*candidate // in order of preference
+	turn    int          // who of them is the first this time
 	budget  time.Duration
 	left    time.Duration
 	sending sync.WaitGroup // requests of first
 
-	reads  bool  // ranges of a blob
-	gained int64 // bytes since the budget was last whole
+	reads    bool  // ranges of a blob
+	gained   int64 // bytes since the budget was last whole
+	skipping bool  // what comes is no gain
 }
 
 // candidate is a host and how it has done in this call.
 type candidate struct {
 	*host
-	err   error // the last one
-	out   bool  // not to be asked again
-	fails int
-	next  time.Time // not before
+	err      error // the last one
+	out      bool  // not to be asked again
+	fails    int
+	mistakes int       // in a row
+	next     time.Time // not before
 }
 
 // question is a GET below a repository.
@@ -121,9 +125,19 @@ func (k *call) ask(f func(*host) error) error {
 func (k *call) failed(c *candidate, err error) {
 	c.err = err
 	c.fails++
+	var mistake *mistakenError
+	if errors.As(err, &mistake) {
+		c.worked() // an answer all the same
+		c.wrong(mistake.Error())
+		c.mistakes++
+		c.out = c.mistakes == maxMistakes
+		c.next = time.Now().Add(c.pause())
+		return
+	}
+	c.mistakes = 0
 	if !temporary(err) {
 		c.out = true
-		c.worked() // an answer all the same
+		c.worked()
 		return
 	}
 	// A name that never had an address is most likely misspelt; one that had is missed for the moment. Blobs are read from where something
@@ -133,8 +147,7 @@ func (k *call) failed(c *candidate, err error) {
 		c.out = true
 		return
 	}
-	pause := min(firstPause<<min(c.fails-1, 10), maxPause)
-	pause += rand.N(pause/4 + 1) // so that a node's readers do not come back all at once
+	pause := c.pause()
 	var status *StatusError
 	var hold time.Duration
 	if errors.As(err, &status) {
@@ -144,11 +157,17 @@ func (k *call) failed(c *candidate, err error) {
 	c.host.failed(err, hold)
 }
 
+// pause is how long not to ask after the last failure.
+func (c *candidate) pause() time.Duration {
+	pause := min(firstPause<<min(c.fails-1, 10), maxPause)
+	return pause + rand.N(pause/4+1) // so that a node's readers do not come back all at once
+}
+
 // round returns who may be asked now: healthy hosts first, each in order.
 func (k *call) round() []*candidate {
 	var up, down []*candidate
 	now := time.Now()
-	for _, c := range k.asked {
+	for _, c := range slices.Concat(k.asked[k.turn:], k.asked[:k.turn]) {
 		isDown, hold := c.state(now)
 		if poll, _ := c.busy(now); poll > hold {
 			hold = poll
@@ -304,7 +323,10 @@ func (a *attempt) Read(p []byte) (int, error) {
 	n, err := a.body.Read(p)
 	a.timer.Stop()
 	k.left -= time.Since(start)
-	if k.gained += int64(n); k.gained >= renewBytes {
+	if !k.skipping {
+		k.gained += int64(n)
+	}
+	if k.gained >= renewBytes {
 		k.gained, k.left = 0, k.budget
 		a.host.worked()
 		for _, c := range k.asked {

@@ -34,7 +34,7 @@ type Options struct {
 
 	Budget time.Duration    // how long an operation goes on without getting anything before it fails; 0 is 30 s
 	Wait   time.Duration    // the same for ReadRange, whose callers cannot do without: running containers; 0 is Budget
-	OnHost func(HostStatus) // told when a host goes away, comes back or gave wrong bytes: once each, not per request; it must not block or call the Client. Nil is nobody
+	OnHost func(HostStatus) // told when a host goes away, comes back or gave wrong answers: once each, not per request; it must not block or call the Client. Nil is nobody
 
 	Stall time.Duration // how long one request may stay silent before it counts as broken; 0 is 15 s
 }
@@ -138,7 +138,7 @@ func (c *Client) fetch(ctx context.Context, repo Repository, kind string, dgst d
 			return err
 		}
 		if got := dgst.Algorithm().FromBytes(b); got != dgst {
-			h.wrong()
+			h.wrong("it gave bytes that are not those of their digest")
 			return refused("content has digest %s", got)
 		}
 		return nil

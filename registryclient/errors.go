@@ -96,6 +96,20 @@ func (e *refusedError) Error() string { return e.msg }
 
 func refused(format string, a ...any) error { return &refusedError{fmt.Sprintf(format, a...)} }
 
+// mistakenError is an answer to something else than what was asked. Proxies give one now and then: asking the same host again may help.
+type mistakenError struct {
+	msg string
+	why error // nil, or what kind
+}
+
+func (e *mistakenError) Error() string { return e.msg }
+func (e *mistakenError) Unwrap() error { return e.why }
+
+func mistaken(format string, a ...any) error {
+	err := fmt.Errorf(format, a...)
+	return &mistakenError{err.Error(), errors.Unwrap(err)}
+}
+
 // errSilent is the cause of a request that was given up because nothing came.
 var errSilent = errors.New("nothing received for too long")
 

@@ -12,7 +12,7 @@ const (
 	awayAfter  = 3                // failures in a row, without a success between, after which a host is away
 	maxProbe   = 3 * time.Second  // between two probes of a host that is away, at most
 	maxWindow  = 64               // requests at a time with which a host that came back is as good as new
-	wrongLasts = 10 * time.Minute // so long a host that gave wrong bytes is asked last
+	wrongLasts = 10 * time.Minute // so long a host that gave wrong answers is asked last
 	minPoll    = 20 * time.Millisecond
 	maxPoll    = 500 * time.Millisecond
 )
@@ -24,7 +24,7 @@ type HostStatus struct {
 	Away     bool      // it fails, and is asked by one request at a time
 	Since    time.Time // of Away
 	Error    string    // why it is away; in OnHost also what else is wrong with it. With neither it is back
-	Wrong    time.Time // until then it is asked after the others, because it gave wrong bytes; may be past
+	Wrong    time.Time // until then it is asked after the others, because it gave wrong answers; may be past
 }
 
 // Hosts returns the hosts that were asked since New, in order.
@@ -126,14 +126,14 @@ func (h *host) succeed() bool {
 	return wasAway
 }
 
-// wrong notes that the host gave bytes that are not those of their digest.
-func (h *host) wrong() {
+// wrong notes that the host answers, and not what it was asked; why says how.
+func (h *host) wrong(why string) {
 	h.mu.Lock()
 	now := time.Now()
 	first := !now.Before(h.wrongUntil)
 	h.wrongUntil = now.Add(wrongLasts)
 	s := h.status()
-	s.Error = "it gave bytes that are not those of their digest"
+	s.Error = why
 	h.mu.Unlock()
 	if first {
 		h.tell(s)

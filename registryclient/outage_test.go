@@ -179,3 +179,68 @@ func TestWrongMirrorIsAskedLess(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Bytes that prove wrong are asked for again, from the other hosts first, from a single one after pauses, until these add up to the budget.
+func TestWrongBytesAreAskedForAgain(t *testing.T) {
+	t.Parallel()
+	data := noise(1000)
+	read := func(t *testing.T, c *Client, repo Repository, try int) (right bool) {
+		t.Helper()
+		body, err := c.ReadRange(t.Context(), repo, digest.FromBytes(data), 0, 1000, try)
+		if err != nil {
+			t.Fatalf("try %d: %v", try, err)
+		}
+		defer body.Close()
+		b, err := io.ReadAll(body)
+		if err != nil {
+			t.Fatalf("try %d: %v", try, err)
+		}
+		if right = bytes.Equal(b, data); !right {
+			body.(interface{ Wrong() }).Wrong()
+		}
+		return right
+	}
+	t.Run("one host", func(t *testing.T) {
+		r := registrytest.Start(t, registrytest.Options{})
+		r.PutBlob("team/app", data)
+		r.Inject(registrytest.Blobs, 4, registrytest.Flip(5))
+		c := newClient(t, Options{Budget: 2 * time.Second})
+		begin := time.Now()
+		for try := range 4 {
+			if read(t, c, repoOf(r), try) {
+				t.Errorf("try %d is right", try)
+			}
+		}
+		if !read(t, c, repoOf(r), 4) {
+			t.Error("try 4 is wrong, too")
+		}
+		if took := time.Since(begin); took < firstPause+2*firstPause+4*firstPause {
+			t.Errorf("five tries without pauses: %v", took)
+		}
+		if _, err := c.ReadRange(t.Context(), repoOf(r), digest.FromBytes(data), 0, 1000, 6); err == nil { // 0.1, 0.2, 0.4, 0.8, 1.6 s
+			t.Error("the pauses up to try 6 are longer than the budget, and there is no error")
+		}
+		wantRequests(t, r, 5)
+	})
+	t.Run("two hosts", func(t *testing.T) {
+		mirror, r := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
+		for _, x := range []*registrytest.Registry{mirror, r} {
+			x.PutBlob("team/app", data)
+		}
+		mirror.Inject(registrytest.Any, -1, registrytest.Flip(5))
+		r.Inject(registrytest.Any, 1, registrytest.Flip(5))
+		toml := fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", r.URL(), mirror.URL())
+		c := newClient(t, Options{HostsDir: hostsDir(t, r.Host(), toml)})
+		right := 0
+		for try := range 4 { // the mirror, the registry, and again
+			if read(t, c, repoOf(r), try) {
+				right++
+			}
+		}
+		wantRequests(t, mirror, 2)
+		wantRequests(t, r, 2)
+		if right != 1 {
+			t.Errorf("%d answers were right, want the registry's second", right)
+		}
+	})
+}

@@ -2,22 +2,34 @@ package registryclient
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
 
-// maxSkip is how much of a blob is read to get at a range of it, from a host that sends all of it whatever it is asked.
-const maxSkip = 1 << 20
+// ErrNoRanges: the hosts send blobs from the start, whatever range they are asked for.
+var ErrNoRanges = errors.New("ranges are ignored")
+
+const (
+	// maxSkip is how much of a blob is read to get at a range of it, from a host that sends all of it whatever it is asked; a read that is
+	// continued may skip once more what it has had.
+	maxSkip = 1 << 20
+	// maxMistakes is how many answers to something else a host may give in a row.
+	maxMistakes = 4
+)
 
 // ReadRange returns exactly n bytes at off of blob dgst (not verified). The range must lie inside the blob. See cache.Blob for try.
 //
-// One ranged GET, as a rule; a body that breaks off is continued where it ended, from this host or the next, while the budget lasts. try
-// leaves out the first hosts; a registry with a single host is asked a second time, anew from the redirect on, before there is no other.
+// One ranged GET, as a rule; a body that breaks off is continued where it ended, from this host or the next, while the budget lasts. A try
+// other than the first asks the hosts anew from the redirect on and begins with the next one, those that gave wrong bytes lately last; when all
+// have had their turn (a single one, its second), after a pause that grows with try, until the pauses add up to the budget.
 // The end of ctx ends the read, also of a body. The reader belongs to one goroutine and must be closed.
 func (c *Client) ReadRange(ctx context.Context, repo Repository, dgst digest.Digest, off, n int64, try int) (io.ReadCloser, error) {
 	r, err := c.readRange(ctx, repo, dgst, off, n, try)
@@ -40,15 +52,9 @@ func (c *Client) readRange(ctx context.Context, repo Repository, dgst digest.Dig
 	}
 	k.allow(c.o.Wait)
 	k.reads = true
-	if try > 0 {
-		if try >= max(len(k.asked), 2) {
-			k.end()
-			return nil, fmt.Errorf("no other host to ask: %d tried", len(k.asked))
-		}
-		k.asked = k.asked[min(try, len(k.asked)-1):]
-		for _, h := range k.asked {
-			c.redirects.forget(redirectKey{h.host, k.name, dgst}, nil)
-		}
+	if err := k.retry(dgst, try); err != nil {
+		k.end()
+		return nil, err
 	}
 	r := &rangeReader{k: k, dgst: dgst, off: off, left: n}
 	if n > 0 {
@@ -60,12 +66,32 @@ func (c *Client) readRange(ctx context.Context, repo Repository, dgst digest.Dig
 	return r, nil
 }
 
+// retry prepares the call for a try to get what was wrong try times.
+func (k *call) retry(dgst digest.Digest, try int) error {
+	if try == 0 {
+		return nil
+	}
+	k.turn = try % len(k.asked)
+	for _, h := range k.asked {
+		k.c.redirects.forget(redirectKey{h.host, k.name, dgst}, nil)
+	}
+	var pause time.Duration
+	for i := max(len(k.asked), 2); i <= try; i++ {
+		k.left -= pause
+		if pause = min(max(2*pause, firstPause), maxPause); pause >= k.left {
+			return fmt.Errorf("gave up after %v: the bytes were wrong %d times", k.budget, try)
+		}
+	}
+	return k.pause(pause + rand.N(pause/4+1))
+}
+
 // rangeReader reads a range through as many answers as it takes.
 type rangeReader struct {
 	k    *call
 	dgst digest.Digest
 	off  int64
 	left int64
+	had  int64
 	from *host
 	body io.ReadCloser
 	err  error
@@ -84,6 +110,7 @@ func (r *rangeReader) Read(p []byte) (int, error) {
 		n, err := r.body.Read(p[:min(int64(len(p)), r.left)])
 		r.off += int64(n)
 		r.left -= int64(n)
+		r.had += int64(n)
 		if r.left == 0 {
 			r.from.worked()
 			r.body.Close() // the caller may take its time to
@@ -149,35 +176,37 @@ func (r *rangeReader) check(resp *http.Response) error {
 	case http.StatusPartialContent:
 		first, last, err := parseContentRange(resp.Header.Get("Content-Range"))
 		if err != nil {
-			return refused("%v", err)
+			return mistaken("%v", err)
 		}
 		if first != r.off || last != r.off+r.left-1 {
-			return refused("sent bytes %d-%d where %d-%d were asked for", first, last, r.off, r.off+r.left-1)
+			return mistaken("sent bytes %d-%d where %d-%d were asked for", first, last, r.off, r.off+r.left-1)
 		}
 		if resp.ContentLength >= 0 && resp.ContentLength != r.left {
-			return refused("content length %d of a range of %d bytes", resp.ContentLength, r.left)
+			return mistaken("content length %d of a range of %d bytes", resp.ContentLength, r.left)
 		}
 		return nil
 	case http.StatusOK:
 		if resp.ContentLength >= 0 && resp.ContentLength < r.off+r.left {
-			return refused("the blob has %d bytes and the range ends at %d", resp.ContentLength, r.off+r.left)
+			return mistaken("the blob has %d bytes and the range ends at %d", resp.ContentLength, r.off+r.left)
 		}
-		if r.off > maxSkip {
-			return refused("the host ignores ranges, and %d bytes to skip are too many", r.off)
+		if r.off > r.had+maxSkip {
+			return mistaken("%w, and %d bytes to skip are too many", ErrNoRanges, r.off)
 		}
+		r.k.skipping = true
 		_, err := io.CopyN(io.Discard, resp.Body, r.off)
+		r.k.skipping = false
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
 		return err
 	}
-	return refused("status %d in answer to a range", resp.StatusCode)
+	return mistaken("status %d in answer to a range", resp.StatusCode)
 }
 
 // Wrong says that what was read is not what the blob's digest stands for: its host is asked after the others for a while.
 func (r *rangeReader) Wrong() {
 	if r.from != nil {
-		r.from.wrong()
+		r.from.wrong("it gave bytes that are not those of their digest")
 	}
 }
 

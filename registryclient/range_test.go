@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -43,7 +44,7 @@ func TestReadRange(t *testing.T) {
 	for _, tc := range []struct {
 		off, n int64
 		try    int
-	}{{-1, 5, 0}, {5, -1, 0}, {1 << 62, 1 << 62, 0}, {0, 1, -1}, {0, 1, 2}} {
+	}{{-1, 5, 0}, {5, -1, 0}, {1 << 62, 1 << 62, 0}, {0, 1, -1}} {
 		if _, err := c.ReadRange(t.Context(), repoOf(r), blob, tc.off, tc.n, tc.try); err == nil {
 			t.Errorf("%+v: no error", tc)
 		}
@@ -65,20 +66,24 @@ func TestReadRangeFaults(t *testing.T) {
 		err   error    // nil is success, io.EOF is any
 		asked []string // ranges
 	}{
-		"another range":        {registrytest.AnswerHeader("Content-Range", "bytes 0-999/3145728"), 1, io.EOF, []string{inRange(off)}},
-		"no range told":        {registrytest.AnswerHeader("Content-Range", ""), 1, io.EOF, []string{inRange(off)}},
-		"ignored, far in":      {registrytest.IgnoreRange(), 1, io.EOF, []string{inRange(off)}},
-		"416":                  {registrytest.Status(416), 1, io.EOF, []string{inRange(off)}},
-		"204":                  {registrytest.Status(204), 1, io.EOF, []string{inRange(off)}},
-		"404":                  {registrytest.Status(404), 1, ErrNotFound, []string{inRange(off)}},
-		"503":                  {registrytest.Status(503), 1, nil, []string{inRange(off), inRange(off)}},
-		"recoded":              {registrytest.AnswerHeader("Content-Encoding", "zstd"), 1, io.EOF, []string{inRange(off)}},
-		"breaks off":           {registrytest.Reset(400), 1, nil, []string{inRange(off), inRange(off + 400)}},
-		"breaks off twice":     {registrytest.Reset(400), 2, nil, []string{inRange(off), inRange(off + 400), inRange(off + 800)}},
-		"ends early":           {registrytest.Truncate(10), 1, nil, []string{inRange(off), inRange(off + 10)}},
-		"stalls":               {registrytest.Stall(999), 1, nil, []string{inRange(off), inRange(off + 999)}},
-		"never gives anything": {registrytest.Truncate(0), -1, io.ErrUnexpectedEOF, nil},
-		"always stalls":        {registrytest.Stall(0), -1, errSilent, nil},
+		"another range":             {registrytest.AnswerHeader("Content-Range", "bytes 0-999/3145728"), maxMistakes - 1, nil, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"another range, for good":   {registrytest.AnswerHeader("Content-Range", "bytes 0-999/3145728"), -1, io.EOF, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"no range told":             {registrytest.AnswerHeader("Content-Range", ""), maxMistakes - 1, nil, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"no range told, for good":   {registrytest.AnswerHeader("Content-Range", ""), -1, io.EOF, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"ignored, far in":           {registrytest.IgnoreRange(), maxMistakes - 1, nil, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"ignored, far in, for good": {registrytest.IgnoreRange(), -1, ErrNoRanges, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"416":                       {registrytest.Status(416), 1, io.EOF, []string{inRange(off)}},
+		"204":                       {registrytest.Status(204), maxMistakes - 1, nil, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"204, for good":             {registrytest.Status(204), -1, io.EOF, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"404":                       {registrytest.Status(404), 1, ErrNotFound, []string{inRange(off)}},
+		"503":                       {registrytest.Status(503), 1, nil, []string{inRange(off), inRange(off)}},
+		"recoded":                   {registrytest.AnswerHeader("Content-Encoding", "zstd"), 1, io.EOF, []string{inRange(off)}},
+		"breaks off":                {registrytest.Reset(400), 1, nil, []string{inRange(off), inRange(off + 400)}},
+		"breaks off twice":          {registrytest.Reset(400), 2, nil, []string{inRange(off), inRange(off + 400), inRange(off + 800)}},
+		"ends early":                {registrytest.Truncate(10), 1, nil, []string{inRange(off), inRange(off + 10)}},
+		"stalls":                    {registrytest.Stall(999), 1, nil, []string{inRange(off), inRange(off + 999)}},
+		"never gives anything":      {registrytest.Truncate(0), -1, io.ErrUnexpectedEOF, nil},
+		"always stalls":             {registrytest.Stall(0), -1, errSilent, nil},
 	} {
 		for _, tls := range []bool{false, true} { // HTTP/2, too
 			t.Run(fmt.Sprintf("%s, tls %v", name, tls), func(t *testing.T) {
@@ -129,6 +134,39 @@ func TestReadRangeIgnored(t *testing.T) {
 	wantRequests(t, r, 1)
 	if got := c.Stats().Bytes; got != 6000 {
 		t.Errorf("read %d bytes of the answer, want 6000", got)
+	}
+}
+
+// Who has read from the start goes on from such a host, too, after the connection broke.
+func TestReadRangeIgnoredGoesOn(t *testing.T) {
+	t.Parallel()
+	r := registrytest.Start(t, registrytest.Options{})
+	data := noise(8 << 20)
+	blob := r.PutBlob("team/app", data)
+	r.Inject(func(q *http.Request) bool {
+		return q.Header.Get("Range") != "" && q.Header.Get("Range") != "bytes=0-8388607"
+	}, -1, registrytest.IgnoreRange())
+	r.Inject(registrytest.Blobs, 1, registrytest.Reset(5<<20))
+	c := newClient(t, Options{})
+	b, err := readRange(t.Context(), c, repoOf(r), blob, 0, int64(len(data)), 0)
+	if err != nil || !bytes.Equal(b, data) {
+		t.Errorf("got %d bytes, %v", len(b), err)
+	}
+	wantRequests(t, r, 2)
+}
+
+// What is skipped is no progress: a host that breaks off before it comes to what was asked for uses up the budget.
+func TestReadRangeSkippedForEver(t *testing.T) {
+	t.Parallel()
+	r := registrytest.Start(t, registrytest.Options{})
+	blob := r.PutBlob("team/app", noise(maxSkip))
+	fault := func(r *registrytest.Registry, next http.Handler) http.Handler {
+		return registrytest.IgnoreRange()(r, registrytest.Reset(4*renewBytes)(r, next))
+	}
+	r.Inject(registrytest.Blobs, -1, fault)
+	c := newClient(t, Options{Budget: 600 * time.Millisecond})
+	if b, err := readRange(ctxOf(t, 30*time.Second), c, repoOf(r), blob, 5*renewBytes, 10, 0); err == nil || errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("got %d bytes, %v", len(b), err)
 	}
 }
 

@@ -36,7 +36,7 @@
 //
 // The map is written in place: a torn write mixes old bits and new ones, and both are true.
 //
-// A Blob that is gone for good may know another way to the tar: see rebuild.go.
+// A Blob that is gone or wrong for good may know another way to the tar: see rebuild.go.
 //
 // Reads of a file from its start to its end are seen and fetched ahead: see readahead.go.
 //
@@ -68,8 +68,8 @@ import (
 type Blob interface {
 	// ReadRange returns exactly n bytes at off, or an error: a reader that ends early fails with io.ErrUnexpectedEOF.
 	// It may be called from many goroutines. ctx ends the reads of what it returned, too.
-	// try counts from 0: a chunk whose bytes proved wrong is asked for again with try+1, and the Blob should then
-	// turn to another host. When there is no other, it returns an error. If the reader has a method Wrong(), it is told.
+	// try counts from 0: a chunk whose bytes proved wrong is asked for again with try+1, and the Blob should then turn to another host, or wait
+	// before it asks the same one. When that has gone on for long enough it returns an error. If the reader has a method Wrong(), it is told.
 	ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error)
 }
 

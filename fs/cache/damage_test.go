@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
@@ -85,17 +86,52 @@ func TestOnlyTheCorruptChunkIsAskedForAgain(t *testing.T) {
 	}
 }
 
-// A Blob that has wrong bytes for ever is not asked for ever.
-func TestTriesAreBounded(t *testing.T) {
+// A Blob that has wrong bytes is asked until it says that it is enough, and right bytes are taken whenever they come.
+func TestAskedWhileTheBlobHasPatience(t *testing.T) {
 	ly := newLayer(t, 4<<10, 10_000)
-	b := &memBlob{hosts: slices.Repeat([][]byte{make([]byte, len(ly.blob))}, 100)}
+	wrong := slices.Repeat([][]byte{make([]byte, len(ly.blob))}, 30)
+	b := &memBlob{hosts: wrong}
 	l := openLayer(t, openCache(t, t.TempDir()), ly, b)
-	if _, err := l.ReadAt(t.Context(), make([]byte, 10), 5000); !errors.Is(err, artifact.ErrInvalid) {
-		t.Errorf("error %v, want ErrInvalid", err)
+	if _, err := l.ReadAt(t.Context(), make([]byte, 10), 5000); !errors.Is(err, artifact.ErrInvalid) || !errors.Is(err, errNoHost) {
+		t.Errorf("error %v, want ErrInvalid and the Blob's", err)
 	}
-	if n := b.requests.Load(); n != maxTries {
-		t.Errorf("%d requests, want %d", n, maxTries)
+	if n := b.requests.Load(); n != 31 {
+		t.Errorf("%d requests, want 31", n)
 	}
+	b.hosts = append(wrong[:29:29], ly.blob)
+	readRange(t, l, ly, make([]byte, 10), 5000)
+}
+
+// Runs of wrong chunks do not wait for one another: each may take as long as the blob has patience.
+func TestWrongRunsAreAskedForTogether(t *testing.T) {
+	ly := newLayer(t, 4<<10, 100_000)
+	bad := slices.Clone(ly.blob)
+	for _, i := range []int{5, 9} {
+		ch := ly.index.Chunk(i)
+		clear(bad[ch.BlobOffset:][:ch.BlobSize])
+	}
+	meet := make(chan struct{}) // both runs' second requests are under way
+	var blob blobFunc = func(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+		if try == 0 {
+			return io.NopCloser(bytes.NewReader(bad[off : off+n])), nil
+		}
+		select {
+		case meet <- struct{}{}:
+		case <-meet:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		return io.NopCloser(bytes.NewReader(ly.blob[off : off+n])), nil
+	}
+	l, err := openCache(t, t.TempDir()).Layer(ly.dgst, ly.index, blob)
+	must(t, err)
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	p := make([]byte, len(ly.tar))
+	if _, err := l.ReadAt(ctx, p, 0); err != nil || !bytes.Equal(p, ly.tar) {
+		t.Errorf("wrong bytes, or %v", err)
+	}
+	must(t, l.Close())
 }
 
 // Headers that the index claims otherwise are corruption, though every chunk's digest is right.

@@ -12,8 +12,8 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
-// maxTries bounds how often a chunk whose bytes are wrong is asked for, should a Blob never run out of hosts.
-const maxTries = 8
+// wrongTries is how often a chunk is asked for in vain before the blob's bytes are taken to be wrong for good, and another way to the tar is tried.
+const wrongTries = 4
 
 // flight is a chunk on its way to everyone who waits for it.
 type flight struct {
@@ -133,15 +133,20 @@ func (s *store) unref(fl *flight) {
 func (f *fill) run(ctx context.Context) {
 	l, s := f.layer, f.layer.store
 	defer l.running.Done()
-	if err := mapped.Guard(func() { f.bring(ctx) }); err != nil { // of the index
-		f.fail(f.flights, err)
-	}
+	f.guard(f.flights, func() { f.bring(ctx) })
 	f.cancel()
 	s.mu.Lock()
 	delete(l.fills, f)
 	s.mu.Unlock()
 	if f.ahead {
 		mapped.Guard(l.ahead.ended) // what cannot be read ahead is left to the reads
+	}
+}
+
+// guard fails flights if do meets a fault of the mapped index.
+func (f *fill) guard(flights []*flight, do func()) {
+	if err := mapped.Guard(do); err != nil {
+		f.fail(flights, err)
 	}
 }
 
@@ -201,29 +206,30 @@ func (s *store) check(i int, b []byte) error {
 	return layout.Check(i, b)
 }
 
-// fetch asks the blob for flights, which are adjacent, in one request, and delivers them as they come. Those whose bytes
-// are wrong are asked for again from elsewhere; corrupt is why the ones at hand are.
+// fetch asks the blob for flights, which are adjacent, in one request, and delivers them as they come. Those whose bytes are wrong are asked
+// for again until the blob says that it is enough; corrupt is why the ones at hand are.
 func (f *fill) fetch(ctx context.Context, flights []*flight, try int, corrupt error) {
 	if err := ctx.Err(); err != nil {
 		f.fail(flights, err)
 		return
 	}
-	if try == maxTries {
-		f.fail(flights, corrupt)
-		return
-	}
+	src, canRebuild := f.layer.blob.(Rebuilder)
 	again, why, err := f.stream(ctx, flights, try)
 	if err != nil {
-		if src, ok := f.layer.blob.(Rebuilder); ok && ctx.Err() == nil && src.Gone(err) {
-			f.rebuild(ctx, src, flights, err)
-			return
+		if canRebuild && ctx.Err() == nil && src.Gone(err) {
+			flights, err = f.rebuild(ctx, src, flights, err)
 		}
 		f.fail(flights, errors.Join(err, corrupt))
 		return
 	}
-	for _, run := range adjacent(again) {
-		f.fetch(ctx, run, try+1, why)
+	if canRebuild && try+1 == wrongTries {
+		again, why = f.rebuild(ctx, src, again, why)
 	}
+	var runs sync.WaitGroup // each may take as long as the blob has patience
+	for _, run := range adjacent(again) {
+		runs.Go(func() { f.guard(run, func() { f.fetch(ctx, run, try+1, why) }) })
+	}
+	runs.Wait()
 }
 
 // stream reads flights' frames from one range of the blob. It returns those that did not verify, and why.

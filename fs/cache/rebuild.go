@@ -9,17 +9,20 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 )
 
-// Rebuilder is a Blob whose layer's tar can be had without it, should it go away.
+// maxPasses bounds how often a tar is read because it was wrong.
+const maxPasses = 3
+
+// Rebuilder is a Blob whose layer's tar can be had without it, should it go away or be wrong.
 type Rebuilder interface {
 	Blob
-	// Gone reports whether err, of ReadRange or of what it returned, says that the blob is nowhere any more.
+	// Gone reports whether err, of ReadRange or of what it returned, says that ranges of the blob cannot be had any more.
 	Gone(err error) bool
 	// Tar returns the tar from its start, unverified. It ends with ctx. Bytes that cannot be the tar's are artifact.ErrInvalid; try is as for
 	// ReadRange.
 	Tar(ctx context.Context, try int) (io.ReadCloser, error)
 }
 
-// pass is one reading of the tar of a layer whose blob is gone, from its start to its end: a stream that was compressed as a whole cannot be
+// pass is one reading of the tar of a layer whose blob is gone or wrong, from its start to its end: a stream that was compressed as a whole cannot be
 // read elsewhere. All fills of the layer share it. What it passes is verified and delivered or put on disk, wanted or not: the next read would
 // begin from the start again.
 type pass struct {
@@ -30,25 +33,23 @@ type pass struct {
 	err    error // before done is closed; nil if it got to the end
 }
 
-// rebuild brings flights in from the tar itself; gone is why.
-func (f *fill) rebuild(ctx context.Context, src Rebuilder, flights []*flight, gone error) {
+// rebuild brings flights in from the tar itself; why is what speaks against the blob. It returns those that could not be had so, and why.
+func (f *fill) rebuild(ctx context.Context, src Rebuilder, flights []*flight, why error) ([]*flight, error) {
 	s := f.layer.store
 	for {
 		// An earlier pass may have put them on disk after they were missed.
 		if flights = f.reload(ctx, flights); len(flights) == 0 {
-			return
+			return nil, nil
 		}
 		p := s.joinPass(f.layer, src, flights)
 		if flights = p.await(ctx, s, flights); len(flights) == 0 {
-			return
+			return nil, nil
 		}
-		err := ctx.Err()
-		if err == nil && p.err != nil && !errors.Is(p.err, context.Canceled) { // when who began it closes, another goes on
-			err = fmt.Errorf("%w; the source layer: %w", gone, p.err)
+		if err := ctx.Err(); err != nil {
+			return flights, err
 		}
-		if err != nil {
-			f.fail(flights, err)
-			return
+		if p.err != nil && !errors.Is(p.err, context.Canceled) { // when who began it closes, another goes on
+			return flights, fmt.Errorf("%w; the source layer: %w", why, p.err)
 		}
 	}
 }
@@ -125,10 +126,10 @@ func (p *pass) run(ctx context.Context, s *store, src Rebuilder) {
 	defer p.layer.running.Done()
 	defer p.cancel()
 	err := p.read(ctx, s, src, 0)
-	for try := 1; try < maxTries && errors.Is(err, artifact.ErrInvalid) && ctx.Err() == nil; try++ {
+	for try := 1; try < maxPasses && errors.Is(err, artifact.ErrInvalid) && ctx.Err() == nil; try++ {
 		again := p.read(ctx, s, src, try)
 		if again != nil && !errors.Is(again, artifact.ErrInvalid) {
-			err = errors.Join(err, again) // nobody is left to ask, most likely
+			err = errors.Join(err, again) // nobody is left to ask
 			break
 		}
 		err = again

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -16,14 +17,18 @@ var errGone = errors.New("gone")
 
 // goneBlob is a blob that was deleted. tars holds the tar that each try gets.
 type goneBlob struct {
+	Blob // if not nil, it was not deleted
 	tars [][]byte
 	gate chan struct{} // if not nil, the tar's second half waits for its closing
 
 	requests, opened, open atomic.Int64
 }
 
-func (b *goneBlob) ReadRange(context.Context, int64, int64, int) (io.ReadCloser, error) {
+func (b *goneBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
 	b.requests.Add(1)
+	if b.Blob != nil {
+		return b.Blob.ReadRange(ctx, off, n, try)
+	}
 	return nil, errGone
 }
 
@@ -150,6 +155,41 @@ func TestRebuildWrongTar(t *testing.T) {
 			}
 			if got := b.opened.Load(); got != tc.opened {
 				t.Errorf("the tar was opened %d times, want %d", got, tc.opened)
+			}
+		})
+	}
+}
+
+// A blob whose bytes are wrong wherever it is asked for is as good as gone; when the source layer does not help, the blob is asked further.
+func TestRebuildWrongBlob(t *testing.T) {
+	ly := newLayer(t, 4<<10, 100_000)
+	wrong := slices.Repeat([][]byte{make([]byte, len(ly.blob))}, wrongTries+3)
+	for name, tc := range map[string]struct {
+		hosts        [][]byte
+		tars         [][]byte
+		err          error // nil is none
+		tries, tarsN int64
+	}{
+		"right in time":        {append(wrong[:wrongTries-1:wrongTries-1], ly.blob), [][]byte{ly.tar}, nil, wrongTries, 0},
+		"rebuilt":              {wrong, [][]byte{ly.tar}, nil, wrongTries, 1},
+		"no source, right yet": {append(wrong[:wrongTries+1:wrongTries+1], ly.blob), nil, nil, wrongTries + 2, 1},
+		"nothing is right":     {wrong, nil, artifact.ErrInvalid, wrongTries + 4, 1},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := &goneBlob{Blob: &memBlob{hosts: tc.hosts}, tars: tc.tars}
+			c := openCache(t, t.TempDir())
+			l, err := c.Layer(ly.dgst, ly.index, b)
+			must(t, err)
+			if tc.err == nil {
+				readRebuilt(t, l, ly, 50_000, 100)
+			} else if _, err := l.ReadAt(t.Context(), make([]byte, 100), 50_000); !errors.Is(err, tc.err) {
+				t.Errorf("got %v, want %v", err, tc.err)
+			}
+			if got := b.opened.Load(); got != tc.tarsN {
+				t.Errorf("the tar was opened %d times, want %d", got, tc.tarsN)
+			}
+			if got := b.requests.Load(); got != tc.tries {
+				t.Errorf("the blob was asked %d times, want %d", got, tc.tries)
 			}
 		})
 	}

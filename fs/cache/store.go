@@ -44,7 +44,7 @@ type store struct {
 	writing  map[int]int
 	punching map[int]bool
 	kept     []*flight // delivered, but not on disk; oldest first
-	pass     *pass     // under way, if the blob is gone
+	pass     *pass     // under way, if the blob is gone or wrong
 	dirty    bool      // present differs from the map file
 	// epoch counts the times that the disk lost writes (a failed fdatasync): a chunk written in an earlier epoch may be gone.
 	epoch int

@@ -274,8 +274,9 @@ func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l
 			return mapIndex(path, l)
 		}
 		errs = append(errs, err)
-		// Wrong bytes may be one mirror's: the next host is asked. Anything else has been retried below.
-		if !errors.Is(err, artifact.ErrInvalid) || try >= 3 {
+		// Wrong bytes may be one mirror's: the next host is asked. Anything else has been retried below. There is no third time, which would come
+		// after a pause: a pull waits.
+		if !errors.Is(err, artifact.ErrInvalid) || try == 1 {
 			return nil, errors.Join(errs...)
 		}
 	}

@@ -13,8 +13,8 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
-// blob reads one layer blob for the cache. Should it be deleted, as retention rules do with artifacts of images that run on, the tar comes from the
-// image's own layer. It is a cache.Rebuilder.
+// blob reads one layer blob for the cache. Should it be deleted, as retention rules do with artifacts of images that run on, or be wrong, the tar
+// comes from the image's own layer. It is a cache.Rebuilder.
 type blob struct {
 	reg   Registry
 	rec   *record
@@ -25,8 +25,11 @@ func (b blob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadClos
 	return b.reg.ReadRange(ctx, b.rec.Repository, b.rec.Layers[b.layer].Digest, off, n, try)
 }
 
-// Gone reports whether err says that the registry has the blob no more.
-func (b blob) Gone(err error) bool { return errors.Is(err, registryclient.ErrNotFound) }
+// Gone reports whether err says that the registry has the blob no more, or only as a whole: then the image's own layer is as good, and is read
+// once for all.
+func (b blob) Gone(err error) bool {
+	return errors.Is(err, registryclient.ErrNotFound) || errors.Is(err, registryclient.ErrNoRanges)
+}
 
 // Tar returns the tar of the image's own layer.
 func (b blob) Tar(ctx context.Context, try int) (io.ReadCloser, error) {
