@@ -203,7 +203,7 @@ func (s *soak) watch(ref, want string, flags []string, args ...string) {
 func startWatcher(t *testing.T, n *node.Node, id, ref, want string, flags []string, args ...string) *watcher {
 	t.Helper()
 	w := &watcher{id: id, want: want, log: filepath.Join(n.Dir, "logs", id+".out")}
-	a := append([]string{"run", "--detach", "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + w.log}, flags...)
+	a := append([]string{"run", "--detach", node.NoShares, "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + w.log}, flags...)
 	if _, err := n.Ctr(t.Context(), append(append(a, ref, id), args...)...); err != nil {
 		t.Fatal(err)
 	}

@@ -58,6 +58,8 @@ type Options struct {
 	// Supervise runs the snapshotter below `supervise`, which keeps its mounts when it ends, and starts it again. Start-, Stop- and
 	// KillSnapshotter are then about the supervisor.
 	Supervise bool
+	// Units leaves the snapshotter to this machine's systemd, as deploy/systemd's streaming-snapshotter.service, which gets this node's configuration. It must not run yet.
+	Units bool
 }
 
 // Peer is somebody else's proxy snapshotter, to be measured against ours.
@@ -65,6 +67,13 @@ type Peer struct {
 	Name    string   // in containerd's configuration
 	Command []string // DIR in it is the node's directory; it serves on DIR/run/s.sock
 }
+
+// Of an installation with deploy/systemd.
+const (
+	Unit          = "streaming-snapshotter"
+	InstalledPath = "/usr/local/bin/streaming-snapshotter"
+	configPath    = "/etc/streaming-snapshotter/config.toml"
+)
 
 // Node is a running node. It is for one goroutine.
 type Node struct {
@@ -106,7 +115,11 @@ func Start(ctx context.Context, o Options) (n *Node, err error) {
 	if err := n.writeConfigs(); err != nil {
 		return nil, err
 	}
-	if o.Pull != Plain {
+	if o.Units {
+		if err := n.startUnit(ctx); err != nil {
+			return nil, err
+		}
+	} else if o.Pull != Plain {
 		if err := n.StartSnapshotter(ctx); err != nil {
 			return nil, err
 		}
@@ -156,6 +169,21 @@ func (n *Node) StartSnapshotter(ctx context.Context) error {
 		return err
 	})
 }
+
+// startUnit installs the configuration and has systemd run the streaming snapshotter, as docs/operations.md says.
+func (n *Node) startUnit(ctx context.Context) error {
+	if err := os.MkdirAll(filepath.Dir(configPath), 0o755); err != nil {
+		return err
+	}
+	if err := os.Symlink(n.ConfigFile(), configPath); err != nil {
+		return err
+	}
+	_, err := command(ctx, "systemctl", "enable", "--now", Unit)
+	return err
+}
+
+// ConfigFile is the path of the streaming snapshotter's configuration.
+func (n *Node) ConfigFile() string { return n.path("snapshotter.toml") }
 
 // StopSnapshotter ends the streaming snapshotter as `systemctl stop` does.
 func (n *Node) StopSnapshotter() error {

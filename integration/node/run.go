@@ -231,6 +231,9 @@ func writeJSON(name string, v any) error {
 	return os.WriteFile(name, b, 0o644)
 }
 
+// NoShares is an option of `ctr run`: no share of the CPU is set, for machines without that controller.
+const NoShares = "--cpu-shares=0"
+
 // Run runs ref's default command, or args, with `ctr run` and the node's snapshotter, in a network namespace of its own, and returns what it has printed.
 // It may be called from several goroutines at once.
 //
@@ -238,7 +241,7 @@ func writeJSON(name string, v any) error {
 func (n *Node) Run(ctx context.Context, ref string, env []string, args ...string) (string, error) {
 	id := fmt.Sprintf("run%d", n.containers.Add(1))
 	log := n.path("logs", id+".out")
-	a := []string{"run", "--rm", "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + log}
+	a := []string{"run", "--rm", NoShares, "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + log}
 	for _, e := range env {
 		a = append(a, "--env", e)
 	}

@@ -1,0 +1,265 @@
+package integration_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// insideSystemd is set where systemd is process 1 and the units are installed: to a unitsTest.
+const insideSystemd = "STREAMING_SNAPSHOTTER_TEST_SYSTEMD"
+
+// unitsTest is what TestSystemd does in one of its Debians.
+type unitsTest struct {
+	Debian string // directory below that of the test images
+	Keeper bool   // with the keeper's unit; else systemd keeps the descriptors, which it does over a stop since 254
+	Mode   string
+	App    string // reference of an image that streams, with systemdSeed
+	Plain  string // and of one that does not
+}
+
+const systemdSeed = 93
+
+// TestSystemd boots Debians with a real systemd, installs the units of deploy/systemd, and runs a node and itself there (underUnits): systemd 252
+// with the keeper, and 257 without. With FULL set in each mount mode.
+func TestSystemd(t *testing.T) {
+	if text := os.Getenv(insideSystemd); text != "" {
+		var c unitsTest
+		if err := json.Unmarshal([]byte(text), &c); err != nil {
+			t.Fatal(err)
+		}
+		underUnits(t, c)
+		return
+	}
+	images := debians(t)
+	registry := startRegistry(t, registrytest.Options{})
+	app, plain := registry.Host()+"/app:v1", registry.Host()+"/plain:v1"
+	pushSmall(t, app, systemdSeed)
+	pushSmall(t, plain, systemdSeed+1)
+	run(t, "streamctl", "create", "--record", "", app)
+	programs := buildForDebian(t)
+	chosen := modes[:1]
+	if os.Getenv("FULL") != "" {
+		chosen = modes[:]
+	}
+	for _, mode := range chosen {
+		for _, c := range []unitsTest{
+			{Debian: "systemd", Keeper: true, Mode: mode, App: app, Plain: plain},
+			{Debian: "systemd-trixie", Mode: mode, App: app, Plain: plain},
+		} {
+			t.Run(c.Debian+"/"+mode, func(t *testing.T) {
+				root, checkout := filepath.Join(tempDir(t), "root"), checkout(t)
+				prepareRoot(t, c, root, filepath.Join(images, c.Debian), checkout, programs)
+				console, err := boot(t, root, checkout, toolsDir(checkout))
+				b, _ := os.ReadFile(filepath.Join(root, "result"))
+				if err != nil || !strings.Contains(string(b), "\nexit 0\n") || !strings.Contains(string(b), "--- PASS: TestSystemd ") {
+					journal, _ := os.ReadFile(filepath.Join(root, "journal"))
+					t.Errorf("%v\n%s\n%s\n%s", err, console[max(0, len(console)-2000):], b, journal)
+				}
+				t.Logf("%s", b)
+			})
+		}
+	}
+}
+
+// checkout is the directory of this module, without symbolic links.
+func checkout(t *testing.T) string {
+	t.Helper()
+	dir, err := node.Root()
+	if err == nil {
+		dir, err = filepath.EvalSymlinks(dir)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// toolsDir is where make build has put containerd and the other tools.
+func toolsDir(checkout string) string {
+	dir, err := filepath.EvalSymlinks(filepath.Join(checkout, ".build/bin"))
+	if err != nil {
+		return filepath.Join(checkout, ".build/bin")
+	}
+	return dir
+}
+
+// debians returns the directory of the Debians that `make images` has built.
+func debians(t *testing.T) string {
+	t.Helper()
+	if _, err := exec.LookPath("systemd-nspawn"); err != nil {
+		t.Skip(err)
+	}
+	images := os.Getenv("OUT")
+	if images == "" {
+		cache, err := os.UserCacheDir()
+		if err != nil {
+			t.Skip(err)
+		}
+		images = filepath.Join(cache, "test-images")
+	}
+	for _, name := range []string{"systemd", "systemd-trixie"} {
+		if _, err := os.Stat(filepath.Join(images, name)); err != nil {
+			t.Skipf("%v: make images builds it", err)
+		}
+	}
+	return images
+}
+
+// Programs that buildForDebian builds.
+const (
+	thisRelease  = "streaming-snapshotter"
+	otherRelease = "streaming-snapshotter-other" // one that lays out the state of a session differently
+	testProgram  = "test"
+)
+
+// buildForDebian builds the programs that run in the Debians, static: their libc may be older than ours.
+func buildForDebian(t *testing.T) (dir string) {
+	t.Helper()
+	dir = tempDir(t)
+	top := checkout(t)
+	state := filepath.Join(top, "fs/state.go")
+	b, err := os.ReadFile(state)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const magic, other = `"FUSE st\x01"`, `"FUSE st\xff"`
+	if strings.Count(string(b), magic) != 1 {
+		t.Fatalf("%s does not say %s", state, magic)
+	}
+	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{state: filepath.Join(dir, "state.go")}})
+	if err := errors.Join(err,
+		os.WriteFile(filepath.Join(dir, "state.go"), []byte(strings.Replace(string(b), magic, other, 1)), 0o644),
+		os.WriteFile(filepath.Join(dir, "overlay"), overlay, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"build", "-o", filepath.Join(dir, thisRelease), "./cmd/streaming-snapshotter"},
+		{"build", "-overlay", filepath.Join(dir, "overlay"), "-o", filepath.Join(dir, otherRelease), "./cmd/streaming-snapshotter"},
+		{"test", "-c", "-o", filepath.Join(dir, testProgram), "./integration"},
+	} {
+		c := exec.CommandContext(t.Context(), "go", args...)
+		c.Dir, c.Env = top, append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("go %v: %v\n%s", args, err, out)
+		}
+	}
+	return dir
+}
+
+// prepareRoot makes root a copy of base in which systemd runs this test, as c says.
+func prepareRoot(t *testing.T, c unitsTest, root, base, checkout, programs string) {
+	t.Helper()
+	in := func(name string) string { return filepath.Join(root, name) }
+	run(t, "cp", "-a", base, root)
+	run(t, "cp", filepath.Join(programs, thisRelease), filepath.Join(programs, otherRelease), filepath.Join(programs, testProgram), in("opt"))
+	run(t, "cp", in("opt/"+thisRelease), in(node.InstalledPath))
+	runc, err := exec.LookPath("runc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	run(t, "cp", "-L", runc, in("usr/local/bin/runc"))
+	units, deploy := in("etc/systemd/system"), filepath.Join(checkout, "deploy/systemd")
+	run(t, "cp", filepath.Join(deploy, node.Unit+".service"), units)
+	enable := []string{"systemctl", "--root=" + root, "enable", "inside.service"}
+	if c.Keeper {
+		run(t, "cp", filepath.Join(deploy, node.Unit+"-keeper.service"), units)
+		enable = append(enable, node.Unit+"-keeper.service")
+	} else {
+		run(t, "mkdir", filepath.Join(units, node.Unit+".service.d"))
+		run(t, "cp", filepath.Join(deploy, "systemd-254.conf"), filepath.Join(units, node.Unit+".service.d"))
+	}
+	text, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inside := fmt.Sprintf(`[Unit]
+After=multi-user.target
+[Service]
+Type=oneshot
+WorkingDirectory=%s/integration
+Environment=TMPDIR=/var/lib PATH=%s:/usr/local/bin:/usr/bin:/usr/sbin '%s=%s'
+ExecStart=/bin/sh -c '/opt/%s -test.v -test.run ^TestSystemd$ >/result 2>&1; echo exit $? >>/result; journalctl --no-pager -n 200 >/journal; systemctl poweroff --no-block'
+[Install]
+WantedBy=multi-user.target
+`, checkout, toolsDir(checkout), insideSystemd, text, testProgram)
+	if err := os.WriteFile(filepath.Join(units, "inside.service"), []byte(inside), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	run(t, enable...)
+}
+
+// boot runs the Debian in root until it powers itself off, and returns its console. Nothing is left of it however that ends: its mounts, and nspawn's own in
+// /run, are in a mount namespace, and its processes in a PID namespace, which ends with this process, and in a cgroup.
+func boot(t *testing.T, root, checkout, tools string) (console []byte, err error) {
+	t.Helper()
+	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
+	if err != nil || len(mounts) == 0 {
+		t.Skipf("no cgroup2 is mounted: %v", err)
+	}
+	group, err := os.MkdirTemp(mounts[0].Mountpoint, "streaming-snapshotter-")
+	if err != nil {
+		t.Skip(err)
+	}
+	t.Cleanup(func() { removeGroup(t, group) })
+	fd, err := os.Open(group)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer fd.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	defer cancel()
+	c := exec.CommandContext(ctx, "sh", "-c", `mount -t proc proc /proc && mount -t tmpfs tmpfs /run && exec systemd-nspawn --register=no --keep-unit --boot --bind=/dev/fuse --bind=/dev/loop-control --bind-ro="$1" --bind-ro="$2" --system-call-filter="bpf @keyring" --capability=all --console=pipe -D "$0"`,
+		root, checkout, tools)
+	c.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
+	c.WaitDelay = 10 * time.Second
+	c.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Unshareflags: unix.CLONE_NEWNS, UseCgroupFD: true, CgroupFD: int(fd.Fd()), Pdeathsig: unix.SIGKILL}
+	runtime.LockOSThread() // Pdeathsig is about the thread
+	defer runtime.UnlockOSThread()
+	return c.CombinedOutput()
+}
+
+// removeGroup kills what is in a cgroup and removes it with those below it.
+func removeGroup(t *testing.T, group string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(group, "cgroup.kill"), []byte("1"), 0); err != nil {
+		t.Error(err)
+	}
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		var dirs []string
+		filepath.WalkDir(group, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				dirs = append(dirs, path)
+			}
+			return nil
+		})
+		slices.Reverse(dirs)
+		var err error
+		for _, dir := range dirs {
+			err = unix.Rmdir(dir) // EBUSY until its processes are gone
+		}
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Errorf("remove %s: %v", group, err)
+			return
+		}
+	}
+}
