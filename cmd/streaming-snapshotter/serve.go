@@ -117,6 +117,14 @@ func (n *node) close() error {
 	return errors.Join(errs...)
 }
 
+// stats are the cache's counts; none without a cache.
+func (n *node) stats() cache.Stats {
+	if n.cache == nil {
+		return cache.Stats{}
+	}
+	return n.cache.Stats()
+}
+
 // stopTimeout bounds the wait for calls in progress when the daemon stops: below the 10 s that a container gets to stop.
 const stopTimeout = 5 * time.Second
 
@@ -203,7 +211,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	if err != nil {
 		return err
 	}
-	stopStatus, err := serveStatus(c.Root, s, p)
+	stopStatus, err := serveStatus(c.Root, s, n.stats, p)
 	if err != nil {
 		log.Warn("nobody can ask for the status", "error", err)
 	} else {

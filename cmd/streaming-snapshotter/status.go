@@ -17,26 +17,30 @@ import (
 	"time"
 
 	"github.com/moby/sys/mountinfo"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 )
 
 // status is what the daemon says of itself, as JSON, to whoever connects to its second socket, status.sock in root.
 type status struct {
-	Version       string   `json:"version"`
-	Since         string   `json:"since"`
-	SafeMode      string   `json:"safe_mode,omitempty"` // why
-	MountMode     string   `json:"mount_mode,omitempty"`
-	NotTaken      string   `json:"not_taken,omitempty"` // the modes before it, and why
-	Stream        patterns `json:"stream"`
-	Kept          bool     `json:"kept"` // the mounts outlive the daemon
-	StreamedCount int      `json:"streamed_images"`
-	MountedCount  int      `json:"mounted_images"`
-	CacheBytes    int64    `json:"cache_bytes"` // on disk
-	Goroutines    int      `json:"goroutines"`  // of the daemon: what leaks shows here first
-	Problems      []string `json:"problems"`    // the last ones, the newest at the end
+	Version       string      `json:"version"`
+	Since         string      `json:"since"`
+	SafeMode      string      `json:"safe_mode,omitempty"` // why
+	MountMode     string      `json:"mount_mode,omitempty"`
+	NotTaken      string      `json:"not_taken,omitempty"` // the modes before it, and why
+	Stream        patterns    `json:"stream"`
+	Kept          bool        `json:"kept"` // the mounts outlive the daemon
+	StreamedCount int         `json:"streamed_images"`
+	MountedCount  int         `json:"mounted_images"`
+	CacheBytes    int64       `json:"cache_bytes"` // on disk
+	Goroutines    int         `json:"goroutines"`  // of the daemon: what leaks shows here first
+	Cache         cache.Stats `json:"cache"`       // since the start
+	Problems      []string    `json:"problems"`    // the last ones, the newest at the end
 }
 
 // measure fills in what changes.
-func (s status) measure(root string, p *problems) status {
+func (s status) measure(root string, stats func() cache.Stats, p *problems) status {
+	s.Cache = stats()
 	if entries, err := os.ReadDir(filepath.Join(root, "images")); err == nil {
 		for _, e := range entries {
 			if e.IsDir() {
@@ -67,7 +71,7 @@ func (s status) measure(root string, p *problems) status {
 func statusSocket(root string) string { return filepath.Join(root, "status.sock") }
 
 // serveStatus answers until stop, which waits for the end.
-func serveStatus(root string, s status, p *problems) (stop func(), err error) {
+func serveStatus(root string, s status, stats func() cache.Stats, p *problems) (stop func(), err error) {
 	path := statusSocket(root)
 	if err := os.Remove(path); err != nil && !os.IsNotExist(err) { // a dead daemon's: root is locked
 		return nil, err
@@ -85,7 +89,7 @@ func serveStatus(root string, s status, p *problems) (stop func(), err error) {
 				return
 			}
 			conn.SetDeadline(time.Now().Add(5 * time.Second))
-			json.NewEncoder(conn).Encode(s.measure(root, p)) // who has gone does not want it
+			json.NewEncoder(conn).Encode(s.measure(root, stats, p)) // who has gone does not want it
 			conn.Close()
 		}
 	}()

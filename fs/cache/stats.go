@@ -8,17 +8,17 @@ import (
 
 // Stats are counts since Open. A chunk that several reads wait for is counted once.
 type Stats struct {
-	Hits          int64 // chunks read from disk, verified before
-	Verified      int64 // chunks found on disk and verified at their first use
-	Copied        int64 // chunks that another layer had
-	Misses        int64 // chunks fetched because a read waited for them
-	ReadAhead     int64 // chunks fetched before a read asked for them
-	Requests      int64 // calls of Blob.ReadRange
-	FetchedBytes  int64 // bytes asked of Blob.ReadRange
-	CorruptChunks int64 // chunks from a Blob that did not verify
-	DamagedChunks int64 // chunks on disk that did not verify
-	Evicted       int64 // chunks given back to stay within the limit
-	DiskErrors    int64 // operations on the cache's disk that failed
+	Hits          int64 `json:"hits"`           // chunks read from disk, verified before
+	Verified      int64 `json:"verified"`       // chunks found on disk and verified at their first use
+	Copied        int64 `json:"copied"`         // chunks that another layer had
+	Misses        int64 `json:"misses"`         // chunks fetched because a read waited for them
+	ReadAhead     int64 `json:"read_ahead"`     // chunks fetched before a read asked for them
+	Requests      int64 `json:"requests"`       // calls of Blob.ReadRange
+	FetchedBytes  int64 `json:"fetched_bytes"`  // bytes asked of Blob.ReadRange
+	CorruptChunks int64 `json:"corrupt_chunks"` // chunks from a Blob that did not verify
+	DamagedChunks int64 `json:"damaged_chunks"` // chunks on disk that did not verify
+	Evicted       int64 `json:"evicted"`        // chunks given back to stay within the limit
+	DiskErrors    int64 `json:"disk_errors"`    // operations on the cache's disk that failed
 }
 
 // counters are the live Stats.

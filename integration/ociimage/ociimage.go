@@ -163,15 +163,20 @@ func Image(config v1.Config, layers ...v1.Layer) (v1.Image, error) {
 	return mutate.AppendLayers(img, layers...)
 }
 
-// Built returns an image that integration/images has built: $OUT/oci/NAME, or ~/.cache/test-images/oci/NAME.
+// BuiltDir is where integration/images puts what it builds: $OUT, or ~/.cache/test-images.
+func BuiltDir() (string, error) {
+	if dir := os.Getenv("OUT"); dir != "" {
+		return dir, nil
+	}
+	cache, err := os.UserCacheDir()
+	return filepath.Join(cache, "test-images"), err
+}
+
+// Built returns an image that integration/images has built.
 func Built(name string) (v1.Image, error) {
-	dir := os.Getenv("OUT")
-	if dir == "" {
-		cache, err := os.UserCacheDir()
-		if err != nil {
-			return nil, err
-		}
-		dir = filepath.Join(cache, "test-images")
+	dir, err := BuiltDir()
+	if err != nil {
+		return nil, err
 	}
 	img, err := FromLayout(filepath.Join(dir, "oci", name))
 	if err != nil {

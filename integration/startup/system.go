@@ -37,6 +37,8 @@ func systems() []*system {
 			node:    func(*origin, *link) node.Options { return node.Options{Pull: node.Plain} },
 			missing: nothing,
 		},
+		stargz("stargz", "stargz-snapshotter 0.19.1, eStargz", "--no-optimize"),
+		stargz("stargz-opt", "the same, eStargz optimised by a run of the container"),
 		{
 			Name: "none", What: "streaming, without a profile",
 			prepare: func(ctx context.Context, _ *origin, _, ref string) error {
