@@ -30,6 +30,7 @@ type daemonArgs struct {
 	NoResend bool
 	Step     string // of requests, at which it kills itself,
 	Nth      int64  // for the nth time
+	Stall    bool   // reads of the Device wait, and each is told on standard output
 	Kept     []string
 }
 
@@ -124,6 +125,15 @@ func runDaemon(arg string) error {
 			}
 		}
 	}
+	var serving atomic.Bool
+	if a.Stall {
+		m.dev.hold = make(chan struct{})
+		o.step = func(step string) {
+			if step == "registered" && serving.Load() {
+				fmt.Println("read")
+			}
+		}
+	}
 	s, err := New(o)
 	if err != nil {
 		return err
@@ -134,6 +144,7 @@ func runDaemon(arg string) error {
 		}
 	}
 	fmt.Println("serving")
+	serving.Store(true)
 	in, err := io.ReadAll(os.Stdin)
 	if err == nil && len(in) == 0 {
 		err = s.UnmountAll()

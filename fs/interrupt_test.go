@@ -16,11 +16,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// byFault before the path of FS_TEST_READ has it read by a page fault, without read-ahead.
+const byFault = "fault:"
+
 // readInChild is the process that the tests here send signals to: it prints its thread, reads the first page of path, once, with
 // no regard for EINTR, and prints what it got.
 func readInChild(path string) int {
 	runtime.LockOSThread()
 	signal.Notify(make(chan os.Signal, 1), unix.SIGUSR1)
+	path, fault := strings.CutPrefix(path, byFault)
 	fd, err := unix.Open(path, unix.O_RDONLY, 0)
 	if err != nil {
 		fmt.Println(err)
@@ -28,6 +32,18 @@ func readInChild(path string) int {
 	}
 	fmt.Println(unix.Gettid())
 	p := make([]byte, 4096)
+	if fault {
+		mem, err := unix.Mmap(fd, 0, len(p), unix.PROT_READ, unix.MAP_SHARED)
+		if err == nil {
+			err = unix.Madvise(mem, unix.MADV_RANDOM)
+		}
+		if err != nil {
+			fmt.Fprint(os.Stderr, err)
+			return 1
+		}
+		os.Stderr.Write(mem) // write(2) reads them
+		return 0
+	}
 	n, err := unix.Pread(fd, p, 0)
 	if err != nil {
 		fmt.Fprint(os.Stderr, err)
