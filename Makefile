@@ -44,7 +44,7 @@ bench: build
 
 # make bench-startup [IMAGES=nginx,postgres] [LINKS=5ms] [SYSTEMS=overlayfs,none] [N=5] [FLAGS=-trace=FILE]: writes docs/benchmarks.md and the plots beside it, if all is measured
 bench-startup: build
-	@.ci/packages runc stargz-snapshotter
+	@.ci/packages runc stargz-snapshotter nginx-light
 	@cd integration/startup/stargz && CGO_ENABLED=0 go build -o $(BIN)/ .
 	@go build -o .build/startup ./integration/startup && .build/startup $(if $(IMAGES),-images $(IMAGES)) $(if $(LINKS),-links $(LINKS)) $(if $(SYSTEMS),-systems $(SYSTEMS)) \
 		$(if $(N),-n $(N)) $(if $(IMAGES)$(LINKS)$(SYSTEMS),,-docs docs) $(FLAGS)

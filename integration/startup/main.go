@@ -30,6 +30,7 @@ type options struct {
 	images, links, systems string
 	n                      int
 	everything             bool
+	burst                  string
 	out, docs, from, trace string
 }
 
@@ -41,6 +42,7 @@ func main() {
 	flag.StringVar(&o.systems, "systems", "", "systems to compare; default all")
 	flag.IntVar(&o.n, "n", 5, "how often each")
 	flag.BoolVar(&o.everything, "everything", true, "also time the reading of all of an image")
+	flag.StringVar(&o.burst, "burst", "python-app", "image to start on ten nodes at once; none if empty")
 	flag.StringVar(&o.out, "out", ".build/startup.json", "file for all that was measured")
 	flag.StringVar(&o.docs, "docs", "", "directory whose benchmarks.md and plots are to be written")
 	flag.StringVar(&o.from, "from", "", "measure nothing, write the docs from such a file")
@@ -104,15 +106,9 @@ func run(ctx context.Context, opts options, r *results) (err error) {
 		return err
 	}
 	o.RequireToken(registrytest.TokenOptions{})
-	for _, s := range all {
-		if s.Name != "none" {
-			continue
-		}
-		for _, image := range r.Images {
-			if r.Needed[image], err = needed(ctx, o, s, image); err != nil {
-				return fmt.Errorf("find what %s needs: %w", image, err)
-			}
-			fmt.Printf("%s needs %.1f MB to be ready\n", image, float64(r.Needed[image])/1e6)
+	if slices.ContainsFunc(all, func(s *system) bool { return s.Name == "none" }) {
+		if err := r.findNeeded(ctx, o); err != nil {
+			return err
 		}
 	}
 	for _, l := range r.Links {
@@ -123,6 +119,67 @@ func run(ctx context.Context, opts options, r *results) (err error) {
 				}
 			}
 		}
+	}
+	if slices.Contains(r.Images, opts.burst) {
+		return r.bursts(ctx, o, opts, all)
+	}
+	return nil
+}
+
+// bursts measures bursts of ours, with and without a cache before the registry.
+func (r *results) bursts(ctx context.Context, o *origin, opts options, all []*system) error {
+	for range opts.n {
+		for _, s := range all {
+			for _, cached := range []bool{false, true} {
+				if !s.ours {
+					continue
+				}
+				b, err := measureBurst(ctx, o, s, opts.burst, cached)
+				if ctx.Err() != nil {
+					return ctx.Err()
+				}
+				if err != nil {
+					r.fail("burst of %s with %s (cache: %v): %w", opts.burst, s.Name, cached, err)
+					continue
+				}
+				r.Bursts = append(r.Bursts, b)
+				fmt.Printf("burst of %s, %s, cache %v: %.2f s the median, %.2f s the last, the registry served %d requests, %.1f MB\n",
+					b.Image, b.System, cached, median(b.Ready), slices.Max(b.Ready), b.Requests, float64(b.Bytes)/1e6)
+			}
+		}
+	}
+	return r.save(opts.out)
+}
+
+// fail notes what could not be measured: the rest goes on, and the report says it.
+func (r *results) fail(format string, args ...any) {
+	err := fmt.Errorf(format, args...)
+	fmt.Fprintln(os.Stderr, err)
+	text, _, _ := strings.Cut(err.Error(), "\n")
+	r.Failed = append(r.Failed, text)
+}
+
+// save writes all that was measured so far.
+func (r *results) save(name string) error {
+	r.Load[1] = load()
+	b, err := json.MarshalIndent(r, "", " ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(name, b, 0o644)
+}
+
+// findNeeded counts the bytes of the chunks that the containers touch.
+func (r *results) findNeeded(ctx context.Context, o *origin) error {
+	for _, image := range r.Images {
+		requests, err := touched(ctx, o, image, o.Host()+"/bench/none/"+image+":latest")
+		if err != nil {
+			return fmt.Errorf("find what %s needs: %w", image, err)
+		}
+		for _, q := range requests {
+			r.Needed[image] += q.Bytes
+		}
+		fmt.Printf("%s needs %.1f MB to be ready\n", image, float64(r.Needed[image])/1e6)
 	}
 	return nil
 }
@@ -137,22 +194,15 @@ func (r *results) round(ctx context.Context, o *origin, opts options, all []*sys
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
-		if err != nil { // the others go on, and the report says it
-			fmt.Fprintf(os.Stderr, "%s of %s over %v: %v\n", s.Name, image, l, err)
-			text, _, _ := strings.Cut(err.Error(), "\n")
-			r.Failed = append(r.Failed, fmt.Sprintf("%s of %s over %v: %s", s.Name, image, l, text))
+		if err != nil {
+			r.fail("%s of %s over %v: %w", s.Name, image, l, err)
 			continue
 		}
 		r.Samples = append(r.Samples, m)
 		fmt.Printf("%-11s %-10s %-17v pull %5.2f s, ready %6.2f s, %6.1f MB, %4d requests (%d after the start, misses %d), CPU %.2f s, everything %.1f s\n",
 			m.Image, m.System, l, m.Pull, m.Ready, float64(m.Bytes)/1e6, m.Requests, m.AfterStart, m.Misses, m.Containerd+m.Snapshotter, m.Everything)
 	}
-	r.Load[1] = load()
-	b, err := json.MarshalIndent(r, "", " ")
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(opts.out, b, 0o644)
+	return r.save(opts.out)
 }
 
 // machine describes the machine.

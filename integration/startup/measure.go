@@ -138,15 +138,21 @@ func startWarm(ctx context.Context, n *node.Node, pod *node.Pod, ref, image stri
 		return 0, err
 	}
 	begin := time.Now()
+	err = startIn(ctx, pod, ref, image)
+	return time.Since(begin).Seconds(), err
+}
+
+// startIn creates and starts a container and waits until it is ready.
+func startIn(ctx context.Context, pod *node.Pod, ref, image string) error {
 	c, err := pod.Create(ctx, ref)
 	if err != nil {
-		return 0, err
+		return err
 	}
 	if err := c.Start(ctx); err != nil {
-		return 0, err
+		return err
 	}
 	_, err = c.WaitLine(ctx, readyLine(image))
-	return time.Since(begin).Seconds(), err
+	return err
 }
 
 // readAll pulls image on a fresh node and reads all its files through the mount that a container would have, one after the other.
@@ -170,29 +176,6 @@ func readAll(ctx context.Context, o *origin, s *system, l *link, image string) (
 		return errors.Join(err, n.Unmount(ctx, dir))
 	})
 	return seconds, err
-}
-
-// needed returns the bytes of the chunks that a container of image touches between its creation and its ready line: what our daemon fetches when it fetches
-// nothing ahead.
-func needed(ctx context.Context, o *origin, s *system, image string) (bytes int64, err error) {
-	opts := node.Options{Stream: []string{o.Host() + "/bench/*"}, Config: "read_ahead = false"}
-	err = o.onNode(ctx, opts, func(ctx context.Context, n *node.Node) error {
-		ref := o.Host() + "/" + s.repository(image) + ":latest"
-		if err := n.Pull(ctx, ref); err != nil {
-			return err
-		}
-		o.Reset()
-		c, err := n.RunPod(ctx, ref)
-		if err != nil {
-			return err
-		}
-		if _, err := c.WaitLine(ctx, readyLine(image)); err != nil {
-			return err
-		}
-		_, bytes = o.Count(registrytest.OfBlobs)
-		return nil
-	})
-	return bytes, err
 }
 
 func readyLine(image string) *regexp.Regexp { return regexp.MustCompile("^" + image + ": ready") }

@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -57,10 +58,12 @@ func (l *link) String() string {
 // origin is a registry with two fronts: plain HTTP without a delay for preparations, and TLS behind each of the links.
 type origin struct {
 	*registrytest.Registry
-	caFile string
-	server *http.Server
-	links  []*link
-	served chan error
+	dir                       string
+	caFile, certFile, keyFile string
+	address                   string // of the front with TLS, without a link
+	server                    *http.Server
+	links                     []*link
+	served                    chan error
 }
 
 // startOrigin runs the registry until close. Its blobs lie in memory, because they are what a registry's own disk or cache is no matter of ours.
@@ -76,24 +79,28 @@ func startOrigin(dir string, links []*link) (o *origin, err error) {
 	if err != nil {
 		return nil, err
 	}
-	o = &origin{Registry: r, caFile: filepath.Join(dir, "ca.pem"), links: links, served: make(chan error, 1)}
-	cert, ca, err := certificate()
-	if err != nil {
+	o = &origin{
+		Registry: r, dir: dir, links: links, served: make(chan error, 1),
+		caFile: filepath.Join(dir, "ca.pem"), certFile: filepath.Join(dir, "cert.pem"), keyFile: filepath.Join(dir, "key.pem"),
+	}
+	if err := o.makeCertificate(); err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(o.caFile, ca, 0o644); err != nil {
+	cert, err := tls.LoadX509KeyPair(o.certFile, o.keyFile)
+	if err != nil {
 		return nil, err
 	}
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
-	o.server = &http.Server{Handler: r, ErrorLog: log.New(io.Discard, "", 0)} // daemons are killed in mid-connection
+	o.address = l.Addr().String()
+	o.server = &http.Server{Handler: clamped(r, blobs), ErrorLog: log.New(io.Discard, "", 0)} // daemons are killed in mid-connection
 	// HTTP/1.1, as most of what serves layers speaks: each request in flight has a connection of its own, with its own slow start.
 	tlsListener := tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"http/1.1"}})
 	go func() { o.served <- o.server.Serve(tlsListener) }()
 	for _, k := range links {
-		if k.proxy, err = lagproxy.Listen("tcp", l.Addr().String(), k.Link); err != nil {
+		if k.proxy, err = lagproxy.Listen("tcp", o.address, k.Link); err != nil {
 			return nil, errors.Join(err, o.close())
 		}
 		k.Host = k.proxy.Addr()
@@ -120,14 +127,18 @@ func (o *origin) close() error {
 	return errors.Join(errs...)
 }
 
-// trust writes containerd's registry host configuration for all links into certs.d.
+// trust writes containerd's registry host configuration for all ways to the registry into certs.d.
 func (o *origin) trust(hostsDir string) error {
+	hosts := []string{burstHost}
 	for _, k := range o.links {
-		dir := filepath.Join(hostsDir, k.Host)
+		hosts = append(hosts, k.Host)
+	}
+	for _, host := range hosts {
+		dir := filepath.Join(hostsDir, host)
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-		text := fmt.Sprintf("server = \"https://%s\"\nca = %q\n", k.Host, o.caFile)
+		text := fmt.Sprintf("server = \"https://%s\"\nca = %q\n", host, o.caFile)
 		if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(text), 0o644); err != nil {
 			return err
 		}
@@ -135,15 +146,29 @@ func (o *origin) trust(hostsDir string) error {
 	return nil
 }
 
-// certificate makes one for loopback, signed by a CA made for it, whose certificate is returned in PEM.
-func certificate() (c tls.Certificate, ca []byte, err error) {
+// clamped lets a range end beyond the end of a blob in the directory, as registries do, and as nginx asks for its last slice. go-containerregistry's does not.
+func clamped(h http.Handler, blobs string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var from, to int64
+		if n, _ := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &from, &to); n == 2 {
+			_, hex, _ := strings.Cut(r.URL.Path, "/blobs/sha256:")
+			if fi, err := os.Stat(filepath.Join(blobs, "sha256", filepath.Base(hex))); err == nil && to >= fi.Size() && from < fi.Size() {
+				r.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", from, fi.Size()-1))
+			}
+		}
+		h.ServeHTTP(w, r)
+	})
+}
+
+// makeCertificate makes a certificate for loopback, signed by a CA made for it, and writes both and the key.
+func (o *origin) makeCertificate() error {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return c, nil, err
+		return err
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return c, nil, err
+		return err
 	}
 	root := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "startup benchmark"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(0, 0, 7),
@@ -151,7 +176,7 @@ func certificate() (c tls.Certificate, ca []byte, err error) {
 	}
 	caDER, err := x509.CreateCertificate(rand.Reader, root, root, caKey.Public(), caKey)
 	if err != nil {
-		return c, nil, err
+		return err
 	}
 	leaf := &x509.Certificate{
 		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "registry"}, NotBefore: root.NotBefore, NotAfter: root.NotAfter,
@@ -159,7 +184,14 @@ func certificate() (c tls.Certificate, ca []byte, err error) {
 	}
 	der, err := x509.CreateCertificate(rand.Reader, leaf, root, key.Public(), caKey)
 	if err != nil {
-		return c, nil, err
+		return err
 	}
-	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER}), nil
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		return err
+	}
+	file := func(name, kind string, der []byte) error {
+		return os.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
+	}
+	return errors.Join(file(o.caFile, "CERTIFICATE", caDER), file(o.certFile, "CERTIFICATE", der), file(o.keyFile, "PRIVATE KEY", keyDER))
 }

@@ -65,6 +65,42 @@ func (r *results) markdown(w io.Writer) {
 		fmt.Fprintf(w, "\n### %s\n\n![Time to ready over %s](%s)\n\n", l, l, plotName(l))
 		r.table(w, l)
 	}
+	r.burstTable(w)
+}
+
+// burstTable has a row for each system, with and without the cache.
+func (r *results) burstTable(w io.Writer) {
+	if len(r.Bursts) == 0 {
+		return
+	}
+	fmt.Fprintf(w, `
+### %d nodes at once
+
+%s, on %d nodes of this one machine in network namespaces, over links of %s each to a registry that gives 1 Gbit/s to all; or over %s to an nginx that keeps slices of 1 MiB
+of the blobs, and has the same way to the registry, empty when all begin. The cores are the nodes', too: the times compare the rows with one another.
+
+| | cache | p50, s | p99, s | bursts | requests to the registry | MB from it |
+|---|---|---:|---:|---:|---:|---:|
+`, burstNodes, r.Bursts[0].Image, burstNodes, links()[1], links()[0])
+	for _, s := range r.measured() {
+		for _, cached := range []bool{false, true} {
+			var ready, requests, bytes []float64
+			for _, b := range r.Bursts {
+				if b.System == s && b.Cached == cached {
+					ready = append(ready, b.Ready...)
+					requests = append(requests, float64(b.Requests))
+					bytes = append(bytes, float64(b.Bytes)/1e6)
+				}
+			}
+			if len(ready) > 0 {
+				cache := "none"
+				if cached {
+					cache = "nginx"
+				}
+				fmt.Fprintf(w, "| %s | %s | %.2f | %.2f | %d | %.0f | %.1f |\n", s, cache, percentile(ready, 50), percentile(ready, 99), len(requests), median(requests), median(bytes))
+			}
+		}
+	}
 }
 
 // measured are the systems that were.

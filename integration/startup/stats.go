@@ -16,6 +16,7 @@ type results struct {
 	Images  []string
 	Samples []sample
 	Needed  map[string]int64 // by image: bytes of the chunks that a container touches until it is ready
+	Bursts  []burst
 	Failed  []string
 }
 
@@ -57,6 +58,15 @@ func median(fs []float64) float64 {
 		return (s[n/2-1] + s[n/2]) / 2
 	}
 	return s[len(s)/2]
+}
+
+// percentile is the least value that p percent of them do not exceed.
+func percentile(fs []float64, p int) float64 {
+	if len(fs) == 0 {
+		return math.NaN()
+	}
+	s := slices.Sorted(slices.Values(fs))
+	return s[max(0, (len(s)*p+99)/100-1)]
 }
 
 // geometricMean is NaN if any value is.

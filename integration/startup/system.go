@@ -18,6 +18,7 @@ type system struct {
 	prepare func(ctx context.Context, o *origin, image, ref string) error
 	// node says what runs on the node.
 	node func(o *origin, l *link) node.Options
+	ours bool
 	// readAll: the time to read everything is of interest. For overlayfs it is the pull.
 	readAll bool
 	// missing says what this machine or this version lacks for it; "" is nothing.
@@ -47,20 +48,32 @@ func systems() []*system {
 				}
 				return create(ctx, ref)
 			},
-			node: streaming, missing: nothing, readAll: true,
+			node: streaming, missing: nothing, readAll: true, ours: true,
 		},
 		{
 			Name: "static", What: "streaming, with the static profile",
 			prepare: func(ctx context.Context, _ *origin, _, ref string) error { return create(ctx, ref) },
-			node:    streaming,
-			missing: func() string {
-				if !createKnows("--profile") {
-					return "streamctl create makes no profiles"
+			node:    streaming, missing: noProfiles, ours: true,
+		},
+		{
+			Name: "recorded", What: "streaming, with the profile of one start",
+			prepare: func(ctx context.Context, o *origin, image, ref string) error {
+				if err := create(ctx, ref); err != nil {
+					return err
 				}
-				return ""
+				return record(ctx, o, image, ref)
 			},
+			node: streaming, missing: noProfiles, ours: true,
 		},
 	}
+}
+
+// noProfiles says that profiles are not there yet, if so.
+func noProfiles() string {
+	if !createKnows("--profile") {
+		return "streamctl create makes no profiles"
+	}
+	return ""
 }
 
 func streaming(_ *origin, l *link) node.Options {
