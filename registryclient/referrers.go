@@ -9,6 +9,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,23 +20,25 @@ import (
 const (
 	maxReferrersPage  = 4 << 20 // bytes: the size registries allow a manifest
 	maxReferrersPages = 32
-	maxReferrers      = 4096             // descriptors of one artifact type
+	maxReferrers      = 4096             // descriptors of the artifact types asked for
 	noAPIFor          = 15 * time.Minute // before a host without the referrers API is asked for it again
 )
 
-// Referrers lists the referrers of subject with the given artifact type: referrers API first, then the referrers tag schema.
+// Referrers lists the referrers of subject of the given artifact types: referrers API first, then the referrers tag schema.
 // None is an empty list, no error. One round trip; one more on first contact with a registry that has only the tag schema.
 //
+// A registry filters by one type at most, so the list of several types is taken out of the list of all.
+//
 // The registry's own answer is final; a mirror is believed only what it has. "None" is not remembered.
-func (c *Client) Referrers(ctx context.Context, repo Repository, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
-	found, err := c.referrers(ctx, repo, subject, artifactType)
+func (c *Client) Referrers(ctx context.Context, repo Repository, subject digest.Digest, artifactTypes ...string) ([]ocispec.Descriptor, error) {
+	found, err := c.referrers(ctx, repo, subject, artifactTypes)
 	if err != nil {
 		return nil, fmt.Errorf("list referrers of %s@%s: %w", repo, subject, err)
 	}
 	return found, nil
 }
 
-func (c *Client) referrers(ctx context.Context, repo Repository, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
+func (c *Client) referrers(ctx context.Context, repo Repository, subject digest.Digest, artifactTypes []string) ([]ocispec.Descriptor, error) {
 	if err := subject.Validate(); err != nil {
 		return nil, err
 	}
@@ -47,7 +50,7 @@ func (c *Client) referrers(ctx context.Context, repo Repository, subject digest.
 	var found []ocispec.Descriptor
 	err = k.ask(func(h *host) error {
 		var err error
-		if found, err = k.referrersAt(h, subject, artifactType); err == nil && len(found) == 0 {
+		if found, err = k.referrersAt(h, subject, artifactTypes); err == nil && len(found) == 0 {
 			err = ErrNotFound // so that the next host is asked
 		}
 		return err
@@ -60,27 +63,30 @@ func (c *Client) referrers(ctx context.Context, repo Repository, subject digest.
 
 // referrersAt asks one host. A host known to be without the API is asked for the tag first, and for the API only if there is no tag and this
 // repository was never asked: one host name may stand for several registries.
-func (k *call) referrersAt(h *host, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
+func (k *call) referrersAt(h *host, subject digest.Digest, artifactTypes []string) ([]ocispec.Descriptor, error) {
 	if h.lacksAPI("") {
-		found, err := k.byTag(h, subject, artifactType)
+		found, err := k.byTag(h, subject, artifactTypes)
 		if !errors.Is(err, ErrNotFound) || h.lacksAPI(k.name) {
 			return found, err
 		}
-		if found, ok, err := k.byAPI(h, subject, artifactType); ok || err != nil {
+		if found, ok, err := k.byAPI(h, subject, artifactTypes); ok || err != nil {
 			return found, err
 		}
 		return nil, ErrNotFound
 	}
-	found, ok, err := k.byAPI(h, subject, artifactType)
+	found, ok, err := k.byAPI(h, subject, artifactTypes)
 	if ok || err != nil {
 		return found, err
 	}
-	return k.byTag(h, subject, artifactType)
+	return k.byTag(h, subject, artifactTypes)
 }
 
 // byAPI follows the referrers API's pages. ok is false if the host does not have the API.
-func (k *call) byAPI(h *host, subject digest.Digest, artifactType string) (found []ocispec.Descriptor, ok bool, err error) {
-	q := question{path: "referrers/" + subject.String(), query: url.Values{"artifactType": {artifactType}}.Encode(), accept: ocispec.MediaTypeImageIndex}
+func (k *call) byAPI(h *host, subject digest.Digest, artifactTypes []string) (found []ocispec.Descriptor, ok bool, err error) {
+	q := question{path: "referrers/" + subject.String(), accept: ocispec.MediaTypeImageIndex}
+	if len(artifactTypes) == 1 {
+		q.query = url.Values{"artifactType": artifactTypes}.Encode()
+	}
 	for range maxReferrersPages {
 		header, b, err := k.read(h, q, maxReferrersPage)
 		if lacks, certain := saysNoAPI(err); lacks {
@@ -95,7 +101,7 @@ func (k *call) byAPI(h *host, subject digest.Digest, artifactType string) (found
 		if t, _, err := mime.ParseMediaType(header.Get("Content-Type")); err != nil || t != ocispec.MediaTypeImageIndex {
 			return nil, false, nil // some front page with status 200
 		}
-		page, err := parseReferrers(b, artifactType)
+		page, err := parseReferrers(b, artifactTypes)
 		if err != nil {
 			return nil, false, fmt.Errorf("host %s: %w", h.Host, err)
 		}
@@ -133,27 +139,27 @@ func saysNoAPI(err error) (lacks, certain bool) {
 }
 
 // byTag reads the index that the tag schema keeps under a tag made of the subject's digest.
-func (k *call) byTag(h *host, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error) {
+func (k *call) byTag(h *host, subject digest.Digest, artifactTypes []string) ([]ocispec.Descriptor, error) {
 	tag := subject.Algorithm().String() + "-" + subject.Encoded()
 	_, b, err := k.read(h, question{path: "manifests/" + tag, accept: ocispec.MediaTypeImageIndex}, maxReferrersPage)
 	if err != nil {
 		return nil, err
 	}
-	found, err := parseReferrers(b, artifactType)
+	found, err := parseReferrers(b, artifactTypes)
 	if err != nil {
 		return nil, fmt.Errorf("host %s: tag %s: %w", h.Host, tag, err)
 	}
 	return found, nil
 }
 
-// parseReferrers returns the entries of an index that have the artifact type; those that cannot be fetched by what they say are left out.
+// parseReferrers returns the entries of an index that have one of the artifact types; those that cannot be fetched by what they say are left out.
 // An entry that does not tell its type (old clients wrote such) is left out, too.
-func parseReferrers(b []byte, artifactType string) ([]ocispec.Descriptor, error) {
+func parseReferrers(b []byte, artifactTypes []string) ([]ocispec.Descriptor, error) {
 	var index struct {
 		MediaType string       `json:"mediaType"`
 		Manifests referrerList `json:"manifests"`
 	}
-	index.Manifests.artifactType = artifactType
+	index.Manifests.artifactTypes = artifactTypes
 	if err := json.Unmarshal(b, &index); err != nil {
 		return nil, refused("referrers are no index: %v", err)
 	}
@@ -163,10 +169,10 @@ func parseReferrers(b []byte, artifactType string) ([]ocispec.Descriptor, error)
 	return index.Manifests.found, nil
 }
 
-// referrerList keeps what it decodes only if it is of the type: a page of empty descriptors would take a hundred times its size.
+// referrerList keeps what it decodes only if it is of the types: a page of empty descriptors would take a hundred times its size.
 type referrerList struct {
-	artifactType string
-	found        []ocispec.Descriptor
+	artifactTypes []string
+	found         []ocispec.Descriptor
 }
 
 func (l *referrerList) UnmarshalJSON(b []byte) error {
@@ -184,11 +190,11 @@ func (l *referrerList) UnmarshalJSON(b []byte) error {
 		if err := dec.Decode(&d); err != nil {
 			return err
 		}
-		if d.ArtifactType != l.artifactType || d.ArtifactType == "" || d.Size < 0 || d.Digest.Validate() != nil {
+		if !slices.Contains(l.artifactTypes, d.ArtifactType) || d.ArtifactType == "" || d.Size < 0 || d.Digest.Validate() != nil {
 			continue
 		}
 		if l.found = append(l.found, d); len(l.found) > maxReferrers {
-			return fmt.Errorf("more than %d referrers of one type", maxReferrers)
+			return fmt.Errorf("more than %d referrers of the types asked for", maxReferrers)
 		}
 	}
 	return nil

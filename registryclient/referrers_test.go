@@ -58,6 +58,42 @@ func TestReferrersAPI(t *testing.T) {
 	}
 }
 
+// Several types are one request, whether the registry filters or not, and on the tag schema too.
+func TestReferrersOfTwoTypes(t *testing.T) {
+	const second, third = "application/vnd.example.second", "application/vnd.example.third"
+	for name, o := range map[string]registrytest.Options{"API": {}, "not filtering": {NoFilter: true}, "tag schema": {NoReferrers: true}} {
+		t.Run(name, func(t *testing.T) {
+			r := registrytest.Start(t, o)
+			subject, first := put(t, r, artifactType)
+			list := []ocispec.Descriptor{{Digest: first, ArtifactType: artifactType}}
+			for _, kind := range []string{second, third} {
+				b := mustJSON(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: kind,
+					Config: ocispec.DescriptorEmptyJSON, Subject: &ocispec.Descriptor{Digest: subject}})
+				list = append(list, ocispec.Descriptor{Digest: r.PutManifest("team/app", "", ocispec.MediaTypeImageManifest, b), ArtifactType: kind})
+			}
+			want := 1
+			if o.NoReferrers {
+				tag := strings.Replace(subject.String(), ":", "-", 1)
+				r.PutManifest("team/app", tag, ocispec.MediaTypeImageIndex, mustJSON(t, ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: list}))
+				want = 2
+			}
+			r.Reset()
+			found, err := newClient(t, Options{}).Referrers(t.Context(), repoOf(r), subject, artifactType, second)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := map[string]digest.Digest{}
+			for _, d := range found {
+				got[d.ArtifactType] = d.Digest
+			}
+			if len(found) != 2 || got[artifactType] != first || got[second] != list[1].Digest {
+				t.Errorf("got %v, want %v", found, list[:2])
+			}
+			wantRequests(t, r, want)
+		})
+	}
+}
+
 func TestReferrersPages(t *testing.T) {
 	r := registrytest.Start(t, registrytest.Options{ReferrersPage: 3})
 	subject, artifact := put(t, r, artifactType)
@@ -179,7 +215,7 @@ func TestReferrersMemory(t *testing.T) {
 	empty := page(`{}`)
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
-	if found, err := parseReferrers(empty, artifactType); err != nil || len(found) > 0 {
+	if found, err := parseReferrers(empty, []string{artifactType}); err != nil || len(found) > 0 {
 		t.Errorf("empty entries: got %d, %v, want none", len(found), err)
 	}
 	runtime.ReadMemStats(&after)
@@ -187,7 +223,7 @@ func TestReferrersMemory(t *testing.T) {
 		t.Errorf("%d bytes were allocated for a page of %d", got, len(empty))
 	}
 	for _, entry := range []string{`1`, `{"artifactType":"` + artifactType + `","digest":"` + digest.FromString("x").String() + `"}`} {
-		if found, err := parseReferrers(page(entry), artifactType); err == nil {
+		if found, err := parseReferrers(page(entry), []string{artifactType}); err == nil {
 			t.Errorf("many %s: got %d, want an error", entry, len(found))
 		}
 	}
@@ -218,7 +254,7 @@ func FuzzParseReferrers(f *testing.F) {
 	f.Add([]byte(`{"manifests":[{"digest":"sha256:xx","size":-1,"artifactType":"` + artifactType + `"}]}`))
 	f.Add([]byte(`[]`))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		found, err := parseReferrers(b, artifactType)
+		found, err := parseReferrers(b, []string{artifactType})
 		if err != nil && (found != nil || temporary(err)) {
 			t.Errorf("got %v with %v", found, err)
 		}

@@ -40,6 +40,7 @@ type testNode struct {
 	root   string
 	mode   fs.Mode
 	images *stream.Store
+	chunks *cache.Cache
 	sn     *Snapshotter
 	log    *logBuffer
 	stop   func()
@@ -87,6 +88,7 @@ func (n *testNode) start() {
 	check(err)
 	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{})
 	check(err)
+	n.chunks = chunks
 	client, err := registryclient.New(registryclient.Options{Budget: 2 * time.Second})
 	check(err)
 	n.images, err = stream.New(stream.Options{

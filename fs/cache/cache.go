@@ -42,6 +42,8 @@
 //
 // A chunk that another layer has, too, is copied: see twins.go.
 //
+// A stream may bring the chunks that are needed first of several layers, in the order of their use: see hot.go.
+//
 // With a limit, chunks that were used least recently are given back, also of layers that are open: see evict.go.
 //
 // The package knows nothing of registries, of retries over hosts, of mounts, or of the images that layers belong to.
@@ -103,7 +105,7 @@ type Cache struct {
 	evictMu sync.Mutex  // one eviction at a time
 	stuck   atomic.Bool // the last eviction has not freed enough: not again before the next flush
 
-	// LOCK ORDER: Cache.evictMu, slot.mu, Cache.mu, store.flushMu, readAhead.mu, store.mu. None is held while waiting for a Blob or a fill.
+	// LOCK ORDER: Cache.evictMu, slot.mu, Cache.mu, store.flushMu, readAhead.mu, hot.mu, store.mu. None is held while waiting for a Blob or a fill.
 	mu      sync.Mutex
 	slots   map[digest.Digest]*slot
 	handles map[*Layer]struct{}

@@ -23,7 +23,7 @@ type flight struct {
 	buf   *buffer       // the chunk's verified bytes
 	err   error
 
-	taken bool // by a pass, which delivers it; guarded by store.mu
+	taken bool // by a pass or a stream, which delivers it; guarded by store.mu
 	refs  int  // who may look at buf: the waiters and the fill; guarded by store.mu
 }
 
@@ -33,6 +33,7 @@ type fill struct {
 	flights []*flight
 	onDisk  bool // the map claims them: read and verify first
 	ahead   bool // read-ahead: goes on without waiters
+	hot     *hot // the stream that brings them, if it is one; flights is empty then
 	cancel  context.CancelFunc
 
 	waiters int // claims on flights; guarded by store.mu
@@ -254,21 +255,14 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 		if _, err := io.ReadFull(body, b); err != nil {
 			return nil, nil, noEOF(err)
 		}
-		buf := s.cache.bufs.get(int(c.TarSize))
-		got, err := l.store.index.Decompress(fl.chunk, b, buf.mem[:0])
-		if err == nil {
-			err = s.check(fl.chunk, got)
-		}
+		buf, err := s.decode(fl.chunk, b)
 		if err != nil {
-			s.cache.stats.corrupt.Add(1)
-			s.cache.bufs.put(buf)
 			if w, ok := body.(interface{ Wrong() }); ok {
 				w.Wrong()
 			}
 			again, why = append(again, fl), fmt.Errorf("chunk %d: %w", fl.chunk, err)
 			continue
 		}
-		buf.b = got
 		if f.ahead {
 			s.cache.stats.readAhead.Add(1)
 		} else {
@@ -277,6 +271,22 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 		f.deliver(fl, buf, false)
 	}
 	return again, why, nil
+}
+
+// decode returns chunk i out of its frame, verified.
+func (s *store) decode(i int, frame []byte) (*buffer, error) {
+	buf := s.cache.bufs.get(int(s.index.Chunk(i).TarSize))
+	b, err := s.index.Decompress(i, frame, buf.mem[:0])
+	if err == nil {
+		err = s.check(i, b)
+	}
+	if err != nil {
+		s.cache.stats.corrupt.Add(1)
+		s.cache.bufs.put(buf)
+		return nil, err
+	}
+	buf.b = b
+	return buf, nil
 }
 
 // deliver hands fl's verified bytes to its waiters, then to the disk unless they come from there.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"time"
 )
 
 // Layer is a layer's tar, read at random. Its methods may be called from many goroutines.
@@ -132,14 +133,23 @@ func (l *Layer) pread(p []byte, off int64, lo, hi int, evictions uint64) bool {
 	return false
 }
 
-// wait waits for fl. Again says that a fetch failed on which this reader has only looked on, another handle's or read-ahead:
-// ours may do better.
+// wait waits for fl. Again says that a fetch failed on which this reader has only looked on, another handle's, read-ahead or a hot blob's, or
+// that the hot blob takes too long: ours may do better.
 func (l *Layer) wait(ctx context.Context, fl *flight) (again bool, err error) {
+	var late <-chan time.Time
+	if h := fl.fill.hot; h != nil {
+		t := time.NewTimer(h.patience)
+		defer t.Stop()
+		late = t.C
+	}
 	select {
 	case <-fl.done:
 		if fl.err == nil {
 			return false, nil
 		}
+	case <-late:
+		fl.fill.hot.late(fl)
+		return true, nil
 	case <-ctx.Done():
 		return false, ctx.Err()
 	case <-l.closing:

@@ -13,6 +13,7 @@ type Stats struct {
 	Copied        int64 `json:"copied"`         // chunks that another layer had
 	Misses        int64 `json:"misses"`         // chunks fetched because a read waited for them
 	ReadAhead     int64 `json:"read_ahead"`     // chunks fetched before a read asked for them
+	Hot           int64 `json:"hot"`            // chunks that a stream brought: see Fill
 	Requests      int64 `json:"requests"`       // calls of Blob.ReadRange
 	FetchedBytes  int64 `json:"fetched_bytes"`  // bytes asked of Blob.ReadRange
 	CorruptChunks int64 `json:"corrupt_chunks"` // chunks from a Blob that did not verify
@@ -23,7 +24,7 @@ type Stats struct {
 
 // counters are the live Stats.
 type counters struct {
-	hits, verified, copied, misses, readAhead, requests, fetchedBytes, corrupt, damaged, evicted, diskErrors atomic.Int64
+	hits, verified, copied, misses, readAhead, hot, requests, fetchedBytes, corrupt, damaged, evicted, diskErrors atomic.Int64
 
 	// failing: the disk refused something, and has written and synced nothing since.
 	failing atomic.Bool
@@ -38,7 +39,7 @@ type counters struct {
 func (c *Cache) Stats() Stats {
 	s := &c.stats
 	return Stats{
-		Hits: s.hits.Load(), Verified: s.verified.Load(), Copied: s.copied.Load(), Misses: s.misses.Load(), ReadAhead: s.readAhead.Load(),
+		Hits: s.hits.Load(), Verified: s.verified.Load(), Copied: s.copied.Load(), Misses: s.misses.Load(), ReadAhead: s.readAhead.Load(), Hot: s.hot.Load(),
 		Requests: s.requests.Load(), FetchedBytes: s.fetchedBytes.Load(),
 		CorruptChunks: s.corrupt.Load(), DamagedChunks: s.damaged.Load(), Evicted: s.evicted.Load(), DiskErrors: s.diskErrors.Load(),
 	}

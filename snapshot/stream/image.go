@@ -12,6 +12,7 @@ import (
 	"sort"
 	"sync"
 
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -33,8 +34,10 @@ type image struct {
 
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex
-	mounts int     // targets mounted, and uses by mounts of a former life
+	mounts int     // targets mounted, and other uses
 	dev    *device // open while mounts > 0
+
+	hot *hotFetch // the last one; guarded by store.mu
 }
 
 func (img *image) mount(ctx context.Context, n int, target string) error {
@@ -103,26 +106,43 @@ func (s *Store) Device(ctx context.Context, id string) (fs.Device, error) {
 	}
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	if img.dev == nil {
-		if img.dev, err = img.open(ctx); err != nil {
-			return nil, fmt.Errorf("open streamed image %s: %w", id, err)
-		}
+	use, err := img.use(ctx)
+	if err != nil {
+		return nil, err
 	}
-	img.mounts++
-	return formerMount{img.dev, img}, nil
+	return use, nil
 }
 
-// formerMount is a use of an image's data device.
-type formerMount struct {
+// ensureOpen opens the data device if it is not open. The caller holds mu, and calls release in the end.
+func (img *image) ensureOpen(ctx context.Context) (err error) {
+	if img.dev == nil {
+		if img.dev, err = img.open(ctx); err != nil {
+			return fmt.Errorf("open streamed image %s: %w", img.id, err)
+		}
+	}
+	return nil
+}
+
+// use opens the data device until the use is closed. The caller holds mu.
+func (img *image) use(ctx context.Context) (*deviceUse, error) {
+	if err := img.ensureOpen(ctx); err != nil {
+		return nil, err
+	}
+	img.mounts++
+	return &deviceUse{img.dev, img}, nil
+}
+
+// deviceUse is a use of an image's data device other than by a mount of this life.
+type deviceUse struct {
 	*device
 	image *image
 }
 
-func (m formerMount) Close() error {
-	m.image.mu.Lock()
-	defer m.image.mu.Unlock()
-	m.image.mounts--
-	m.image.release()
+func (u *deviceUse) Close() error {
+	u.image.mu.Lock()
+	defer u.image.mu.Unlock()
+	u.image.mounts--
+	u.image.release()
 	return nil
 }
 
@@ -150,7 +170,7 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 		if headers += x.HeadersSize; headers > maxHeaders {
 			return nil, fmt.Errorf("layer %d: %w: the headers up to here have more than %d MiB", i, artifact.ErrUnsupported, maxHeaders>>20)
 		}
-		d.indexes = append(d.indexes, x)
+		d.indexes, d.digests = append(d.indexes, x), append(d.digests, l.IndexDigest)
 		cl, err := img.store.o.Cache.Layer(l.IndexDigest, x, blob{img.store.o.Registry, img.rec, i})
 		if err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
@@ -165,12 +185,8 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 // metadata opens the data device and returns the path of the metadata image of the first n layers, which it makes if it is not
 // there or damaged. The caller holds mu, and calls release in the end.
 func (img *image) metadata(ctx context.Context, n int) (string, error) {
-	if img.dev == nil {
-		dev, err := img.open(ctx)
-		if err != nil {
-			return "", fmt.Errorf("open streamed image %s: %w", img.id, err)
-		}
-		img.dev = dev
+	if err := img.ensureOpen(ctx); err != nil {
+		return "", err
 	}
 	path := filepath.Join(img.store.imageDir(img.id), fmt.Sprintf("%d.erofs", n))
 	if verifyMetadata(path) == nil {
@@ -225,6 +241,7 @@ func (img *image) metadata(ctx context.Context, n int) (string, error) {
 // device is an image's data device over the cache: the layers' tars end to end, each at a 512-aligned base, zeros between.
 type device struct {
 	indexes []*artifact.Index
+	digests []digest.Digest // of indexes
 	layers  []*cache.Layer
 	bases   []int64
 	size    int64

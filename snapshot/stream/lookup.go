@@ -51,15 +51,22 @@ type source struct {
 // lookup finds, checks and records the artifact of an image, in three dependent round trips:
 //
 //  1. referrers of the platform manifest, beside the platform manifest itself
-//  2. the artifact's manifest, beside the image's config
-//  3. the indexes of all layers
+//  2. the artifact's manifest, beside the image's config and the profile's manifest
+//  3. the indexes of all layers, beside the hot blob, for which nobody waits
 func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, manifest digest.Digest) (*image, error) {
-	var referrers []ocispec.Descriptor
+	var artifacts, profiles []ocispec.Descriptor
 	var src source
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() (err error) {
-		referrers, err = s.o.Registry.Referrers(gctx, repo, manifest, artifact.ArtifactType)
-		if err == nil && len(referrers) == 0 {
+	g.Go(func() error {
+		referrers, err := s.o.Registry.Referrers(gctx, repo, manifest, artifact.ArtifactType, artifact.ProfileType)
+		for _, r := range referrers {
+			if r.ArtifactType == artifact.ProfileType {
+				profiles = append(profiles, r)
+			} else {
+				artifacts = append(artifacts, r)
+			}
+		}
+		if err == nil && len(artifacts) == 0 {
 			err = fmt.Errorf("%s@%s has no streaming artifact (`streamctl create` makes one)", repo, manifest)
 		}
 		return err
@@ -76,15 +83,17 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 	}
 
 	// Newest first; an artifact that cannot be used gives way to the next.
-	slices.SortStableFunc(referrers, func(a, b ocispec.Descriptor) int {
+	slices.SortStableFunc(artifacts, func(a, b ocispec.Descriptor) int {
 		return cmp.Compare(b.Annotations[ocispec.AnnotationCreated], a.Annotations[ocispec.AnnotationCreated])
 	})
+	hot := s.fetchHot(repo, manifest, profiles)
+	defer hot.fail()
 	config := make(chan error, 1)
 	go func() { config <- s.readConfig(ctx, repo, &src) }()
 	var configErr error
 	configRead := false
 	var errs []error
-	for _, r := range referrers {
+	for _, r := range artifacts {
 		m, raw, err := s.readArtifact(ctx, repo, r)
 		if !configRead {
 			configErr, configRead = <-config, true
@@ -97,7 +106,7 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 		}
 		if err == nil {
 			var img *image
-			if img, err = s.adopt(ctx, repo, manifest, digest.FromBytes(raw), m, &src); err == nil {
+			if img, err = s.adopt(ctx, repo, manifest, digest.FromBytes(raw), m, &src, hot); err == nil {
 				return img, nil
 			}
 		}
@@ -169,8 +178,8 @@ func (src *source) check(manifest digest.Digest, m *artifact.Manifest) error {
 	return nil
 }
 
-// adopt fetches the indexes of an artifact, checks them and adds the image to the set.
-func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, m *artifact.Manifest, src *source) (_ *image, err error) {
+// adopt fetches the indexes of an artifact, checks them and adds the image to the set. Then the hot blob has where to go.
+func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, m *artifact.Manifest, src *source, hot *hotFetch) (_ *image, err error) {
 	rec := &record{
 		Version: recordVersion, Artifact: dgst, Manifest: manifest, Repository: repo,
 		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers,
@@ -211,7 +220,11 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 		return nil, err
 	}
 	// What cannot be mounted must be known now: once a layer is promised to containerd, there is no normal pull to fall back to.
-	if err := img.prepare(ctx); err != nil {
+	err = hot.give(ctx, img)
+	if err == nil {
+		err = img.prepare(ctx)
+	}
+	if err != nil {
 		if isNew { // snapshots of a former life may need what was there
 			err = errors.Join(err, s.drop(img))
 		}

@@ -5,6 +5,8 @@
 // restart. Indexes are verified against the artifact's manifest whenever they are opened, and fetched again if damaged. It
 // does not decide which snapshot is streamed (package snapshot does) and verifies no chunk (package fs/cache does).
 //
+// An image's profile, if there is one, is found beside its artifact, and its hot blob is brought into the cache meanwhile: see hot.go.
+//
 // On disk, below Options.Root:
 //
 //	images/<hex of the artifact manifest's digest>/
@@ -22,10 +24,12 @@
 package stream
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"maps"
 	"os"
 	"path/filepath"
@@ -48,8 +52,8 @@ var ErrNotStreamable = errors.New("not streamed")
 
 // Registry is where artifacts are looked for and read from. *registryclient.Client is one.
 type Registry interface {
-	// Referrers lists the referrers of subject of one artifact type; none is no error.
-	Referrers(ctx context.Context, repo registryclient.Repository, subject digest.Digest, artifactType string) ([]ocispec.Descriptor, error)
+	// Referrers lists the referrers of subject of some artifact types; none is no error.
+	Referrers(ctx context.Context, repo registryclient.Repository, subject digest.Digest, artifactTypes ...string) ([]ocispec.Descriptor, error)
 	// Manifest and Blob return verified bytes, at most max of them.
 	Manifest(ctx context.Context, repo registryclient.Repository, dgst digest.Digest, max int64) ([]byte, error)
 	Blob(ctx context.Context, repo registryclient.Repository, dgst digest.Digest, max int64) ([]byte, error)
@@ -83,11 +87,13 @@ type Options struct {
 	// RetryAfter is how long a failed search stands, so that the layers of one normal pull do not ask again. One that took long stands for
 	// longer. 0 is 10 s.
 	RetryAfter time.Duration
+	Log        *slog.Logger // nil is slog.Default()
 }
 
 // Store is the set of images. It is safe for concurrent use.
 type Store struct {
-	o Options
+	o   Options
+	log *slog.Logger
 
 	mu       sync.Mutex
 	closed   bool
@@ -95,8 +101,9 @@ type Store struct {
 	images   map[string]*image // by ID
 	targets  map[string]*image // mounted, by target
 	pins     map[string]int    // indexes that a search is about to need, by file name
+	hots     map[*hotFetch]bool
 
-	running sync.WaitGroup      // searches
+	running sync.WaitGroup      // searches, fetches of hot blobs
 	merges  *semaphore.Weighted // bytes of headers of the images whose trees are being made
 }
 
@@ -128,16 +135,23 @@ func New(o Options) (*Store, error) {
 			return nil, err
 		}
 	}
-	s := &Store{o: o, searches: map[searchKey]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}, merges: semaphore.NewWeighted(mergeHeaders)}
+	s := &Store{
+		o: o, log: cmp.Or(o.Log, slog.Default()),
+		searches: map[searchKey]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}, hots: map[*hotFetch]bool{},
+		merges: semaphore.NewWeighted(mergeHeaders),
+	}
 	return s, s.sweep()
 }
 
-// EndSearches fails all calls of Find, those to come too.
+// EndSearches fails all calls of Find, those to come too, and ends what goes on after them.
 func (s *Store) EndSearches() {
 	s.mu.Lock()
 	s.closed = true
 	for _, q := range s.searches {
 		q.cancel()
+	}
+	for h := range s.hots {
+		h.cancel()
 	}
 	s.mu.Unlock()
 	s.running.Wait()
@@ -274,6 +288,7 @@ func (s *Store) add(rec *record) (img *image, isNew bool, err error) {
 func (s *Store) drop(img *image) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	img.hot.end()
 	delete(s.images, img.id)
 	return os.RemoveAll(s.imageDir(img.id))
 }
@@ -308,6 +323,9 @@ func (s *Store) load(id string) (*image, error) {
 func (s *Store) Forget(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if img := s.images[id]; img != nil {
+		img.hot.end()
+	}
 	delete(s.images, id)
 	if err := os.RemoveAll(s.imageDir(id)); err != nil {
 		return err

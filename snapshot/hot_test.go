@@ -1,0 +1,305 @@
+package snapshot
+
+import (
+	"context"
+	"math/rand/v2"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// noise is n bytes of text that do not compress to nothing.
+func noise(seed uint64, n int) string {
+	rnd := rand.New(rand.NewPCG(seed, 1))
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = "0123456789abcdef"[rnd.IntN(16)]
+	}
+	return string(b)
+}
+
+// pushHot pushes and converts an image of two layers with files of several chunks. Their names end in the layer's number.
+func pushHot(n *testNode) (testImage, map[string]string) {
+	n.t.Helper()
+	files := map[string]string{"hot0": noise(1, 700_000), "cold0": noise(2, 700_000), "hot1": noise(3, 500_000), "cold1": noise(4, 300_000)}
+	img := n.push("app",
+		tarOf(n.t, file{"hot0", files["hot0"]}, file{"cold0", files["cold0"]}),
+		tarOf(n.t, file{"cold1", files["cold1"]}, file{"hot1", files["hot1"]}))
+	n.convert(img)
+	return img, files
+}
+
+// index fetches the index of the image's layer i.
+func (n *testNode) index(m *artifact.Manifest, i int) *artifact.Index {
+	n.t.Helper()
+	l := m.Layers[i]
+	resp, err := http.Get(n.reg.URL() + "/v2/app/blobs/" + l.Digest.String())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	blob := make([]byte, 0, l.Size)
+	for len(blob) < cap(blob) {
+		k, err := resp.Body.Read(blob[len(blob):cap(blob)])
+		if blob = blob[:len(blob)+k]; err != nil && len(blob) < cap(blob) {
+			n.t.Fatal(err)
+		}
+	}
+	x, err := l.Index(blob[l.IndexOffset:])
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return x
+}
+
+// hotProfile lists the chunks of the hot files, the second layer's first. The kernel reads whole blocks, so the padding behind them is wanted, too.
+func (n *testNode) hotProfile(img testImage) *artifact.Profile {
+	n.t.Helper()
+	m := n.artifactOf(img)
+	p := &artifact.Profile{Layers: []digest.Digest{m.Layers[0].IndexDigest, m.Layers[1].IndexDigest}}
+	x0, x1 := n.index(m, 0), n.index(m, 1)
+	for i := x1.Find(301_056); i < x1.NumChunks(); i++ {
+		p.Chunks = append(p.Chunks, artifact.HotChunk{Layer: 1, Chunk: i})
+	}
+	for i := 0; i <= x0.Find(700_927); i++ {
+		p.Chunks = append(p.Chunks, artifact.HotChunk{Layer: 0, Chunk: i})
+	}
+	return p
+}
+
+// attachProfile makes the hot blob of p and attaches both.
+func (n *testNode) attachProfile(img testImage, p *artifact.Profile, source string, created time.Time) converter.Profile {
+	n.t.Helper()
+	place, ref, err := converter.Open(img.ref, converter.OpenOptions{})
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	got, warnings, err := converter.AttachProfile(context.Background(), place, ref, p, source, created, converter.Options{})
+	if err != nil || len(warnings) > 0 {
+		n.t.Fatalf("attach: %v, %v", warnings, err)
+	}
+	return got
+}
+
+// blobRequests counts GETs of a blob that it was sent bytes for.
+func (n *testNode) blobRequests(dgst digest.Digest) (requests int, bytes int64) {
+	return n.reg.Count(func(q registrytest.Request) bool {
+		return q.Method == http.MethodGet && strings.HasSuffix(q.Path, dgst.String())
+	})
+}
+
+func (n *testNode) poll(what string, cond func() bool) {
+	n.t.Helper()
+	for end := time.Now().Add(20 * time.Second); !cond(); {
+		if time.Now().After(end) {
+			n.t.Fatalf("no %s in 20 s: %+v", what, n.chunks.Stats())
+		}
+		time.Sleep(time.Millisecond) // leaves the processor to what we wait for
+	}
+}
+
+// wantMounted mounts the image's chain and compares files.
+func (n *testNode) wantMounted(id string, files map[string]string) {
+	n.t.Helper()
+	target := n.t.TempDir()
+	if err := n.images.Mount(testContext(), id, 2, target); err != nil {
+		n.t.Fatal(err)
+	}
+	defer func() {
+		if err := n.images.Unmount(target); err != nil {
+			n.t.Error(err)
+		}
+	}()
+	wantFiles(n.t, target, files)
+}
+
+// A pull brings the hot blob, in one request and without one more round trip; what it has is never asked for again.
+func TestHotBlob(t *testing.T) {
+	n := newTestNode(t)
+	img, files := pushHot(n)
+	p := n.hotProfile(img)
+	hot := n.attachProfile(img, p, artifact.ProfileRecorded, time.Unix(1e9, 0))
+	n.reg.Reset()
+	id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.poll("hot chunks", func() bool { return n.chunks.Stats().Hot == int64(len(p.Chunks)) })
+	if requests, bytes := n.blobRequests(hot.Hot); requests != 1 || bytes != hot.Size {
+		t.Errorf("the hot blob was asked for %d times, %d bytes; want once, %d", requests, bytes, hot.Size)
+	}
+	// Manifest and referrers, the artifact's manifest, the config and the profile's, two indexes and the hot blob.
+	if requests, _ := n.reg.Count(); requests != 8 {
+		t.Errorf("%d requests, want 8", requests)
+	}
+	before, _ := n.reg.Count()
+	n.wantMounted(id, map[string]string{"hot0": files["hot0"], "hot1": files["hot1"]})
+	if after, _ := n.reg.Count(); after != before {
+		t.Errorf("reading what the profile lists took %d requests", after-before)
+	}
+	if misses := n.chunks.Stats().Misses; misses != 0 {
+		t.Errorf("%d misses", misses)
+	}
+	n.wantMounted(id, files)
+
+	// After a restart it is found again, and nothing of the hot blob is missing.
+	n.prepareAll(img, 0, "")
+	n.restart()
+	n.reg.Reset()
+	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); err != nil {
+		t.Fatal(err)
+	}
+	n.wantMounted(id, files)
+	if s := n.chunks.Stats(); s.Hot != 0 || s.Requests != 0 {
+		t.Errorf("after a restart: %+v, want no request", s)
+	}
+}
+
+// Recorded before learned before static, newest first; what cannot be used gives way to the next.
+func TestBestProfile(t *testing.T) {
+	n := newTestNode(t)
+	img, files := pushHot(n)
+	all := n.hotProfile(img)
+	part := func(k int) *artifact.Profile { return &artifact.Profile{Layers: all.Layers, Chunks: all.Chunks[:k]} }
+	n.attachProfile(img, part(1), artifact.ProfileStatic, time.Unix(3e9, 0))
+	learned := n.attachProfile(img, part(2), artifact.ProfileLearned, time.Unix(2e9, 0))
+	recorded := n.attachProfile(img, part(3), artifact.ProfileRecorded, time.Unix(1e9, 0))
+	find := func() {
+		t.Helper()
+		id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.wantMounted(id, map[string]string{"cold1": files["cold1"]})
+	}
+	find()
+	n.poll("the recorded one's chunks", func() bool { return n.chunks.Stats().Hot == 3 })
+	if requests, _ := n.blobRequests(learned.Hot); requests != 0 {
+		t.Error("the learned one was asked for, too")
+	}
+
+	n.stop()
+	for _, d := range []string{"cache", "images", "indexes"} {
+		if err := os.RemoveAll(filepath.Join(n.root, d)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.start()
+	n.reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, recorded.Hot.String()) }, -1, registrytest.Status(http.StatusNotFound))
+	find()
+	n.poll("the learned one's chunks", func() bool { return n.chunks.Stats().Hot == 2 })
+}
+
+// Profiles that are not what they say cost nothing but themselves.
+func TestHostileProfiles(t *testing.T) {
+	for name, attach := range map[string]func(n *testNode, img testImage, p *artifact.Profile){
+		"of another image": func(n *testNode, img testImage, p *artifact.Profile) {
+			other := n.push("app:other", tarOf(n.t, file{"evil", noise(9, 300_000)}))
+			n.convert(other)
+			m := n.artifactOf(other)
+			n.attachHot(img, &artifact.Profile{Layers: []digest.Digest{m.Layers[0].IndexDigest}, Chunks: []artifact.HotChunk{{}}}, nil)
+		},
+		"chunks that there are not": func(n *testNode, img testImage, p *artifact.Profile) {
+			p.Chunks[2].Chunk = 1 << 20
+			n.attachHot(img, p, make([]byte, 1000))
+		},
+		"no frames": func(n *testNode, img testImage, p *artifact.Profile) { n.attachHot(img, p, nil) },
+		"wrong frames": func(n *testNode, img testImage, p *artifact.Profile) {
+			n.attachHot(img, p, make([]byte, n.framesOf(img, p)))
+		},
+		"another header": func(n *testNode, img testImage, p *artifact.Profile) { n.attachHotBlob(img, []byte(noise(8, 1000))) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := newTestNode(t)
+			img, files := pushHot(n)
+			attach(n, img, n.hotProfile(img))
+			id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n.wantMounted(id, files)
+			if s := n.chunks.Stats(); s.Hot != 0 {
+				t.Errorf("%d chunks were taken from it", s.Hot)
+			}
+		})
+	}
+}
+
+func (n *testNode) framesOf(img testImage, p *artifact.Profile) (size int64) {
+	m := n.artifactOf(img)
+	for _, c := range p.Chunks {
+		size += n.index(m, c.Layer).Chunk(c.Chunk).BlobSize
+	}
+	return size
+}
+
+// attachHot attaches a hot blob with these frames, whatever they are.
+func (n *testNode) attachHot(img testImage, p *artifact.Profile, frames []byte) {
+	n.t.Helper()
+	raw, err := p.Encode()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.attachHotBlob(img, append(raw, frames...))
+}
+
+// attachHotBlob attaches a profile with this hot blob.
+func (n *testNode) attachHotBlob(img testImage, hot []byte) {
+	n.t.Helper()
+	m := artifact.ProfileManifest{
+		Subject: n.artifactOf(img).Subject,
+		Hot:     ocispec.Descriptor{Digest: n.reg.PutBlob("app", hot), Size: int64(len(hot))}, Source: artifact.ProfileRecorded,
+	}
+	n.reg.PutBlob("app", ocispec.DescriptorEmptyJSON.Data)
+	raw, err := m.Encode()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.reg.PutManifest("app", "", ocispec.MediaTypeImageManifest, raw)
+}
+
+// A hot blob that stalls holds up neither the pull nor the container, nor the end of the daemon.
+func TestHotBlobStalls(t *testing.T) {
+	for _, after := range []int64{-1, 10, 400_000} {
+		n := newTestNode(t)
+		img, files := pushHot(n)
+		hot := n.attachProfile(img, n.hotProfile(img), artifact.ProfileRecorded, time.Unix(1e9, 0))
+		n.reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, hot.Hot.String()) }, -1, registrytest.Stall(after))
+		id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.wantMounted(id, files)
+		n.restart()
+	}
+}
+
+// An image that is forgotten while its hot blob comes leaves nothing.
+func TestForgetEndsHotBlob(t *testing.T) {
+	n := newTestNode(t)
+	img, _ := pushHot(n)
+	hot := n.attachProfile(img, n.hotProfile(img), artifact.ProfileRecorded, time.Unix(1e9, 0))
+	n.reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, hot.Hot.String()) }, -1, registrytest.Stall(400_000))
+	id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.poll("some hot chunks", func() bool { return n.chunks.Stats().Hot > 0 })
+	if err := n.images.Forget(id); err != nil {
+		t.Fatal(err)
+	}
+	n.poll("empty cache", func() bool {
+		left, err := filepath.Glob(filepath.Join(n.root, "cache", "sha256-*"))
+		return err == nil && len(left) == 0
+	})
+}
