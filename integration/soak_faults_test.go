@@ -4,7 +4,7 @@ import (
 	"context"
 	"net/http"
 	"os"
-	"slices"
+	"sync"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
@@ -13,9 +13,8 @@ import (
 // step does one thing of the following, chosen at random, and checks. What it draws does not depend on how the run goes.
 func (s *soak) step() {
 	s.t.Helper()
-	what, size, which := s.rand.IntN(100), s.rand.Int64N(100_000), s.rand.IntN(otherImages)
+	what, size, which := s.rand.IntN(120), s.rand.Int64N(100_000), s.rand.IntN(otherImages)
 	wait := time.Duration(s.rand.IntN(int(400 * time.Millisecond)))
-	s.heal(time.Now())
 	times := 1 + int(size%8)
 	switch {
 	case what < 8:
@@ -54,6 +53,12 @@ func (s *soak) step() {
 		s.restartDaemon(size%4 > 0, damage(size%3))
 	case what < 96:
 		s.pull(which, time.Duration(size)*2*time.Microsecond)
+	case what < 106:
+		s.fillDisk()
+	case what < 114:
+		s.remapped(100_000 * uint32(1+size%5))
+	case what < 118:
+		s.reboot()
 	default:
 		s.log("nothing")
 	}
@@ -61,20 +66,22 @@ func (s *soak) step() {
 	s.check()
 }
 
-// heal ends the faults that are to last no longer than till.
-func (s *soak) heal(till time.Time) {
-	s.faults = slices.DeleteFunc(s.faults, func(f activeFault) bool {
-		if f.till.After(till) {
-			return false
-		}
-		f.heal()
-		s.log("... %s", f.name)
-		return true
-	})
+// heal ends the faults that still last.
+func (s *soak) heal() {
+	for _, heal := range s.heals {
+		heal()
+	}
+	s.heals = nil
 }
 
+// lasting lets a fault last for a while, whatever the steps meanwhile wait for.
 func (s *soak) lasting(name string, heal func()) {
-	s.faults = append(s.faults, activeFault{name, time.Now().Add(soakRegistryWait), heal})
+	once := sync.OnceFunc(func() {
+		heal()
+		s.log("... %s", name)
+	})
+	time.AfterFunc(soakRegistryWait, once)
+	s.heals = append(s.heals, once)
 }
 
 // onTheWay lets requests of the snapshotter for blobs fail.

@@ -11,10 +11,9 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
-
-	"github.com/moby/sys/mountinfo"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
@@ -27,8 +26,15 @@ import (
 // soakRegistryWait is how long a fault of the registry may last: much less than a read waits, so that no container has a reason to see an error.
 const soakRegistryWait = 3 * time.Second
 
+// soakDisk is the size of the cache's disk in bytes, and soakCache what the cache may use of it.
+const (
+	soakDisk  = 96 << 20
+	soakCache = "24MiB"
+)
+
 // TestSoak mixes faults at random under containers that read, compare and compile, for as long as FOR says (10 s unless given). SEED reproduces the
-// sequence; `make soak` runs it alone. Containers never see an error or wrong bytes, and at the end nothing is left.
+// sequence; `make soak` runs it alone. The cache is on a disk of its own, and may use less of it than the containers read. Containers never see an
+// error or wrong bytes, and at the end nothing is left and the daemon holds what it held at first.
 func TestSoak(t *testing.T) {
 	seed, length := uint64(1), 10*time.Second
 	if os.Getenv("FULL") != "" {
@@ -63,19 +69,15 @@ type soak struct {
 	registry      *registrytest.Registry
 	proxy         *lagproxy.Proxy
 	seed          uint64
-	app, compiler string // references: the image whose files are compared, and the one that compiles
-	faults        []activeFault
+	app, compiler string   // references: the image whose files are compared, and the one that compiles
+	heals         []func() // end the faults that last; more than once is as good as once
 	watchers      []*watcher
-	requests      int // to the registry until the last step
-	rounds        int // of watchers that have ended
-	steps         []string
-}
+	first         holdings // after an image has come and gone
+	requests      int      // to the registry until the last step
+	rounds        int      // of watchers that have ended
 
-// activeFault is a fault that lasts.
-type activeFault struct {
-	name string
-	till time.Time
-	heal func()
+	mu    sync.Mutex
+	steps []string
 }
 
 func startSoak(t *testing.T, seed uint64) *soak {
@@ -99,7 +101,13 @@ func startSoak(t *testing.T, seed uint64) *soak {
 	for _, ref := range []string{s.app, s.compiler} {
 		run(t, "streamctl", "create", "--record", "", ref)
 	}
-	s.n = startNode(t, node.Options{Mode: mode, Stream: []string{s.proxy.Addr() + "/*"}, Config: `resolve_timeout = "2s"`, Supervise: true})
+	s.n = startNode(t, node.Options{
+		Mode: mode, Stream: []string{s.proxy.Addr() + "/*"}, Supervise: true, CacheDisk: soakDisk,
+		Config: fmt.Sprintf("resolve_timeout = %q\ncache_size = %q", "2s", soakCache),
+	})
+	t.Cleanup(s.heal)
+	s.pull(0, 0)
+	s.first = holdingsOf(t, s.n)
 	for _, ref := range []string{s.app, s.compiler} {
 		if err := s.n.Pull(t.Context(), ref); err != nil {
 			t.Fatal(err)
@@ -126,6 +134,8 @@ func (s *soak) startProxy(address string) {
 
 func (s *soak) log(format string, args ...any) {
 	line := fmt.Sprintf("%7.2f s  %s", time.Since(s.begin).Seconds(), fmt.Sprintf(format, args...))
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	s.steps = append(s.steps, line)
 	s.t.Log(line)
 }
@@ -146,6 +156,7 @@ func (s *soak) check() {
 // watcher is a container that tests itself round after round.
 type watcher struct {
 	id, log, want string // want is what it prints after each round
+	lives, before int    // starts but the first, and rounds of former lives
 }
 
 // passes counts the rounds; the error is the first line that is something else.
@@ -154,6 +165,7 @@ func (w *watcher) passes() (n int, err error) {
 	if err != nil && !os.IsNotExist(err) {
 		return 0, err
 	}
+	n = w.before
 	text := string(b)
 	text = text[:strings.LastIndex(text, "\n")+1]
 	for l := range strings.Lines(text) {
@@ -210,6 +222,20 @@ func startWatcher(t *testing.T, n *node.Node, id, ref, want string, flags []stri
 	return w
 }
 
+// end is for what is killed next: what it prints from here on counts for nothing.
+func (w *watcher) end() (err error) {
+	w.before, err = w.passes()
+	return err
+}
+
+// startAgain starts the container of w again, which has ended.
+func (w *watcher) startAgain(ctx context.Context, n *node.Node) error {
+	w.lives++
+	w.log = filepath.Join(n.Dir, "logs", fmt.Sprintf("%s.%d.out", w.id, w.lives))
+	_, err := n.Ctr(ctx, "tasks", "start", "--detach", "--log-uri", "file://"+w.log, w.id)
+	return err
+}
+
 // awaitPass waits until the container has begun and finished a round from here on, and returns how many that makes.
 func (w *watcher) awaitPass(t *testing.T) (now int) {
 	t.Helper()
@@ -245,7 +271,7 @@ func (s *soak) stopWatchers() {
 // finish heals everything, and looks for what is left behind.
 func (s *soak) finish() {
 	t := s.t
-	s.heal(time.Now().Add(time.Hour))
+	s.heal()
 	s.stopWatchers()
 	for _, ref := range []string{s.app, s.compiler} {
 		if err := s.n.Pull(t.Context(), ref); err != nil { // a restarted containerd has it
@@ -259,18 +285,7 @@ func (s *soak) finish() {
 			t.Error(err)
 		}
 	}
-	snapshots := filepath.Join(s.n.Dir, "s/snapshots")
-	eventually(t, "all snapshots are gone", func() bool {
-		mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(snapshots))
-		left, _ := os.ReadDir(snapshots)
-		loops, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
-		for _, l := range loops {
-			if b, err := os.ReadFile(l); err == nil && strings.HasPrefix(string(b), s.n.Dir) {
-				return false
-			}
-		}
-		return err == nil && len(mounts) == 0 && len(left) == 0
-	})
+	wantNoMoreThan(t, s.n, s.first)
 	s.log("done: %d requests to the registry, %d rounds in containers", s.requests, s.rounds)
 }
 

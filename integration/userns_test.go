@@ -43,8 +43,11 @@ func TestUserNamespaces(t *testing.T) {
 				}
 			}
 			// One that reads what nobody has read.
-			args := append([]string{"run", "--rm", "--snapshotter", n.Snapshotter()}, idMaps(500_000)...)
-			checkSums(t, ctr(t, n, append(args, ref, "reads")...), seed)
+			out, err := n.RunFlags(t.Context(), ref, idMaps(500_000))
+			if err != nil {
+				t.Fatal(err)
+			}
+			checkSums(t, out, seed)
 		})
 	}
 }

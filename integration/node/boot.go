@@ -37,9 +37,18 @@ func (n *Node) PowerLoss() error {
 	}
 }
 
-// Boot starts the daemons, as after a boot.
+// Boot mounts the cache's disk, if it has one, and starts the daemons, as after a boot.
 func (n *Node) Boot(ctx context.Context) error {
-	if n.o.Pull != Plain {
+	if n.o.CacheDisk > 0 {
+		if err := mountDisk(ctx, n.path("cache.ext4"), n.CacheDir()); err != nil {
+			return err
+		}
+	}
+	if n.o.Units {
+		if err := n.startUnit(ctx); err != nil {
+			return err
+		}
+	} else if n.o.Pull != Plain {
 		if err := n.StartSnapshotter(ctx); err != nil {
 			return err
 		}
@@ -104,6 +113,27 @@ func (n *Node) Loops() (files []string) {
 		}
 	}
 	return files
+}
+
+// makeDisk makes a file an empty disk of so many bytes.
+func makeDisk(ctx context.Context, name string, size int64) error {
+	f, err := os.Create(name)
+	if err == nil {
+		err = errors.Join(f.Truncate(size), f.Close())
+	}
+	if err != nil {
+		return err
+	}
+	_, err = command(ctx, "mkfs.ext4", "-q", "-m", "0", name)
+	return err
+}
+
+func mountDisk(ctx context.Context, name, dir string) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	_, err := command(ctx, "mount", "-o", "loop", name, dir)
+	return err
 }
 
 func emptyDir(dir string) error {

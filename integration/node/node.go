@@ -60,6 +60,8 @@ type Options struct {
 	Supervise bool
 	// Units leaves the snapshotter to this machine's systemd, as deploy/systemd's streaming-snapshotter.service, which gets this node's configuration. It must not run yet.
 	Units bool
+	// CacheDisk gives the snapshotter's chunk cache a disk of its own, of so many bytes: CacheDir is an ext4 file system. 0 for none.
+	CacheDisk int64
 }
 
 // Peer is somebody else's proxy snapshotter, to be measured against ours.
@@ -115,19 +117,18 @@ func Start(ctx context.Context, o Options) (n *Node, err error) {
 	if err := n.writeConfigs(); err != nil {
 		return nil, err
 	}
-	if o.Units {
-		if err := n.startUnit(ctx); err != nil {
-			return nil, err
-		}
-	} else if o.Pull != Plain {
-		if err := n.StartSnapshotter(ctx); err != nil {
+	if o.CacheDisk > 0 {
+		if err := makeDisk(ctx, n.path("cache.ext4"), o.CacheDisk); err != nil {
 			return nil, err
 		}
 	}
-	return n, n.startContainerd(ctx)
+	return n, n.Boot(ctx)
 }
 
 func (n *Node) path(elem ...string) string { return filepath.Join(append([]string{n.Dir}, elem...)...) }
+
+// CacheDir is where the snapshotter's chunk cache is.
+func (n *Node) CacheDir() string { return n.path("s/cache") }
 
 // HostsDir is the node's certs.d, for tests that configure registry hosts.
 func (n *Node) HostsDir() string { return n.path("certs.d") }

@@ -236,15 +236,21 @@ const NoShares = "--cpu-shares=0"
 
 // Run runs ref's default command, or args, with `ctr run` and the node's snapshotter, in a network namespace of its own, and returns what it has printed.
 // It may be called from several goroutines at once.
-//
-// The shim writes that to a file: ctr closes its own pipes when the container has ended, and loses what it has not read yet.
 func (n *Node) Run(ctx context.Context, ref string, env []string, args ...string) (string, error) {
+	var flags []string
+	for _, e := range env {
+		flags = append(flags, "--env", e)
+	}
+	return n.RunFlags(ctx, ref, flags, args...)
+}
+
+// RunFlags is Run with flags of `ctr run`.
+//
+// The shim writes what the container prints to a file: ctr closes its own pipes when the container has ended, and loses what it has not read yet.
+func (n *Node) RunFlags(ctx context.Context, ref string, flags []string, args ...string) (string, error) {
 	id := fmt.Sprintf("run%d", n.containers.Add(1))
 	log := n.path("logs", id+".out")
-	a := []string{"run", "--rm", NoShares, "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + log}
-	for _, e := range env {
-		a = append(a, "--env", e)
-	}
+	a := append([]string{"run", "--rm", NoShares, "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + log}, flags...)
 	_, err := n.Ctr(ctx, append(append(a, ref, id), args...)...)
 	out, readErr := os.ReadFile(log)
 	if err != nil {
