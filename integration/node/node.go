@@ -223,16 +223,16 @@ func (n *Node) RestartSupervised() error { return n.snapshotter.cmd.Process.Sign
 // KillSupervisedAnd is KillSupervised once there is one. What meanwhile does is done after the snapshotter has served its last, and before its
 // successor starts.
 func (n *Node) KillSupervisedAnd(ctx context.Context, meanwhile func()) error {
-	pid := 0
+	pid := 0 // asked for again and again: that of one killed before may not be dead yet
 	if err := n.snapshotter.ready(ctx, func(context.Context) (err error) {
 		if pid, err = n.supervised(); err != nil {
 			return err
 		}
-		return syscall.Kill(pid, syscall.SIGSTOP)
+		if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+			return err
+		}
+		return stopped(pid)
 	}); err != nil {
-		return err
-	}
-	if err := n.snapshotter.ready(ctx, func(context.Context) error { return stopped(pid) }); err != nil {
 		return err
 	}
 	meanwhile()
