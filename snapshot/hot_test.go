@@ -71,7 +71,7 @@ func (n *testNode) hotProfile(img testImage) *artifact.Profile {
 	for i := x1.Find(301_056); i < x1.NumChunks(); i++ {
 		p.Chunks = append(p.Chunks, artifact.HotChunk{Layer: 1, Chunk: i})
 	}
-	for i := 0; i <= x0.Find(700_927); i++ {
+	for i := x0.Find(512); i <= x0.Find(700_927); i++ {
 		p.Chunks = append(p.Chunks, artifact.HotChunk{Layer: 0, Chunk: i})
 	}
 	return p

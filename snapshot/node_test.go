@@ -45,7 +45,7 @@ type testNode struct {
 	log    *logBuffer
 	stop   func()
 
-	retryAfter time.Duration // of stream.Options
+	retryAfter, quiet time.Duration // of stream.Options
 }
 
 // logBuffer counts the lines that operators would see.
@@ -69,7 +69,7 @@ func (l *logBuffer) lines() int {
 func newTestNode(t testing.TB) *testNode { return newTestNodeMode(t, fs.ModeFile) }
 
 func newTestNodeMode(t testing.TB, mode fs.Mode) *testNode {
-	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}, retryAfter: time.Nanosecond}
+	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}, retryAfter: time.Nanosecond, quiet: time.Second}
 	n.start()
 	t.Cleanup(func() { n.stop() })
 	return n
@@ -98,6 +98,7 @@ func (n *testNode) start() {
 		},
 		Timeout:    5 * time.Second,
 		RetryAfter: n.retryAfter,
+		StartQuiet: n.quiet,
 	})
 	check(err)
 	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)))

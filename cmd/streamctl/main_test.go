@@ -166,6 +166,8 @@ func TestCommands(t *testing.T) {
 		t.Errorf("verify: %s", stdout)
 	}
 
+	checkProfilePush(t, host, image, created.Artifacts[0].Artifact.Digest)
+
 	dir := filepath.Join(t.TempDir(), "layout")
 	succeed(t, "cp", image, "oci:"+dir+":v1")
 	succeed(t, "verify", "oci:"+dir)
@@ -195,6 +197,71 @@ func TestCommands(t *testing.T) {
 	if stdout, _ = succeed(t, "version"); !strings.HasPrefix(stdout, "streamctl ") {
 		t.Errorf("version: %s", stdout)
 	}
+}
+
+// checkProfilePush makes a profile of two records of nodes.
+func checkProfilePush(t *testing.T, host, image string, dgst digest.Digest) {
+	t.Helper()
+	resp, err := http.Get("http://" + host + "/v2/team/app/manifests/" + dgst.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := artifact.DecodeManifest(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, b := m.Layers[0].IndexDigest, m.Layers[1].IndexDigest
+	args := []string{"profile", "push", image}
+	for i, p := range []artifact.Profile{
+		{Layers: []digest.Digest{a, b}, Chunks: []artifact.HotChunk{{Layer: 1}, {Layer: 0}}},
+		{Layers: []digest.Digest{b}, Chunks: []artifact.HotChunk{{}}},
+	} {
+		j, err := json.Marshal(&p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, filepath.Join(t.TempDir(), string(rune('0'+i))))
+		if err := os.WriteFile(args[len(args)-1], j, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if stdout, _ := succeed(t, args...); !strings.Contains(stdout, ": 2 chunks, ") || !strings.Contains(stdout, " of 2 records") {
+		t.Errorf("profile push prints %s", stdout)
+	}
+	stdout, _ := succeed(t, append(args, "--source", "recorded", "-o", "json")...)
+	var got converter.Profile
+	if err := json.Unmarshal([]byte(stdout), &got); err != nil || got.Source != artifact.ProfileRecorded || got.Chunks != 2 || got.Created == nil {
+		t.Errorf("profile push -o json: %+v, %v", got, err)
+	}
+	for want, args := range map[string][]string{
+		"an image and files":    {"profile", "push", image},
+		"want learned or":       append(args, "--source", "static"),
+		"unexpected end of":     {"profile", "push", image, os.DevNull},
+		"has all of the profil": {"profile", "push", image, otherRecord(t)},
+	} {
+		if status, _, stderr := streamctl(t, args...); status == 0 || !strings.Contains(stderr, want) {
+			t.Errorf("streamctl %q: status %d, %q, want %q", args, status, stderr, want)
+		}
+	}
+}
+
+// otherRecord is a record of some other image.
+func otherRecord(t *testing.T) string {
+	t.Helper()
+	j, err := json.Marshal(&artifact.Profile{Layers: []digest.Digest{digest.FromString("x")}, Chunks: []artifact.HotChunk{{}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "other")
+	if err := os.WriteFile(path, j, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // TestFailure: a program learns from -o json what a person learns from standard error.
@@ -316,13 +383,16 @@ func TestDocumented(t *testing.T) {
 		title, body, _ := strings.Cut(s, "\n")
 		sections[strings.Trim(title, "`")] = body
 	}
-	for _, cmd := range newRoot().Commands() {
-		if cmd.Hidden || cmd.Name() == "help" || cmd.Name() == "completion" {
+	commands := newRoot().Commands()
+	for i := 0; i < len(commands); i++ {
+		cmd := commands[i]
+		commands = append(commands, cmd.Commands()...)
+		if cmd.Hidden || cmd.Name() == "help" || cmd.Name() == "completion" || cmd.HasSubCommands() {
 			continue
 		}
-		section, ok := sections["streamctl "+cmd.Use]
+		section, ok := sections[cmd.Parent().CommandPath()+" "+cmd.Use]
 		if !ok {
-			t.Errorf("docs/cli.md has no section `streamctl %s`", cmd.Use)
+			t.Errorf("docs/cli.md has no section `%s %s`", cmd.Parent().CommandPath(), cmd.Use)
 			continue
 		}
 		cmd.Flags().VisitAll(func(f *pflag.Flag) {

@@ -84,6 +84,7 @@ func newCommand() *cobra.Command {
 		},
 		newMountCommand(&configFile),
 		newStatusCommand(&configFile),
+		newProfileCommand(&configFile),
 		newSuperviseCommand(),
 		&cobra.Command{
 			Use:   "version",

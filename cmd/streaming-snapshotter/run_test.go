@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"net"
 	"net/http"
@@ -32,6 +33,7 @@ import (
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
@@ -247,6 +249,7 @@ func TestServeInUse(t *testing.T) {
 		if files, err := os.ReadDir(container); err != nil || len(files) != 2 {
 			t.Fatalf("container: %v, %v, want two files", files, err)
 		}
+		wantFirstUses(t, config, container, ref, manifest)
 	}
 	for i := range 2 {
 		if i > 0 {
@@ -261,6 +264,23 @@ func TestServeInUse(t *testing.T) {
 			t.Errorf("took %v", took)
 		}
 	}
+}
+
+// wantFirstUses reads the files of a container, and wants the record of that from the daemon.
+func wantFirstUses(t *testing.T, config, container, ref, manifest string) {
+	t.Helper()
+	if err := os.CopyFS(t.TempDir(), os.DirFS(container)); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{ref, ref + "@" + manifest} {
+		p := start(t, "profile", "export", "--config", config, name)
+		record := &artifact.Profile{}
+		err := json.NewDecoder(p.stdout).Decode(record)
+		if waitErr := p.wait(); err != nil || waitErr != nil || len(record.Chunks) < 2 {
+			t.Errorf("profile export %s: %v, %v, %v\n%s", name, record, err, waitErr, &p.stderr)
+		}
+	}
+	start(t, "profile", "export", "--config", config, ref+"@sha256:"+strings.Repeat("0", 64)).wantFailure("no start of the image was recorded")
 }
 
 // A root on overlayfs, on which file-backed EROFS cannot be: serve and mount choose another way, and check says so.

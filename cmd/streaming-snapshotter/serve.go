@@ -217,6 +217,12 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	} else {
 		defer stopStatus()
 	}
+	stopProfiles, err := n.serveProfiles(c.Root)
+	if err != nil {
+		log.Warn("nobody can ask for profiles", "error", err)
+	} else {
+		defer stopProfiles()
+	}
 	server := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	log.Info("serving", "address", c.Address, "mount_mode", s.MountMode, "others", s.NotTaken, "stream", c.Stream)

@@ -72,7 +72,13 @@ func statusSocket(root string) string { return filepath.Join(root, "status.sock"
 
 // serveStatus answers until stop, which waits for the end.
 func serveStatus(root string, s status, stats func() cache.Stats, p *problems) (stop func(), err error) {
-	path := statusSocket(root)
+	return serveSocket(statusSocket(root), func(conn net.Conn) {
+		json.NewEncoder(conn).Encode(s.measure(root, stats, p)) // who has gone does not want it
+	})
+}
+
+// serveSocket answers who connects to the socket at path, one after the other, until stop, which waits for the end.
+func serveSocket(path string, answer func(conn net.Conn)) (stop func(), err error) {
 	if err := os.Remove(path); err != nil && !os.IsNotExist(err) { // a dead daemon's: root is locked
 		return nil, err
 	}
@@ -89,7 +95,7 @@ func serveStatus(root string, s status, stats func() cache.Stats, p *problems) (
 				return
 			}
 			conn.SetDeadline(time.Now().Add(5 * time.Second))
-			json.NewEncoder(conn).Encode(s.measure(root, stats, p)) // who has gone does not want it
+			answer(conn)
 			conn.Close()
 		}
 	}()
@@ -101,9 +107,9 @@ func serveStatus(root string, s status, stats func() cache.Stats, p *problems) (
 
 // printStatus asks the daemon whose files are in root.
 func printStatus(root string, asJSON bool, w io.Writer) error {
-	conn, err := net.Dial("unix", statusSocket(root))
+	conn, err := dialDaemon(statusSocket(root))
 	if err != nil {
-		return fmt.Errorf("no daemon answers: %w", err)
+		return err
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(time.Minute))

@@ -11,6 +11,7 @@ import (
 	"runtime/debug"
 	"sort"
 	"sync"
+	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -58,6 +59,9 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	img.store.mu.Lock()
 	img.store.targets[target] = img
 	img.store.mu.Unlock()
+	if n == len(img.rec.Layers) { // a container's, and not a build's
+		img.store.recordFirstUses(img)
+	}
 	return nil
 }
 
@@ -245,6 +249,8 @@ type device struct {
 	layers  []*cache.Layer
 	bases   []int64
 	size    int64
+
+	uses atomic.Pointer[firstUses] // nil but while they are recorded
 }
 
 func (d *device) Size() int64 { return d.size }
@@ -274,6 +280,9 @@ func (d *device) readLayer(ctx context.Context, i int, p []byte, off int64) (int
 	n := 0
 	if size := d.indexes[i].TarSize; off < size {
 		in := p[:min(int64(len(p)), size-off)]
+		if u := d.uses.Load(); u != nil && len(in) > 0 {
+			u.note(i, d.indexes[i].Find(off), d.indexes[i].Find(off+int64(len(in))-1)+1)
+		}
 		var err error
 		if n, err = d.layers[i].ReadAt(ctx, in, off); n < len(in) {
 			if err == nil {

@@ -78,7 +78,15 @@ func (rec *record) save(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	f, err := os.CreateTemp(dir, recordName+tmpSuffix)
+	if err := writeDurable(dir, recordName, b); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(dir))
+}
+
+// writeDurable makes name in dir a file of b, whole or not at all, whatever happens to the machine.
+func writeDurable(dir, name string, b []byte) error {
+	f, err := os.CreateTemp(dir, name+tmpSuffix)
 	if err != nil {
 		return err
 	}
@@ -90,15 +98,10 @@ func (rec *record) save(dir string) error {
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	if err := os.Rename(f.Name(), filepath.Join(dir, recordName)); err != nil {
+	if err := os.Rename(f.Name(), filepath.Join(dir, name)); err != nil {
 		return err
 	}
-	for _, d := range []string{dir, filepath.Dir(dir)} {
-		if err := syncDir(d); err != nil {
-			return err
-		}
-	}
-	return nil
+	return syncDir(dir)
 }
 
 func syncDir(dir string) error {

@@ -11,6 +11,7 @@
 //
 //	images/<hex of the artifact manifest's digest>/
 //	    image.json         record: where the image came from, its chain IDs, the artifact's layers
+//	    first-use.json     record of the image's first start on this node, see firstuse.go: a profile in its JSON form
 //	    <n>.erofs          metadata image of the chain of the first n layers: of the whole chain made when the image is
 //	                       found, so that what cannot be mounted falls back, of others when they are first mounted
 //	indexes/<hex of the index's digest>
@@ -87,13 +88,16 @@ type Options struct {
 	// RetryAfter is how long a failed search stands, so that the layers of one normal pull do not ask again. One that took long stands for
 	// longer. 0 is 10 s.
 	RetryAfter time.Duration
+	// StartQuiet is how long nothing new of an image is used once its container's start is over. 0 is 30 s.
+	StartQuiet time.Duration
 	Log        *slog.Logger // nil is slog.Default()
 }
 
 // Store is the set of images. It is safe for concurrent use.
 type Store struct {
-	o   Options
-	log *slog.Logger
+	o       Options
+	log     *slog.Logger
+	closing chan struct{} // closed by EndSearches
 
 	mu       sync.Mutex
 	closed   bool
@@ -103,7 +107,7 @@ type Store struct {
 	pins     map[string]int    // indexes that a search is about to need, by file name
 	hots     map[*hotFetch]bool
 
-	running sync.WaitGroup      // searches, fetches of hot blobs
+	running sync.WaitGroup      // searches, fetches of hot blobs, records of first starts
 	merges  *semaphore.Weighted // bytes of headers of the images whose trees are being made
 }
 
@@ -130,13 +134,16 @@ func New(o Options) (*Store, error) {
 	if o.RetryAfter == 0 {
 		o.RetryAfter = 10 * time.Second
 	}
+	if o.StartQuiet == 0 {
+		o.StartQuiet = firstUseQuiet
+	}
 	for _, d := range []string{"images", "indexes"} {
 		if err := os.MkdirAll(filepath.Join(o.Root, d), 0o700); err != nil {
 			return nil, err
 		}
 	}
 	s := &Store{
-		o: o, log: cmp.Or(o.Log, slog.Default()),
+		o: o, log: cmp.Or(o.Log, slog.Default()), closing: make(chan struct{}),
 		searches: map[searchKey]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}, hots: map[*hotFetch]bool{},
 		merges: semaphore.NewWeighted(mergeHeaders),
 	}
@@ -146,6 +153,9 @@ func New(o Options) (*Store, error) {
 // EndSearches fails all calls of Find, those to come too, and ends what goes on after them.
 func (s *Store) EndSearches() {
 	s.mu.Lock()
+	if !s.closed {
+		close(s.closing)
+	}
 	s.closed = true
 	for _, q := range s.searches {
 		q.cancel()

@@ -1,0 +1,198 @@
+package stream
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// A node keeps the record of each image's first start: the chunks that were used, in the order of first use, from the first mount of the image
+// until nothing new has been used for a while. It is a profile, for who attaches it to the image, so that other nodes need not wait for what this one has
+// waited for.
+const (
+	firstUseName = "first-use.json"
+
+	// firstUseQuiet is how long nothing new is used once a start is over: a program that computes for longer is rare, and a server that waits for its first
+	// request has started.
+	firstUseQuiet = 30 * time.Second
+	// firstUseMax ends a record in any case: what an image's container reads after so long is its work and not its start.
+	firstUseMax    = 5 * time.Minute
+	firstUseChunks = 1 << 16 // 8 GiB at 128 KiB a chunk
+)
+
+// ErrNoRecord: no start of that image was recorded on this node.
+var ErrNoRecord = errors.New("no start of the image was recorded on this node")
+
+// firstUses is a record in the making.
+type firstUses struct {
+	mu     sync.Mutex
+	seen   map[artifact.HotChunk]bool
+	chunks []artifact.HotChunk
+	last   time.Time // of a new chunk
+}
+
+// note adds what is new of chunks [lo, hi) of a layer.
+func (u *firstUses) note(layer, lo, hi int) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for i := lo; i < hi && len(u.chunks) < firstUseChunks; i++ {
+		c := artifact.HotChunk{Layer: layer, Chunk: i}
+		if !u.seen[c] {
+			u.seen[c] = true
+			u.chunks = append(u.chunks, c)
+			u.last = time.Now()
+		}
+	}
+}
+
+// profile is what was recorded until now.
+func (u *firstUses) profile(d *device) *artifact.Profile {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	p := &artifact.Profile{}
+	at := make(map[digest.Digest]int)
+	numbers := make([]int, len(d.digests))
+	for i, dgst := range d.digests { // an image may have a layer twice
+		k, ok := at[dgst]
+		if !ok {
+			k = len(p.Layers)
+			at[dgst] = k
+			p.Layers = append(p.Layers, dgst)
+		}
+		numbers[i] = k
+	}
+	seen := make(map[artifact.HotChunk]bool, len(u.chunks))
+	for _, c := range u.chunks {
+		c.Layer = numbers[c.Layer]
+		if !seen[c] {
+			seen[c] = true
+			p.Chunks = append(p.Chunks, c)
+		}
+	}
+	return p
+}
+
+// recordFirstUses begins the record of img, which is being mounted, unless there is one. The caller holds img.mu.
+func (s *Store) recordFirstUses(img *image) {
+	path := filepath.Join(s.imageDir(img.id), firstUseName)
+	if _, err := os.Stat(path); err == nil || img.dev.uses.Load() != nil {
+		return
+	}
+	use, err := img.use(context.Background()) // it is open
+	if err != nil {
+		return
+	}
+	u := &firstUses{seen: make(map[artifact.HotChunk]bool), last: time.Now()}
+	use.uses.Store(u)
+	s.mu.Lock()
+	closed := s.closed
+	if !closed {
+		s.running.Go(func() {
+			s.waitFirstUses(img, u)
+			use.uses.Store(nil)
+			if p := u.profile(use.device); len(p.Chunks) > 0 {
+				if err := s.saveFirstUses(img, p); err != nil {
+					s.log.Warn("record of an image's first start", "image", img.id, "error", err)
+				}
+			}
+			use.Close()
+		})
+	}
+	s.mu.Unlock()
+	if closed {
+		use.uses.Store(nil)
+		img.mounts--
+	}
+}
+
+// waitFirstUses waits until the start of img is over.
+func (s *Store) waitFirstUses(img *image, u *firstUses) {
+	tick := time.NewTicker(s.o.StartQuiet / 8)
+	defer tick.Stop()
+	end := time.After(firstUseMax)
+	for {
+		select {
+		case <-s.closing:
+			return
+		case <-end:
+			return
+		case <-tick.C:
+		}
+		u.mu.Lock()
+		over := len(u.chunks) > 0 && time.Since(u.last) > s.o.StartQuiet
+		u.mu.Unlock()
+		s.mu.Lock()
+		gone := s.images[img.id] != img
+		s.mu.Unlock()
+		if over || gone {
+			return
+		}
+	}
+}
+
+// saveFirstUses makes the record of img's first start durable, unless img was forgotten.
+func (s *Store) saveFirstUses(img *image, p *artifact.Profile) error {
+	b, err := json.Marshal(p)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.images[img.id] != img {
+		return nil
+	}
+	return writeDurable(s.imageDir(img.id), firstUseName, b)
+}
+
+// FirstUses returns the record of the first start of the image with this platform manifest, or what there is of it yet. The error is ErrNoRecord if there is none.
+func (s *Store) FirstUses(manifest digest.Digest) (*artifact.Profile, error) {
+	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range dirs {
+		rec, err := loadRecord(s.imageDir(d.Name()))
+		if err != nil || rec.Manifest != manifest {
+			continue
+		}
+		p, err := s.firstUsesOf(d.Name())
+		if err == nil || !errors.Is(err, os.ErrNotExist) {
+			return p, err
+		}
+	}
+	return nil, fmt.Errorf("%s: %w", manifest, ErrNoRecord)
+}
+
+func (s *Store) firstUsesOf(id string) (*artifact.Profile, error) {
+	s.mu.Lock()
+	img := s.images[id]
+	s.mu.Unlock()
+	if img != nil {
+		img.mu.Lock()
+		dev := img.dev
+		img.mu.Unlock()
+		if dev != nil {
+			if u := dev.uses.Load(); u != nil {
+				return u.profile(dev), nil
+			}
+		}
+	}
+	b, err := os.ReadFile(filepath.Join(s.imageDir(id), firstUseName))
+	if err != nil {
+		return nil, err
+	}
+	p := &artifact.Profile{}
+	if err := json.Unmarshal(b, p); err != nil {
+		return nil, fmt.Errorf("record of the first start of image %s: %w", id, err)
+	}
+	return p, nil
+}
