@@ -10,13 +10,15 @@ FUZZTIME ?= 20s
 build: .build/tools
 	CGO_ENABLED=0 go build -o $(BIN)/ ./cmd/...
 
+# runc has C in it.
 .build/tools: tools/go.mod tools/go.sum
-	cd tools && CGO_ENABLED=0 go build -o $(BIN)/ tool
+	@.ci/packages gcc libc6-dev
+	cd tools && CGO_ENABLED=0 go build -o $(BIN)/ $$(go list tool | grep -v /runc$$)
+	cd tools && CGO_ENABLED=1 go build -tags netgo,osusergo -ldflags '-extldflags -static' -o $(BIN)/ github.com/opencontainers/runc
 	@touch $@
 
 # make demo [IMAGE=REF] [MODE=file|loop|tree] [FLAGS="-rtt 50ms -mbits 100"]
 demo: build
-	@.ci/packages runc
 	@go build -o .build/demo ./integration/demo && .build/demo $(if $(IMAGE),-image $(IMAGE)) $(if $(MODE),-mode $(MODE)) $(FLAGS)
 
 test: build lint images
@@ -44,7 +46,7 @@ bench: build
 
 # make bench-startup [IMAGES=nginx,postgres] [LINKS=5ms] [SYSTEMS=overlayfs,none] [N=5] [FLAGS=-trace=FILE]: writes docs/benchmarks.md and the plots beside it, if all is measured
 bench-startup: build
-	@.ci/packages runc stargz-snapshotter nginx-light
+	@.ci/packages stargz-snapshotter nginx-light
 	@cd integration/startup/stargz && CGO_ENABLED=0 go build -o $(BIN)/ .
 	@go build -o .build/startup ./integration/startup && .build/startup $(if $(IMAGES),-images $(IMAGES)) $(if $(LINKS),-links $(LINKS)) $(if $(SYSTEMS),-systems $(SYSTEMS)) \
 		$(if $(N),-n $(N)) $(if $(IMAGES)$(LINKS)$(SYSTEMS),,-docs docs) $(FLAGS)

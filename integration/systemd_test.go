@@ -170,11 +170,6 @@ func prepareRoot(t *testing.T, c unitsTest, root, base, checkout, programs strin
 	run(t, "cp", "-a", base, root)
 	run(t, "cp", filepath.Join(programs, thisRelease), filepath.Join(programs, otherRelease), filepath.Join(programs, testProgram), in("opt"))
 	run(t, "cp", in("opt/"+thisRelease), in(node.InstalledPath))
-	runc, err := exec.LookPath("runc")
-	if err != nil {
-		t.Fatal(err)
-	}
-	run(t, "cp", "-L", runc, in("usr/local/bin/runc"))
 	units, deploy := in("etc/systemd/system"), filepath.Join(checkout, "deploy/systemd")
 	run(t, "cp", filepath.Join(deploy, node.Unit+".service"), units)
 	enable := []string{"systemctl", "--root=" + root, "enable", "inside.service"}

@@ -11,38 +11,44 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
-// TestUserNamespaces runs containers of one image with different ID mappings and without one, at once: each sees the image as its own root's, nothing is copied, and
+// TestUserNamespaces runs pods of one image in different user namespaces and in none, at once: each sees the image as its own root's, nothing is copied, and
 // the end of one is nothing to the others.
 func TestUserNamespaces(t *testing.T) {
 	for i, mode := range modes {
 		t.Run(mode, func(t *testing.T) {
 			seed := uint64(700 + i)
 			registry := startRegistry(t, registrytest.Options{})
-			ref := registry.Host() + "/app:v1"
+			ref, pause := registry.Host()+"/app:v1", registry.Host()+"/pause:1"
 			pushSmall(t, ref, seed)
+			pushPause(t, pause)
 			run(t, "streamctl", "create", "--record", "", ref)
-			n := startNode(t, node.Options{Mode: mode, Stream: []string{registry.Host() + "/*"}})
+			n := startNode(t, node.Options{Mode: mode, Pause: pause, Stream: []string{registry.Host() + "/*"}})
 			pullStreamed(t, registry, n, ref)
 			bases := []uint32{0, 100_000, 300_000}
+			var pods []*node.Container
 			for _, base := range bases {
-				args := []string{"run", "--detach", "--snapshotter", n.Snapshotter()}
-				ctr(t, n, append(append(args, idMaps(base)...), ref, name(base), "/guest", "pause")...)
+				c, err := n.RunPodFrom(t.Context(), base, ref, "/guest", "pause")
+				if err != nil {
+					t.Fatal(err)
+				}
+				pods = append(pods, c)
 			}
-			for _, base := range bases {
-				wantOwner(t, n, base)
+			for i, base := range bases {
+				wantOwner(t, n, pods[i], base)
 			}
-			if list := ctr(t, n, "snapshots", "--snapshotter", n.Snapshotter(), "list"); strings.Contains(list, "-remap") || strings.Count(list, "\n") != 1+3+len(bases) {
-				t.Errorf("want the snapshots of three layers and of %d containers:\n%s", len(bases), list)
+			if list := ctr(t, n, "snapshots", "--snapshotter", n.Snapshotter(), "list"); strings.Contains(list, "-remap") || strings.Count(list, "\n") != 1+3+2*len(bases) {
+				t.Errorf("want the snapshots of three layers (the pause image has one of them), and two of each of %d pods:\n%s", len(bases), list)
 			}
-			for left := bases; len(left) > 1; {
-				ctr(t, n, "tasks", "delete", "--force", name(left[0]))
-				ctr(t, n, "containers", "delete", name(left[0]))
-				left = left[1:]
-				for _, base := range left {
-					wantOwner(t, n, base)
+			for len(pods) > 1 {
+				if err := pods[0].Remove(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				pods, bases = pods[1:], bases[1:]
+				for i, base := range bases {
+					wantOwner(t, n, pods[i], base)
 				}
 			}
-			// One that reads what nobody has read.
+			// One of ctr's, that reads what nobody has read.
 			out, err := n.RunFlags(t.Context(), ref, idMaps(500_000))
 			if err != nil {
 				t.Fatal(err)
@@ -52,21 +58,16 @@ func TestUserNamespaces(t *testing.T) {
 	}
 }
 
-func name(base uint32) string { return fmt.Sprintf("from-%d", base) }
-
 // idMaps are ctr's flags for a user namespace whose IDs begin at base outside.
 func idMaps(base uint32) []string {
-	if base == 0 {
-		return nil
-	}
 	m := fmt.Sprintf("0:%d:65536", base)
 	return []string{"--remap-labels", "--uidmap", m, "--gidmap", m}
 }
 
-// wantOwner checks that a file of the image belongs to base in the container of that name, and that its first page can be read.
-func wantOwner(t *testing.T, n *node.Node, base uint32) {
+// wantOwner checks that a file of the image belongs to base in the container, and that its first page can be read.
+func wantOwner(t *testing.T, n *node.Node, c *node.Container, base uint32) {
 	t.Helper()
-	pid, err := n.PID(name(base))
+	pid, err := n.PID(c.ID)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +77,7 @@ func wantOwner(t *testing.T, n *node.Node, base uint32) {
 		t.Fatal(err)
 	}
 	if sys := st.Sys().(*syscall.Stat_t); sys.Uid != base || sys.Gid != base {
-		t.Errorf("%s: the file belongs to %d:%d, want %d", name(base), sys.Uid, sys.Gid, base)
+		t.Errorf("from %d: the file belongs to %d:%d", base, sys.Uid, sys.Gid)
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -84,6 +85,6 @@ func wantOwner(t *testing.T, n *node.Node, base uint32) {
 	}
 	defer f.Close()
 	if _, err := f.Read(make([]byte, 4096)); err != nil {
-		t.Errorf("%s: %v", name(base), err)
+		t.Errorf("from %d: %v", base, err)
 	}
 }

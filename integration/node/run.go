@@ -23,10 +23,11 @@ func (n *Node) Pull(ctx context.Context, ref string) error {
 
 // Pod is a pod without containers.
 type Pod struct {
-	ID   string
-	name string
-	node *Node
-	file string // its configuration
+	ID    string
+	name  string
+	node  *Node
+	file  string // its configuration
+	linux map[string]any
 }
 
 // Container is a container in a pod of its own.
@@ -36,13 +37,18 @@ type Container struct {
 	log     string // CRI's log file
 }
 
-// RunPod runs ref's default command in a pod, as the kubelet does: `crictl runp`, `create`, `start`. The image has been pulled.
-func (n *Node) RunPod(ctx context.Context, ref string, env ...string) (*Container, error) {
-	p, err := n.RunSandbox(ctx)
+// RunPod runs ref's default command, or args, in a pod, as the kubelet does: `crictl runp`, `create`, `start`. The image has been pulled.
+func (n *Node) RunPod(ctx context.Context, ref string, args ...string) (*Container, error) {
+	return n.RunPodFrom(ctx, 0, ref, args...)
+}
+
+// RunPodFrom is RunPod, with the pod in a user namespace whose 65,536 IDs begin at base outside. Base 0 is no user namespace.
+func (n *Node) RunPodFrom(ctx context.Context, base uint32, ref string, args ...string) (*Container, error) {
+	p, err := n.runSandbox(ctx, base)
 	if err != nil {
 		return nil, err
 	}
-	c, err := p.Create(ctx, ref, env...)
+	c, err := p.Create(ctx, ref, args...)
 	if err != nil {
 		return nil, err
 	}
@@ -50,17 +56,23 @@ func (n *Node) RunPod(ctx context.Context, ref string, env ...string) (*Containe
 }
 
 // RunSandbox runs the sandbox of a pod, which the kubelet does before it pulls the images of the pod's containers.
-func (n *Node) RunSandbox(ctx context.Context) (*Pod, error) {
+func (n *Node) RunSandbox(ctx context.Context) (*Pod, error) { return n.runSandbox(ctx, 0) }
+
+func (n *Node) runSandbox(ctx context.Context, base uint32) (*Pod, error) {
 	n.pods++
 	name := fmt.Sprintf("pod%d", n.pods)
+	namespaces := map[string]any{"network": 2} // the host's
+	if base != 0 {
+		ids := []any{map[string]any{"host_id": base, "container_id": 0, "length": 65536}}
+		namespaces["userns_options"] = map[string]any{"mode": 0, "uids": ids, "gids": ids} // the pod's
+	}
+	linux := map[string]any{"security_context": map[string]any{"namespace_options": namespaces}}
 	config := map[string]any{
 		"metadata":      map[string]any{"name": name, "uid": name, "namespace": "default", "attempt": 1},
 		"log_directory": n.path("logs", name),
-		"linux": map[string]any{"security_context": map[string]any{
-			"namespace_options": map[string]any{"network": 2}, // the host's
-		}},
+		"linux":         linux,
 	}
-	p := &Pod{name: name, node: n, file: n.path("run", name+".json")}
+	p := &Pod{name: name, node: n, file: n.path("run", name+".json"), linux: linux}
 	if err := errors.Join(os.MkdirAll(n.path("logs", name), 0o755), writeJSON(p.file, config)); err != nil {
 		return nil, err
 	}
@@ -70,22 +82,14 @@ func (n *Node) RunSandbox(ctx context.Context) (*Pod, error) {
 }
 
 // Create creates a container of ref, the only one of the pod.
-func (p *Pod) Create(ctx context.Context, ref string, env ...string) (*Container, error) {
-	type variable struct {
-		Key   string `json:"key"`
-		Value string `json:"value"`
-	}
-	var envs []variable
-	for _, e := range env {
-		k, v, _ := strings.Cut(e, "=")
-		envs = append(envs, variable{k, v})
-	}
+func (p *Pod) Create(ctx context.Context, ref string, args ...string) (*Container, error) {
 	file := p.node.path("run", p.name+".main.json")
 	if err := writeJSON(file, map[string]any{
 		"metadata": map[string]any{"name": "main"},
 		"image":    map[string]any{"image": ref},
+		"command":  args,
 		"log_path": "main.log",
-		"envs":     envs,
+		"linux":    p.linux,
 	}); err != nil {
 		return nil, err
 	}
