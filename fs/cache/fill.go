@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"sync"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -33,6 +34,7 @@ type fill struct {
 	flights []*flight
 	onDisk  bool // the map claims them: read and verify first
 	ahead   bool // read-ahead: goes on without waiters
+	open    bool // has not begun: misses beside its own join it, see readahead.go; guarded by store.mu
 	hot     *hot // the stream that brings them, if it is one; flights is empty then
 	cancel  context.CancelFunc
 
@@ -58,8 +60,11 @@ func (l *Layer) claim(lo, hi int) []*flight {
 			run = nil
 		} else {
 			if run == nil || run.onDisk != s.present.has(i) {
-				run = &fill{layer: l, onDisk: s.present.has(i)}
-				fills = append(fills, run)
+				onDisk := s.present.has(i)
+				if run = l.neighbour(i); run == nil || onDisk {
+					run = &fill{layer: l, onDisk: onDisk, open: !onDisk}
+					fills = append(fills, run)
+				}
 			}
 			fl = run.add(s, i)
 		}
@@ -76,7 +81,11 @@ func (l *Layer) claim(lo, hi int) []*flight {
 // add makes a flight for chunk i. The caller holds store.mu.
 func (f *fill) add(s *store, i int) *flight {
 	fl := &flight{chunk: i, fill: f, done: make(chan struct{}), refs: 1}
-	f.flights = append(f.flights, fl)
+	if at := len(f.flights); at > 0 && i < f.flights[0].chunk {
+		f.flights = slices.Insert(f.flights, 0, fl)
+	} else {
+		f.flights = append(f.flights, fl)
+	}
 	s.flights[i] = fl
 	return fl
 }
@@ -134,7 +143,8 @@ func (s *store) unref(fl *flight) {
 func (f *fill) run(ctx context.Context) {
 	l, s := f.layer, f.layer.store
 	defer l.running.Done()
-	f.guard(f.flights, func() { f.bring(ctx) })
+	flights := f.begin()
+	f.guard(flights, func() { f.bring(ctx, flights) })
 	f.cancel()
 	s.mu.Lock()
 	delete(l.fills, f)
@@ -151,8 +161,7 @@ func (f *fill) guard(flights []*flight, do func()) {
 	}
 }
 
-func (f *fill) bring(ctx context.Context) {
-	missing := f.flights
+func (f *fill) bring(ctx context.Context, missing []*flight) {
 	if f.onDisk {
 		missing = f.load(ctx, missing)
 	}

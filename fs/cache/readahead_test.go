@@ -124,6 +124,46 @@ func TestOtherReadsAreExact(t *testing.T) {
 	}
 }
 
+// The READs of one read-ahead of the kernel come one by one, and each misses chunks of its own.
+func TestNeighboursShareARequest(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // all readers come before the request begins
+	ly := newLayer(t, 64<<10, 6<<20)
+	at := func(i int) int64 { return ly.index.Chunk(i).TarOffset }
+	for name, c := range map[string]struct {
+		chunks      []int
+		least, most int64 // requests; how many depends on who runs first
+	}{
+		"forwards":  {[]int{10, 11, 12, 13, 14, 15, 16, 17}, 1, 4},
+		"backwards": {[]int{17, 16, 15, 14, 13, 12, 11, 10}, 1, 4},
+		"apart":     {[]int{10, 12, 14, 20, 21}, 4, 5},
+		"long":      {[]int{10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23}, 2, 7},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := ly.serve()
+			l := openLayer(t, openCache(t, t.TempDir()), ly, b)
+			var wg sync.WaitGroup
+			var want int64
+			for _, i := range c.chunks {
+				want += ly.index.Chunk(i).BlobSize
+				wg.Go(func() {
+					p := make([]byte, 1000)
+					n, err := l.ReadAt(t.Context(), p, at(i)+500)
+					if err != nil || string(p[:n]) != string(ly.tar[at(i)+500:at(i)+500+int64(n)]) {
+						t.Errorf("ReadAt in chunk %d: %v, or wrong bytes", i, err)
+					}
+				})
+			}
+			wg.Wait()
+			if got := b.requests.Load(); got < c.least || got > c.most {
+				t.Errorf("%d requests for chunks %v, want %d to %d", got, c.chunks, c.least, c.most)
+			}
+			if got := b.bytes.Load(); got != want {
+				t.Errorf("%d bytes fetched, want %d: the frames of the chunks", got, want)
+			}
+		})
+	}
+}
+
 // A reader that stops has cost at most its share.
 func TestReadAheadIsBounded(t *testing.T) {
 	ly := aheadLayer(t)

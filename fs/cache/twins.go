@@ -96,9 +96,9 @@ func (f *fill) copy(ctx context.Context, flights []*flight) (missing []*flight) 
 		return flights
 	}
 	c.learn()
-	for _, fl := range flights {
+	for i, fl := range flights {
 		if ctx.Err() != nil {
-			return append(missing, fl)
+			return append(missing, flights[i:]...)
 		}
 		ch := s.index.Chunk(fl.chunk)
 		buf := c.bufs.get(int(ch.TarSize))

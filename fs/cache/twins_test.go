@@ -3,6 +3,7 @@ package cache
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"testing"
@@ -127,5 +128,18 @@ func checkFetched(t *testing.T, b *memBlob, ly *layer) {
 	t.Helper()
 	if got, want := b.bytes.Load(), ly.index.FramesSize(); got < want-100 || got > want {
 		t.Errorf("%d bytes of %d were fetched", got, want)
+	}
+}
+
+// Who is cancelled gets back all that was not copied, or those who wait for it would for ever.
+func TestCancelledCopyLeavesNothingOut(t *testing.T) {
+	v1, v2 := versions(t)
+	c := openSharing(t, t.TempDir(), 0, v1, v2)
+	l := openLayer(t, c, v1, v1.serve())
+	flights := []*flight{{chunk: 0}, {chunk: 1}, {chunk: 2}}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if got := (&fill{layer: l}).copy(ctx, flights); len(got) != len(flights) {
+		t.Errorf("%d of %d chunks are given back", len(got), len(flights))
 	}
 }
