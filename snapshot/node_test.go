@@ -45,7 +45,9 @@ type testNode struct {
 	log    *logBuffer
 	stop   func()
 
-	retryAfter, quiet time.Duration // of stream.Options
+	// Of stream.Options:
+	retryAfter, quiet time.Duration
+	background        int64
 }
 
 // logBuffer counts the lines that operators would see.
@@ -99,6 +101,7 @@ func (n *testNode) start() {
 		Timeout:    5 * time.Second,
 		RetryAfter: n.retryAfter,
 		StartQuiet: n.quiet,
+		Background: n.background,
 	})
 	check(err)
 	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)))

@@ -31,6 +31,7 @@ type config struct {
 	Stream         patterns    `toml:"stream" comment:"Repositories to stream from: HOST/REPOSITORY, each part a glob; a last part of * stands for everything below.\nSnapshots are shared by chain ID: list only what you would let provide the base layers of every image. Nothing is listed by default."`
 	ReadAhead      bool        `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
 	CacheSize      size        `toml:"cache_size" comment:"How much disk the chunk cache may use: a share of root's file system, as in \"25%\", or as in \"20GiB\". \"0\" for no limit.\nThe chunks used least recently are given back, also those of running containers, which fetch them again. kubelet removes images when the\nfile system is 85% full, and evicts pods soon after: leave it room for unpacked images, logs and what containers write."`
+	Background     size        `toml:"background_bandwidth" comment:"How much per second, as in \"8MiB\", is fetched of what containers did not read at their start, once that is over and while no container waits for the\nregistry: so that the node needs it no more. It stops before chunks that were used would have to go. \"0\" for nothing."`
 	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
 	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
@@ -45,6 +46,7 @@ func defaults() config {
 		Stream:         patterns{},
 		ReadAhead:      true,
 		CacheSize:      "25%",
+		Background:     "8MiB",
 		HostsDir:       "/etc/containerd/certs.d",
 		ResolveTimeout: duration(15 * time.Second),
 		RegistryWait:   duration(5 * time.Minute),
@@ -112,6 +114,9 @@ func (c *config) validate() error {
 	}
 	if _, err := c.CacheSize.of(100); err != nil {
 		return fmt.Errorf("cache_size: %w", err)
+	}
+	if _, err := c.Background.of(0); err != nil || strings.HasSuffix(string(c.Background), "%") {
+		return fmt.Errorf("background_bandwidth = %q: want bytes per second, as in \"8MiB\", or \"0\"", c.Background)
 	}
 	return c.Stream.validate()
 }

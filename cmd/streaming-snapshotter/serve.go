@@ -76,8 +76,12 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 	if err != nil {
 		return n, err
 	}
+	background, err := c.Background.of(0)
+	if err != nil {
+		return n, err
+	}
 	n.images, err = stream.New(stream.Options{
-		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.std(),
+		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.std(), Background: background,
 	})
 	if err == nil {
 		close(opened)
@@ -123,6 +127,14 @@ func (n *node) stats() cache.Stats {
 		return cache.Stats{}
 	}
 	return n.cache.Stats()
+}
+
+// background is the image that is being completed, nil if there is none.
+func (n *node) background() *stream.Background {
+	if n.images == nil {
+		return nil
+	}
+	return n.images.Background()
 }
 
 // stopTimeout bounds the wait for calls in progress when the daemon stops: below the 10 s that a container gets to stop.
@@ -211,7 +223,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	if err != nil {
 		return err
 	}
-	stopStatus, err := serveStatus(c.Root, s, n.stats, p)
+	stopStatus, err := n.serveStatus(c.Root, s, p)
 	if err != nil {
 		log.Warn("nobody can ask for the status", "error", err)
 	} else {

@@ -19,28 +19,30 @@ import (
 	"github.com/moby/sys/mountinfo"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
 // status is what the daemon says of itself, as JSON, to whoever connects to its second socket, status.sock in root.
 type status struct {
-	Version       string      `json:"version"`
-	Since         string      `json:"since"`
-	SafeMode      string      `json:"safe_mode,omitempty"` // why
-	MountMode     string      `json:"mount_mode,omitempty"`
-	NotTaken      string      `json:"not_taken,omitempty"` // the modes before it, and why
-	Stream        patterns    `json:"stream"`
-	Kept          bool        `json:"kept"` // the mounts outlive the daemon
-	StreamedCount int         `json:"streamed_images"`
-	MountedCount  int         `json:"mounted_images"`
-	CacheBytes    int64       `json:"cache_bytes"` // on disk
-	Goroutines    int         `json:"goroutines"`  // of the daemon: what leaks shows here first
-	Cache         cache.Stats `json:"cache"`       // since the start
-	Problems      []string    `json:"problems"`    // the last ones, the newest at the end
+	Version       string             `json:"version"`
+	Since         string             `json:"since"`
+	SafeMode      string             `json:"safe_mode,omitempty"` // why
+	MountMode     string             `json:"mount_mode,omitempty"`
+	NotTaken      string             `json:"not_taken,omitempty"` // the modes before it, and why
+	Stream        patterns           `json:"stream"`
+	Kept          bool               `json:"kept"` // the mounts outlive the daemon
+	StreamedCount int                `json:"streamed_images"`
+	MountedCount  int                `json:"mounted_images"`
+	CacheBytes    int64              `json:"cache_bytes"`          // on disk
+	Goroutines    int                `json:"goroutines"`           // of the daemon: what leaks shows here first
+	Cache         cache.Stats        `json:"cache"`                // since the start
+	Background    *stream.Background `json:"background,omitempty"` // the image that is being completed
+	Problems      []string           `json:"problems"`             // the last ones, the newest at the end
 }
 
 // measure fills in what changes.
-func (s status) measure(root string, stats func() cache.Stats, p *problems) status {
-	s.Cache = stats()
+func (s status) measure(root string, n *node, p *problems) status {
+	s.Cache, s.Background = n.stats(), n.background()
 	if entries, err := os.ReadDir(filepath.Join(root, "images")); err == nil {
 		for _, e := range entries {
 			if e.IsDir() {
@@ -71,9 +73,9 @@ func (s status) measure(root string, stats func() cache.Stats, p *problems) stat
 func statusSocket(root string) string { return filepath.Join(root, "status.sock") }
 
 // serveStatus answers until stop, which waits for the end.
-func serveStatus(root string, s status, stats func() cache.Stats, p *problems) (stop func(), err error) {
+func (n *node) serveStatus(root string, s status, p *problems) (stop func(), err error) {
 	return serveSocket(statusSocket(root), func(conn net.Conn) {
-		json.NewEncoder(conn).Encode(s.measure(root, stats, p)) // who has gone does not want it
+		json.NewEncoder(conn).Encode(s.measure(root, n, p)) // who has gone does not want it
 	})
 }
 
@@ -131,6 +133,9 @@ func printStatus(root string, asJSON bool, w io.Writer) error {
 		fmt.Fprintf(w, "not taken: %s\n", s.NotTaken)
 	}
 	fmt.Fprintf(w, "images: %d streamed, %d mounted\ncache: %.1f MB\nstream: %s\n", s.StreamedCount, s.MountedCount, float64(s.CacheBytes)/1e6, strings.Join(s.Stream, " "))
+	if b := s.Background; b != nil {
+		fmt.Fprintf(w, "in the background: %s, %.1f of %.1f MB\n", b.Image, float64(b.Done)/1e6, float64(b.Total)/1e6)
+	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "problem: %s\n", p)
 	}

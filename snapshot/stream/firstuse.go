@@ -103,6 +103,10 @@ func (s *Store) recordFirstUses(img *image) {
 				if err := s.saveFirstUses(img, p); err != nil {
 					s.log.Warn("record of an image's first start", "image", img.id, "error", err)
 				}
+				select {
+				case s.started <- struct{}{}:
+				default: // it is told already
+				}
 			}
 			use.Close()
 		})

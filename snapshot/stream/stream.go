@@ -12,6 +12,7 @@
 //	images/<hex of the artifact manifest's digest>/
 //	    image.json         record: where the image came from, its chain IDs, the artifact's layers
 //	    first-use.json     record of the image's first start on this node, see firstuse.go: a profile in its JSON form
+//	    completed          all of the image was fetched, see complete.go
 //	    <n>.erofs          metadata image of the chain of the first n layers: of the whole chain made when the image is
 //	                       found, so that what cannot be mounted falls back, of others when they are first mounted
 //	indexes/<hex of the index's digest>
@@ -37,6 +38,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -90,6 +92,8 @@ type Options struct {
 	RetryAfter time.Duration
 	// StartQuiet is how long nothing new of an image is used once its container's start is over. 0 is 30 s.
 	StartQuiet time.Duration
+	// Background is how much of what no container has asked for is fetched when its start is over, bytes per second. 0 is nothing.
+	Background int64
 	Log        *slog.Logger // nil is slog.Default()
 }
 
@@ -99,6 +103,10 @@ type Store struct {
 	log     *slog.Logger
 	closing chan struct{} // closed by EndSearches
 
+	started    chan struct{} // gets a value when an image's first start is over
+	completing atomic.Pointer[image]
+	quit       context.CancelFunc // of complete
+
 	mu       sync.Mutex
 	closed   bool
 	searches map[searchKey]*search
@@ -107,7 +115,7 @@ type Store struct {
 	pins     map[string]int    // indexes that a search is about to need, by file name
 	hots     map[*hotFetch]bool
 
-	running sync.WaitGroup      // searches, fetches of hot blobs, records of first starts
+	running sync.WaitGroup      // searches, fetches of hot blobs, records of first starts, the completion of images
 	merges  *semaphore.Weighted // bytes of headers of the images whose trees are being made
 }
 
@@ -143,11 +151,19 @@ func New(o Options) (*Store, error) {
 		}
 	}
 	s := &Store{
-		o: o, log: cmp.Or(o.Log, slog.Default()), closing: make(chan struct{}),
+		o: o, log: cmp.Or(o.Log, slog.Default()), closing: make(chan struct{}), started: make(chan struct{}, 1),
 		searches: map[searchKey]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}, hots: map[*hotFetch]bool{},
 		merges: semaphore.NewWeighted(mergeHeaders),
 	}
-	return s, s.sweep()
+	if err := s.sweep(); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	s.quit = cancel
+	if o.Background > 0 {
+		s.running.Go(func() { s.complete(ctx) })
+	}
+	return s, nil
 }
 
 // EndSearches fails all calls of Find, those to come too, and ends what goes on after them.
@@ -155,6 +171,7 @@ func (s *Store) EndSearches() {
 	s.mu.Lock()
 	if !s.closed {
 		close(s.closing)
+		s.quit()
 	}
 	s.closed = true
 	for _, q := range s.searches {

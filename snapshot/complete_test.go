@@ -1,0 +1,112 @@
+package snapshot
+
+import (
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// startWith starts the node anew with a bandwidth for the background, bytes per second.
+func (n *testNode) startWith(background int64) {
+	n.t.Helper()
+	n.stop()
+	n.background = background
+	n.start()
+}
+
+// completed reports whether all of the image was fetched in the background.
+func (n *testNode) completed(id string) bool {
+	_, err := os.Stat(filepath.Join(n.root, "images", id, "completed"))
+	return err == nil
+}
+
+// started pulls an image and starts a container that reads a part of it.
+func (n *testNode) started(img testImage, files map[string]string) (id string) {
+	n.t.Helper()
+	n.prepareAll(img, 0, "")
+	id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	n.wantMounted(id, map[string]string{"hot0": files["hot0"]})
+	return id
+}
+
+// After the start the rest comes in a few requests, each byte once, and then the registry is needed no more.
+func TestCompletion(t *testing.T) {
+	n := newTestNode(t)
+	n.startWith(1 << 30)
+	img, files := pushHot(n)
+	id := n.started(img, files)
+	before := n.chunks.Stats()
+	n.poll("completion", func() bool { return n.completed(id) })
+	s := n.chunks.Stats()
+	size := int64(0)
+	for _, l := range n.artifactOf(img).Layers {
+		size += l.IndexOffset
+	}
+	if s.FetchedBytes != size {
+		t.Errorf("%d bytes were fetched, want each of the %d once", s.FetchedBytes, size)
+	}
+	if requests := s.Requests - before.Requests; requests > 4 {
+		t.Errorf("%d requests for the rest of two layers", requests)
+	}
+	n.reg.Inject(registrytest.Any, -1, registrytest.Status(http.StatusServiceUnavailable))
+	n.restart()
+	n.wantMounted(id, files)
+	if s := n.chunks.Stats(); s.Requests != 0 {
+		t.Errorf("%d requests after a restart", s.Requests)
+	}
+}
+
+// A container that reads interrupts it, and it goes on later; a restart of the daemon, too. Nothing is fetched twice but what was in flight.
+func TestCompletionIsInterrupted(t *testing.T) {
+	n := newTestNode(t)
+	n.startWith(100_000)
+	img, files := pushHot(n)
+	id := n.started(img, files)
+	begun := func() bool {
+		b := n.images.Background()
+		return b != nil && n.chunks.Stats().Hot > 0
+	}
+	n.poll("completion to begin", begun)
+	if b := n.images.Background(); !strings.HasSuffix(b.Image, img.manifest.String()) || b.Done == 0 || b.Done >= b.Total {
+		t.Errorf("progress %+v", b)
+	}
+	misses := n.chunks.Stats().Misses
+	n.wantMounted(id, map[string]string{"cold1": files["cold1"]}) // the last of it, which will take a while to come by itself
+	if n.chunks.Stats().Misses == misses {
+		t.Error("a read waited for the background")
+	}
+	requests := n.chunks.Stats().Requests
+	n.poll("another request", func() bool { return n.chunks.Stats().Requests > requests })
+	fetched := n.chunks.Stats().Hot
+	n.startWith(1 << 30)
+	n.poll("completion", func() bool { return n.completed(id) })
+	if again := n.chunks.Stats().Hot; again == 0 || fetched == 0 {
+		t.Errorf("%d chunks before the restart and %d after", fetched, again)
+	}
+	n.reg.Inject(registrytest.Any, -1, registrytest.Status(http.StatusServiceUnavailable))
+	n.wantMounted(id, files)
+}
+
+// An image that is removed meanwhile leaves nothing.
+func TestForgetEndsCompletion(t *testing.T) {
+	n := newTestNode(t)
+	n.startWith(100_000)
+	img, files := pushHot(n)
+	id := n.started(img, files)
+	n.poll("completion to begin", func() bool { return n.images.Background() != nil && n.chunks.Stats().Hot > 0 })
+	if err := n.images.Forget(id); err != nil {
+		t.Fatal(err)
+	}
+	n.poll("empty cache", func() bool {
+		left, err := filepath.Glob(filepath.Join(n.root, "cache", "sha256-*"))
+		return err == nil && len(left) == 0
+	})
+	n.poll("end of completion", func() bool { return n.images.Background() == nil })
+}

@@ -1,0 +1,199 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
+)
+
+// What an image's container has not read at its start is fetched afterwards, so that the node needs the registry no more for it: image by image, layer by layer,
+// with a bandwidth of its own, and only while no container waits for the registry. An image is done once; what the cache gives back later is not fetched again.
+const (
+	completedName = "completed" // in the image's directory: it is done
+
+	// quietShare is the part of Options.StartQuiet, about 2 s, in which nobody may have waited for the registry.
+	quietShare = 16
+	// completeRetry is the pause after an image could not be completed: the registry is away, or the cache full.
+	completeRetry = 10 * time.Minute
+	// paceBurst is how much comes at once before the bandwidth is kept, bytes.
+	paceBurst = 64 << 10
+)
+
+// errBusy ends a request for what nobody needs yet: somebody waits for what is needed.
+var errBusy = errors.New("containers read from the registry")
+
+// Background is how far the fetching of what no container has asked for is.
+type Background struct {
+	Image string `json:"image"` // repository and manifest digest
+	Done  int64  `json:"done"`  // bytes of the tars of all its layers that are here
+	Total int64  `json:"total"`
+}
+
+// Background returns the image that is being completed, or nil.
+func (s *Store) Background() *Background {
+	img := s.completing.Load()
+	if img == nil {
+		return nil
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if img.dev == nil {
+		return nil
+	}
+	b := &Background{Image: string(img.rec.Repository) + "@" + img.rec.Manifest.String()}
+	for i, l := range img.dev.layers {
+		b.Done += l.Present()
+		b.Total += img.dev.indexes[i].TarSize
+	}
+	return b
+}
+
+// complete completes the images whose first start is over, until ctx ends.
+func (s *Store) complete(ctx context.Context) {
+	for {
+		var again <-chan time.Time
+		for _, id := range s.incomplete() {
+			err := s.completeImage(ctx, id)
+			if ctx.Err() != nil {
+				return
+			}
+			if err != nil {
+				s.log.Info("the rest of an image is not fetched for now", "image", id, "error", err)
+				again = time.After(completeRetry)
+			}
+		}
+		select {
+		case <-s.started:
+		case <-again:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// incomplete lists the images that were started and are not completed.
+func (s *Store) incomplete() (ids []string) {
+	dirs, _ := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	for _, d := range dirs {
+		has := func(name string) bool {
+			_, err := os.Stat(filepath.Join(s.imageDir(d.Name()), name))
+			return err == nil
+		}
+		if has(firstUseName) && !has(completedName) {
+			ids = append(ids, d.Name())
+		}
+	}
+	return ids
+}
+
+func (s *Store) completeImage(ctx context.Context, id string) error {
+	img, err := s.load(id)
+	if err != nil {
+		return err
+	}
+	img.mu.Lock()
+	use, err := img.use(ctx)
+	img.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	defer use.Close()
+	s.completing.Store(img)
+	defer s.completing.Store(nil)
+	for i, l := range use.layers {
+		if slices.Contains(use.digests[:i], use.digests[i]) {
+			continue
+		}
+		for {
+			misses, err := s.waitQuiet(ctx)
+			if err != nil {
+				return err
+			}
+			if s.forgotten(img) {
+				return nil
+			}
+			src := pacedBlob{blob{s.o.Registry, img.rec, i}, s, img, misses}
+			if err = l.Complete(ctx, src); err == nil {
+				break
+			}
+			if !errors.Is(err, errBusy) {
+				return err
+			}
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.images[id] != img {
+		return nil
+	}
+	// A crash that loses it costs a look.
+	return os.WriteFile(filepath.Join(s.imageDir(id), completedName), nil, 0o600)
+}
+
+func (s *Store) forgotten(img *image) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.images[img.id] != img
+}
+
+// waitQuiet waits until nobody has waited for the registry for a while, and returns the count of chunks that somebody has.
+func (s *Store) waitQuiet(ctx context.Context) (misses int64, err error) {
+	for before := int64(-1); before != misses; {
+		before = misses
+		select {
+		case <-time.After(s.o.StartQuiet / quietShare):
+		case <-ctx.Done():
+			return 0, ctx.Err()
+		}
+		misses = s.o.Cache.Stats().Misses
+	}
+	return misses, nil
+}
+
+// pacedBlob reads a layer blob with the bandwidth that there is for what nobody waits for, as long as nobody waits for something else.
+type pacedBlob struct {
+	cache.Blob
+	store  *Store
+	image  *image
+	misses int64
+}
+
+func (b pacedBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+	body, err := b.Blob.ReadRange(ctx, off, n, try)
+	if err != nil {
+		return nil, err
+	}
+	return &pacedBody{ReadCloser: body, ctx: ctx, blob: b, begun: time.Now()}, nil
+}
+
+type pacedBody struct {
+	io.ReadCloser
+	ctx   context.Context // of the request: io.Reader has no place for it
+	blob  pacedBlob
+	begun time.Time
+	read  int64
+}
+
+func (r *pacedBody) Read(p []byte) (int, error) {
+	s := r.blob.store
+	due := time.Duration(float64(max(r.read-paceBurst, 0)) / float64(s.o.Background) * float64(time.Second))
+	if wait := due - time.Since(r.begun); wait > 0 {
+		select {
+		case <-time.After(wait):
+		case <-r.ctx.Done():
+			return 0, r.ctx.Err()
+		}
+	}
+	if s.o.Cache.Stats().Misses != r.blob.misses || s.forgotten(r.blob.image) {
+		return 0, errBusy
+	}
+	n, err := r.ReadCloser.Read(p[:min(len(p), paceBurst)])
+	r.read += int64(n)
+	return n, err
+}
