@@ -81,7 +81,13 @@ func (k *socketKeeper) send(m keepMessage, rights []byte) error {
 }
 
 func (k *socketKeeper) Keep(name string, f *os.File) error {
-	return k.send(keepMessage{Name: name}, unix.UnixRights(int(f.Fd())))
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var sent error
+	err = raw.Control(func(fd uintptr) { sent = k.send(keepMessage{Name: name}, unix.UnixRights(int(fd))) })
+	return errors.Join(err, sent)
 }
 
 func (k *socketKeeper) Drop(name string) error {

@@ -75,7 +75,8 @@ func (d *devices) add(id string, dev Device) (*device, error) {
 	e := d.byNode[node]
 	switch {
 	case e == nil:
-		e = &device{id: id, node: node, dev: dev, idle: make(chan struct{})}
+		// A predecessor may have opened it for a mount that it did not live to record.
+		e = &device{id: id, node: node, dev: dev, opens: d.state.opensOf(node), idle: make(chan struct{})}
 		e.size = (dev.Size() + deviceAlign - 1) &^ (deviceAlign - 1)
 		d.byNode[node] = e
 	case e.id != id:
@@ -254,9 +255,8 @@ func (d *devices) load(r mountRecord, dev Device) (*device, error) {
 	return d.add(r.ID, dev)
 }
 
-// loadOpens counts the files that were open when the predecessor ended, and forgets the devices that nothing uses.
-func (d *devices) loadOpens() {
-	d.state.loadOpens(func(node uint64) { d.update(node, func(e *device) { e.opens++ }) })
+// forgetUnused forgets the devices that were loaded and that nothing uses.
+func (d *devices) forgetUnused() {
 	for _, e := range d.list() {
 		d.update(e.node, func(*device) {})
 	}

@@ -55,7 +55,7 @@ func (s *Server) createErofs(c *fsContext) ([]string, error) {
 	s.create.Lock()
 	defer s.create.Unlock()
 	before := bdis()
-	if err := c.create(); err != nil {
+	if err := c.created(aside(c.fd, callCreate(0))); err != nil { // opens the file of the data device
 		return nil, err
 	}
 	return slices.DeleteFunc(bdis(), func(name string) bool { return slices.Contains(before, name) }), nil
@@ -107,8 +107,9 @@ func newErofs(source, device string) (*fsContext, error) {
 	return c, nil
 }
 
-func (c *fsContext) create() error {
-	if err := unix.FsconfigCreate(c.fd); err != nil {
+// created explains err, of the creation of c's file system.
+func (c *fsContext) created(err error) error {
+	if err != nil {
 		return c.explain(fmt.Errorf("mount EROFS: %w", err))
 	}
 	return nil

@@ -10,7 +10,8 @@
 // disturbs its read.
 //
 // The process that serves a mount must not map a file of it or execute a program that lies on it: the Go runtime does not know that such
-// a thread waits, and if it wants to collect garbage meanwhile, waits for it with all the others that could answer. System calls are fine.
+// a thread waits, and if it wants to collect garbage meanwhile, waits for it with all the others that could answer. Nor must it make system
+// calls that ask for an answer: killed meanwhile it could not die (see aside).
 //
 // The package does not verify or cache what a Device gives, does not make metadata images (package erofs does), and does not combine
 // layers with a writable one (overlayfs does).

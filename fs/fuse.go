@@ -45,16 +45,15 @@ func mountedAs(target string, dev uint64) bool {
 const settleName = ".settle"
 
 // settle opens, polls and closes a file of a session, to which the session answers ENOSYS where it keeps no state, and which the kernel
-// then never asks again. Otherwise a process that closes a file while no daemon serves it would hang in FLUSH; and this process would
-// when os.Open adds the file to the Go runtime's poller: that blocks in POLL without giving the processor to those who answer it.
+// then never asks again. Otherwise a process that closes a file while no daemon serves it would hang in FLUSH; and one of the Go runtime's
+// when os.Open adds the file to its poller: that blocks in POLL without giving the processor to others.
 func settle(path string) error {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return &os.PathError{Op: "open", Path: path, Err: err}
+	open, err := callOpen(path, unix.O_RDONLY)
+	if err == nil {
+		err = aside(-1, open, callPoll(0), callClose(0))
 	}
-	defer unix.Close(fd)
-	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != nil {
-		return &os.PathError{Op: "poll", Path: path, Err: err}
+	if err != nil {
+		return &os.PathError{Op: "settle", Path: path, Err: err}
 	}
 	return nil
 }

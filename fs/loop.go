@@ -27,7 +27,7 @@ func (s *Server) createLoop(metadata, device string) (*fsContext, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := c.create(); err != nil {
+	if err := c.created(unix.FsconfigCreate(c.fd)); err != nil { // which has only loop devices to open
 		c.close()
 		return nil, err
 	}
@@ -44,17 +44,16 @@ func (s *Server) createLoop(metadata, device string) (*fsContext, error) {
 // attachLoop attaches the file path, opened with flags, to a free loop device, which the kernel frees after its last use: when the
 // returned file is closed and nothing on it is mounted.
 func attachLoop(path string, flags int) (*os.File, error) {
-	backing, err := os.OpenFile(path, flags, 0)
+	open, err := callOpen(path, flags)
 	if err != nil {
 		return nil, err
 	}
-	defer backing.Close()
 	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer control.Close()
-	config := unix.LoopConfig{Fd: uint32(backing.Fd()), Size: 512}
+	config := unix.LoopConfig{Fd: 1, Size: 512} // what aside opens after the loop device
 	config.Info.Flags = unix.LO_FLAGS_READ_ONLY | unix.LO_FLAGS_AUTOCLEAR
 	if flags&unix.O_DIRECT != 0 {
 		config.Info.Flags |= unix.LO_FLAGS_DIRECT_IO
@@ -69,7 +68,7 @@ func attachLoop(path string, flags int) (*os.File, error) {
 		if err != nil {
 			return nil, err
 		}
-		err = unix.IoctlLoopConfigure(int(loop.Fd()), &config)
+		err = aside(int(loop.Fd()), open, callLoop(0, &config))
 		if err == nil {
 			return loop, nil
 		}

@@ -88,11 +88,27 @@ func (s *Server) probe() (err error) {
 	if err := s.mount(img, target); err != nil {
 		return err
 	}
-	got, err := os.ReadFile(filepath.Join(target, "file"))
-	if err == nil && !bytes.Equal(got, data) {
-		err = errors.New("a file read back differs")
+	return errors.Join(readBack(filepath.Join(target, "file"), data), s.Unmount(target))
+}
+
+// readBack reads want from the file path.
+func readBack(path string, want []byte) error {
+	got, err := unix.Mmap(-1, 0, len(want), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return err
 	}
-	return errors.Join(err, s.Unmount(target))
+	defer unix.Munmap(got)
+	open, err := callOpen(path, unix.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	if err := aside(-1, open, callRead(0, got)); err != nil {
+		return fmt.Errorf("read %s: %w", path, err)
+	}
+	if !bytes.Equal(got, want) {
+		return errors.New("a file read back differs")
+	}
+	return nil
 }
 
 // writeProbe writes a metadata image of one file, of size bytes, that is the whole data device.

@@ -317,7 +317,7 @@ func (s *Server) resumeDevices(p *kept) error {
 	if err := errors.Join(append(errs, err)...); err != nil {
 		return err
 	}
-	d.loadOpens()
+	d.forgetUnused()
 	if d.session, err = resumeSession(p, s.keep, d, deviceOptions(s.options)); err != nil {
 		return err
 	}

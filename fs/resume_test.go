@@ -335,3 +335,39 @@ func TestFailpoints(t *testing.T) {
 		}
 	})
 }
+
+// TestKilledWhileMounting kills a new daemon at each request that its own start and mount lead to, once it has read it: it dies, though it
+// waits for the answer, and the next one mounts and serves.
+func TestKilledWhileMounting(t *testing.T) {
+	step := int64(6)
+	if os.Getenv("FULL") != "" {
+		step = 1
+	}
+	for _, mode := range modes {
+		t.Run(string(mode), func(t *testing.T) {
+			k := newKeeper(t, daemonArgs{Mode: mode, Step: "read"}, 1)
+			for n := int64(1); ; n += step {
+				k.args.Step, k.args.Nth = "read", n
+				k.start()
+				line, _ := k.out.ReadString('\n')
+				if line != "" {
+					if n < 10 {
+						t.Errorf("%q before request %d", line, n)
+					}
+					return
+				}
+				if err := k.ended(); err == nil || !strings.Contains(err.Error(), "killed") {
+					t.Fatalf("request %d: %v", n, err)
+				}
+				k.args.Step = ""
+				k.start()
+				k.ready()
+				startComparing(t, k.args.Targets[0]).finish(t)
+				k.stdin.Close()
+				if err := k.ended(); err != nil || len(k.kept) > 0 {
+					t.Fatalf("request %d: the next daemon: %v, still kept: %v", n, err, k.kept)
+				}
+			}
+		})
+	}
+}

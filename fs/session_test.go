@@ -70,7 +70,12 @@ func want(t *testing.T, h fuse.OutHeader, unique uint64, errno unix.Errno) {
 
 func TestProtocol(t *testing.T) {
 	dev := &testDevice{data: noise(1, 10_000)}
-	d := newDevices(nil)
+	st, err := newState()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer st.close()
+	d := newDevices(st)
 	if _, err := d.acquire("a", dev); err != nil {
 		t.Fatal(err)
 	}

@@ -164,6 +164,7 @@ func openState(f *os.File) (*state, *about, []slot, error) {
 			s.put(sl)
 		}
 	})
+	s.loadOpens()
 	return s, &a, used, nil
 }
 
@@ -344,12 +345,23 @@ func (s *state) open(i int) *[2]uint64 {
 	return (*[2]uint64)(unsafe.Pointer(&s.mem[opensAt+i*openSize]))
 }
 
-// loadOpens calls f with the node of each file that was open when a predecessor ended.
-func (s *state) loadOpens(f func(node uint64)) {
+// loadOpens finds the files that were open when a predecessor ended.
+func (s *state) loadOpens() {
 	s.each(opensAt, slotsAt, openSize, func(i int) {
 		if p := s.open(i); p[1] != 0 {
 			s.opens[p[1]] = i
-			f(p[0])
 		}
 	})
+}
+
+// opensOf counts the open files of a node.
+func (s *state) opensOf(node uint64) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, i := range s.opens {
+		if s.open(i)[0] == node {
+			n++
+		}
+	}
+	return n
 }
