@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -124,5 +125,29 @@ func TestOtherMetadataImage(t *testing.T) {
 				t.Errorf("the image was not made anew (%v)", err)
 			}
 		})
+	}
+}
+
+// What a release cached that named layers otherwise (by their blobs) is removed at the start; what this one cached stays.
+func TestOlderCache(t *testing.T) {
+	n, img, top := pulled(t)
+	n.wantContainer("first", top)
+	n.stop()
+	before := n.filesIn("cache")
+	older := filepath.Join(n.root, "cache", "sha256-"+n.artifactOf(img).Layers[0].Digest.Encoded())
+	if err := os.Mkdir(older, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"data", "map"} {
+		if err := os.WriteFile(filepath.Join(older, name), make([]byte, 10_000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.start()
+	if _, err := os.Stat(older); !os.IsNotExist(err) {
+		t.Errorf("the older release's directory: %v", err)
+	}
+	if after := n.filesIn("cache"); len(before) == 0 || !slices.Equal(after, before) {
+		t.Errorf("files %q before, %q after", before, after)
 	}
 }

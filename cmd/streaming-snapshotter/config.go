@@ -48,8 +48,8 @@ func defaults() config {
 		CacheSize:      "25%",
 		Background:     "8MiB",
 		HostsDir:       "/etc/containerd/certs.d",
-		ResolveTimeout: duration(15 * time.Second),
-		RegistryWait:   duration(5 * time.Minute),
+		ResolveTimeout: duration{15 * time.Second},
+		RegistryWait:   duration{5 * time.Minute},
 		LogLevel:       level(slog.LevelInfo),
 	}
 }
@@ -92,9 +92,28 @@ func tomlError(err error) string {
 	var at *toml.DecodeError
 	if errors.As(err, &at) {
 		row, col := at.Position()
-		return fmt.Sprintf("line %d, column %d: %v", row, col, err)
+		what := err.Error()
+		if strings.Contains(what, "cannot decode TOML ") || strings.Contains(what, "cannot store ") { // and then come names of Go's
+			key := strings.Join(at.Key(), ".")
+			what = fmt.Sprintf("the value of %s is of another type than expected, as in: %s", key, example(key))
+		}
+		return fmt.Sprintf("line %d, column %d: %s", row, col, what)
 	}
 	return err.Error()
+}
+
+// example returns a line that sets key.
+func example(key string) string {
+	c := defaults()
+	c.Stream = patterns{"registry.example.com/team/*"}
+	var b strings.Builder
+	c.write(&b) // cannot fail
+	for line := range strings.Lines(b.String()) {
+		if strings.HasPrefix(line, key+" = ") {
+			return strings.TrimSpace(line)
+		}
+	}
+	return ""
 }
 
 func (c *config) validate() error {
@@ -106,11 +125,11 @@ func (c *config) validate() error {
 	if !slices.Contains([]nodefs.Mode{nodefs.ModeAuto, nodefs.ModeFile, nodefs.ModeLoop, nodefs.ModeTree}, c.MountMode) {
 		return fmt.Errorf("mount_mode = %q: want auto, file, loop or tree", c.MountMode)
 	}
-	if c.ResolveTimeout <= 0 {
-		return fmt.Errorf("resolve_timeout = %q: want more than nothing", time.Duration(c.ResolveTimeout))
+	if c.ResolveTimeout.d <= 0 {
+		return fmt.Errorf("resolve_timeout = %q: want more than nothing", c.ResolveTimeout.d)
 	}
-	if c.RegistryWait <= 0 {
-		return fmt.Errorf("registry_wait = %q: want more than nothing", time.Duration(c.RegistryWait))
+	if c.RegistryWait.d <= 0 {
+		return fmt.Errorf("registry_wait = %q: want more than nothing", c.RegistryWait.d)
 	}
 	if _, err := c.CacheSize.of(100); err != nil {
 		return fmt.Errorf("cache_size: %w", err)
@@ -126,21 +145,21 @@ func (c config) write(w io.Writer) error {
 	return toml.NewEncoder(w).Encode(c)
 }
 
-// duration is written as in "15s".
-type duration time.Duration
+// duration is written as in "15s". It is no integer, which would be taken as nanoseconds.
+type duration struct{ d time.Duration }
 
 func (d *duration) UnmarshalText(b []byte) error {
 	v, err := time.ParseDuration(string(b))
 	if err != nil {
 		return fmt.Errorf("%q is no duration, as in \"15s\" or \"2m\"", b)
 	}
-	*d = duration(v)
+	d.d = v
 	return nil
 }
 
-func (d duration) std() time.Duration { return time.Duration(d) }
+func (d duration) std() time.Duration { return d.d }
 
-func (d duration) MarshalText() ([]byte, error) { return []byte(time.Duration(d).String()), nil }
+func (d duration) MarshalText() ([]byte, error) { return []byte(d.d.String()), nil }
 
 // level is a slog.Level, written as the documentation has it.
 type level slog.Level

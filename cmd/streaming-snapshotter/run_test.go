@@ -173,12 +173,7 @@ func TestServe(t *testing.T) {
 	p.signal(unix.SIGKILL)
 	p.wait()
 	p = serving(t, config, address)
-	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
+	sn := connect(t, address)
 	if _, err := sn.Stat(context.Background(), "nothing"); !errdefs.IsNotFound(err) {
 		t.Errorf("got %v, want ErrNotFound", err)
 	}
@@ -202,52 +197,14 @@ func TestServeInUse(t *testing.T) {
 	address := filepath.Join(dir, "s.sock")
 	config := writeConfig(t, filepath.Join(dir, "root"), address)
 	t.Cleanup(func() { unix.Unmount(filepath.Join(dir, "root", "devices"), unix.MNT_DETACH) }) // if the test fails
-	f, err := os.OpenFile(config, os.O_APPEND|os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	if _, err := fmt.Fprintf(f, "stream = ['%s/*']\n", reg.Host()); err != nil {
-		t.Fatal(err)
-	}
+	addConfig(t, config, "stream = ['"+reg.Host()+"/*']")
 	p := serving(t, config, address)
-	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
-	ctx := context.Background()
+	sn := connect(t, address)
 	for _, app := range []string{"one", "two", "three"} {
 		ref := reg.Host() + "/" + app
-		manifest, diffIDs := push(t, ref)
-		convert(t, ref)
-		_, err := sn.Prepare(ctx, app, "", snapshots.WithLabels(map[string]string{
-			snapshots.LabelSnapshotRef: diffIDs[0], snapshotters.TargetRefLabel: ref, snapshotters.TargetManifestDigestLabel: manifest,
-		}))
-		if !errdefs.IsAlreadyExists(err) {
-			t.Fatalf("Prepare: got %v, want ErrAlreadyExists\n%s", err, &p.stderr)
-		}
-		top := ""
-		if err := sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
-			if info.Parent != "" && strings.Contains(info.Name, app) {
-				top = info.Name
-			}
-			return nil
-		}); err != nil {
-			t.Fatal(err)
-		}
-		mounts, err := sn.Prepare(ctx, app+" container", top)
-		if err != nil {
-			t.Fatal(err)
-		}
-		container := t.TempDir()
-		if err := mount.All(mounts, container); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { unix.Unmount(container, unix.MNT_DETACH) })
+		container, manifest := streamed(t, sn, ref)
 		if files, err := os.ReadDir(container); err != nil || len(files) != 2 {
-			t.Fatalf("container: %v, %v, want two files", files, err)
+			t.Fatalf("container: %v, %v, want two files\n%s", files, err, &p.stderr)
 		}
 		wantFirstUses(t, config, container, ref, manifest)
 	}
@@ -281,6 +238,61 @@ func wantFirstUses(t *testing.T, config, container, ref, manifest string) {
 		}
 	}
 	start(t, "profile", "export", "--config", config, ref+"@sha256:"+strings.Repeat("0", 64)).wantFailure("no start of the image was recorded")
+}
+
+func addConfig(t *testing.T, config, line string) {
+	t.Helper()
+	f, err := os.OpenFile(config, os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := fmt.Fprintln(f, line); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func connect(t *testing.T, address string) snapshots.Snapshotter {
+	t.Helper()
+	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
+}
+
+// streamed makes image ref and its artifact, pulls it through sn, which must stream it, and mounts a container of it.
+func streamed(t *testing.T, sn snapshots.Snapshotter, ref string) (root, manifest string) {
+	t.Helper()
+	ctx := context.Background()
+	manifest, diffIDs := push(t, ref)
+	convert(t, ref)
+	_, err := sn.Prepare(ctx, ref, "", snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotRef: diffIDs[0], snapshotters.TargetRefLabel: ref, snapshotters.TargetManifestDigestLabel: manifest,
+	}))
+	if !errdefs.IsAlreadyExists(err) {
+		t.Fatalf("Prepare: got %v, want ErrAlreadyExists", err)
+	}
+	top := ""
+	if err := sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
+		if info.Parent != "" && strings.Contains(info.Name, ref) {
+			top = info.Name
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	mounts, err := sn.Prepare(ctx, ref+" container", top)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root = t.TempDir()
+	if err := mount.All(mounts, root); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(root, unix.MNT_DETACH) })
+	return root, manifest
 }
 
 // A root on overlayfs, on which file-backed EROFS cannot be: serve and mount choose another way, and check says so.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -11,12 +12,10 @@ import (
 	"testing"
 	"time"
 
-	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/core/snapshots/proxy"
 	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
 // askStatus runs `status -o json` until want is true of what it says.
@@ -45,14 +44,9 @@ func askStatus(t *testing.T, config string, want func(status) bool) status {
 // prepare makes an ordinary snapshot, as of an ordinary image.
 func prepare(t *testing.T, address, key string) {
 	t.Helper()
-	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
+	sn := connect(t, address)
 	mounts, err := sn.Prepare(ctx, key, "")
 	if err != nil || len(mounts) != 1 {
 		t.Fatalf("prepare: %v, %v", mounts, err)
@@ -183,13 +177,7 @@ func TestSafeMode(t *testing.T) {
 // checkKept: the snapshot of before is there, or the database and the directories are kept aside.
 func checkKept(t *testing.T, root, address string, lost bool) {
 	t.Helper()
-	conn, err := grpc.NewClient("unix://"+address, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
-	sn := proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "streaming")
-	_, err = sn.Stat(context.Background(), "before committed")
+	_, err := connect(t, address).Stat(context.Background(), "before committed")
 	aside, _ := filepath.Glob(filepath.Join(root, "damaged-*", "metadata.db"))
 	dirs, _ := filepath.Glob(filepath.Join(root, "damaged-*", "snapshots", "*"))
 	if lost && (err == nil || len(aside) != 1 || len(dirs) == 0) {
@@ -221,4 +209,83 @@ func TestStatus(t *testing.T) {
 		t.Error(err)
 	}
 	start(t, "status", "--config", config).wantFailure("no daemon answers")
+}
+
+// The status says how the registry's hosts and the cache's disk are: what fails, why, and that it works again.
+func TestStatusOfTrouble(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	dir := t.TempDir()
+	root, address := filepath.Join(dir, "root"), filepath.Join(dir, "s.sock")
+	config := writeConfig(t, root, address)
+	addConfig(t, config, "stream = ['"+reg.Host()+"/*']\ncache_size = '1GiB'\nbackground_bandwidth = '0'")
+	disk := filepath.Join(root, "cache")
+	if err := os.MkdirAll(disk, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("small", disk, "tmpfs", 0, "size=8k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(disk, unix.MNT_DETACH) })
+	p := serving(t, config, address)
+	t.Cleanup(func() { // when the containers are unmounted
+		p.signal(unix.SIGTERM)
+		if err := p.wait(); err != nil {
+			t.Errorf("%v\n%s", err, &p.stderr)
+		}
+	})
+	container, _ := streamed(t, connect(t, address), reg.Host()+"/app")
+	files, err := filepath.Glob(filepath.Join(container, "*"))
+	if err != nil || len(files) != 2 {
+		t.Fatalf("got files %q, %v, want two", files, err)
+	}
+	if _, err := os.ReadFile(files[0]); err != nil { // more than the disk takes
+		t.Fatal(err)
+	}
+	s := askStatus(t, config, func(s status) bool { return s.NotCaching })
+	if !strings.Contains(s.CacheError, unix.ENOSPC.Error()) || s.CacheLimit != 1<<30 {
+		t.Errorf("the cache on a full disk: %+v", s)
+	}
+	if len(s.Hosts) != 1 || s.Hosts[0] != (host{Registry: reg.Host(), Host: reg.Host(), State: "ok"}) {
+		t.Errorf("got hosts %+v", s.Hosts)
+	}
+
+	back := reg.Inject(registrytest.Any, -1, registrytest.Status(http.StatusServiceUnavailable))
+	waits := make(chan error)
+	go func() {
+		_, err := os.ReadFile(files[1])
+		waits <- err
+	}()
+	s = askStatus(t, config, func(s status) bool { return len(s.Hosts) == 1 && s.Hosts[0].State == "away" })
+	if h := s.Hosts[0]; h.Since == "" || !strings.Contains(h.Error, "503") {
+		t.Errorf("got host %+v", h)
+	}
+	text := exec.Command(os.Args[0], "status", "--config", config)
+	text.Env = append(os.Environ(), asCommand+"=1")
+	out, err := text.Output()
+	if err != nil || !strings.Contains(string(out), "\nhost: "+reg.Host()+": away since ") || !strings.Contains(string(out), ", NOT CACHING: ") {
+		t.Errorf("got %s, %v", out, err)
+	}
+
+	back()
+	if err := unix.Mount("", disk, "", unix.MS_REMOUNT, "size=10m"); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-waits; err != nil {
+		t.Error(err)
+	}
+	s = askStatus(t, config, func(s status) bool { return !s.NotCaching && s.Hosts[0].State == "ok" })
+	if s.CacheError == "" || s.CacheBytes == 0 {
+		t.Errorf("after the repair: %+v", s)
+	}
+	told := map[string]int{}
+	for _, p := range s.Problems {
+		for _, what := range []string{"go on without caching", "host is away"} {
+			if strings.Contains(p, what) {
+				told[what]++
+			}
+		}
+	}
+	if told["go on without caching"] != 1 || told["host is away"] != 1 {
+		t.Errorf("want one line of each trouble:\n%s", strings.Join(s.Problems, "\n"))
+	}
 }

@@ -63,7 +63,9 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 	if err != nil {
 		return n, err
 	}
-	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root)}); err != nil {
+	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{
+		NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root), OnDisk: logDisk,
+	}); err != nil {
 		return n, err
 	}
 	n.reg, err = registryclient.New(registryclient.Options{
@@ -98,6 +100,15 @@ func logHost(h registryclient.HostStatus) {
 		slog.Warn("registry host is asked after the others", "registry", h.Registry, "host", h.Host, "error", h.Error, "until", h.Wrong.Format(time.RFC3339))
 	default:
 		slog.Info("registry host is back", "registry", h.Registry, "host", h.Host)
+	}
+}
+
+// logDisk logs what happens to the cache's disk.
+func logDisk(failing bool, err error) {
+	if failing {
+		slog.Warn("the cache's disk fails: reads go on without caching", "error", err)
+	} else {
+		slog.Info("the cache's disk works again")
 	}
 }
 

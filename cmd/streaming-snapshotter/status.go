@@ -33,11 +33,61 @@ type status struct {
 	Kept          bool               `json:"kept"` // the mounts outlive the daemon
 	StreamedCount int                `json:"streamed_images"`
 	MountedCount  int                `json:"mounted_images"`
-	CacheBytes    int64              `json:"cache_bytes"`          // on disk
-	Goroutines    int                `json:"goroutines"`           // of the daemon: what leaks shows here first
-	Cache         cache.Stats        `json:"cache"`                // since the start
-	Background    *stream.Background `json:"background,omitempty"` // the image that is being completed
-	Problems      []string           `json:"problems"`             // the last ones, the newest at the end
+	CacheBytes    int64              `json:"cache_bytes"`           // on disk
+	CacheLimit    int64              `json:"cache_limit"`           // 0 is none
+	NotCaching    bool               `json:"not_caching"`           // the cache's disk fails at the moment, for cache_error
+	CacheError    string             `json:"cache_error,omitempty"` // of the cache's disk, the last one; it may work again
+	Cache         cache.Stats        `json:"cache"`                 // since the start
+	Background    *stream.Background `json:"background,omitempty"`  // the image that is being completed
+	Hosts         []host             `json:"hosts"`                 // of registries, those that were asked
+	Goroutines    int                `json:"goroutines"`            // of the daemon: what leaks shows here first
+	Problems      []string           `json:"problems"`              // the last ones, the newest at the end
+}
+
+// host is how a registry's host does.
+type host struct {
+	Registry string `json:"registry"` // that it is a host of
+	Host     string `json:"host"`
+	State    string `json:"state"`           // ok, away, or wrong: it gave wrong answers, and is asked after the others
+	Since    string `json:"since,omitempty"` // it is away
+	Until    string `json:"until,omitempty"` // it is asked after the others
+	Error    string `json:"error,omitempty"` // why it is away
+}
+
+func (n *node) hosts() []host {
+	list := []host{}
+	if n.reg == nil {
+		return list
+	}
+	for _, h := range n.reg.Hosts() {
+		at := host{Registry: h.Registry, Host: h.Host, State: "ok", Error: h.Error}
+		if h.Wrong.After(time.Now()) {
+			at.State, at.Until = "wrong", h.Wrong.UTC().Format(time.RFC3339)
+		}
+		if h.Away {
+			at.State, at.Since = "away", h.Since.UTC().Format(time.RFC3339)
+		}
+		list = append(list, at)
+	}
+	return list
+}
+
+func (h host) String() string {
+	s := h.Host
+	if h.Registry != h.Host {
+		s += " (of " + h.Registry + ")"
+	}
+	s += ": " + h.State
+	if h.Since != "" {
+		s += " since " + h.Since
+	}
+	if h.Until != "" {
+		s += ", asked after the others until " + h.Until
+	}
+	if h.Error != "" {
+		s += ": " + h.Error
+	}
+	return s
 }
 
 // measure fills in what changes.
@@ -64,6 +114,14 @@ func (s status) measure(root string, n *node, p *problems) status {
 		}
 		return nil
 	})
+	if n.cache != nil {
+		c := n.cache.Status()
+		s.CacheLimit, s.NotCaching = c.Limit, c.NotCaching
+		if c.Err != nil {
+			s.CacheError = c.Err.Error()
+		}
+	}
+	s.Hosts = n.hosts()
 	s.Goroutines = runtime.NumGoroutine()
 	s.Problems = p.list()
 	return s
@@ -132,7 +190,10 @@ func printStatus(root string, asJSON bool, w io.Writer) error {
 	if s.NotTaken != "" {
 		fmt.Fprintf(w, "not taken: %s\n", s.NotTaken)
 	}
-	fmt.Fprintf(w, "images: %d streamed, %d mounted\ncache: %.1f MB\nstream: %s\n", s.StreamedCount, s.MountedCount, float64(s.CacheBytes)/1e6, strings.Join(s.Stream, " "))
+	fmt.Fprintf(w, "images: %d streamed, %d mounted\nstream: %s\ncache: %s\n", s.StreamedCount, s.MountedCount, strings.Join(s.Stream, " "), s.cache())
+	for _, h := range s.Hosts {
+		fmt.Fprintf(w, "host: %s\n", h)
+	}
 	if b := s.Background; b != nil {
 		fmt.Fprintf(w, "in the background: %s, %.1f of %.1f MB\n", b.Image, float64(b.Done)/1e6, float64(b.Total)/1e6)
 	}
@@ -140,6 +201,21 @@ func printStatus(root string, asJSON bool, w io.Writer) error {
 		fmt.Fprintf(w, "problem: %s\n", p)
 	}
 	return nil
+}
+
+// cache says in one line how the chunk cache is.
+func (s status) cache() string {
+	text := fmt.Sprintf("%.1f MB", float64(s.CacheBytes)/1e6)
+	if s.CacheLimit > 0 {
+		text += fmt.Sprintf(" of %.1f MB", float64(s.CacheLimit)/1e6)
+	}
+	switch {
+	case s.NotCaching:
+		text += ", NOT CACHING: " + s.CacheError
+	case s.CacheError != "":
+		text += ", the disk has failed before: " + s.CacheError
+	}
+	return text
 }
 
 // problems is a handler that remembers the last warnings and errors on their way to another one.

@@ -135,6 +135,8 @@ type Options struct {
 	// Index opens the index of a layer that was opened before, by its digest, for as long as it is used: so chunks that another layer has
 	// are copied, see twins.go. Nil: each is fetched.
 	Index func(dgst digest.Digest) (*artifact.Index, error)
+	// OnDisk is told when the disk begins to fail, with the reason, and when it works again: once each. It must not block or call the Cache. Nil is nobody.
+	OnDisk func(failing bool, err error)
 }
 
 func open(dir string, o Options, d disk) (*Cache, error) {
@@ -152,6 +154,7 @@ func open(dir string, o Options, d disk) (*Cache, error) {
 	}
 	c.twins.index = o.Index
 	c.twins.generation.Store(1)
+	c.stats.onDisk = o.OnDisk
 	c.now.Store(uint32(time.Now().Unix()))
 	c.measure()
 	go c.flusher()

@@ -7,13 +7,15 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
 
 // disk is where the files of layers are. Tests put one in place that fails.
 type disk interface {
-	// open opens the file at path for reading and writing, and makes it and its directory if they do not exist.
+	// open opens the file at path for reading and writing, and makes it and its directory if they do not exist. On a read-only disk it opens
+	// what is there.
 	open(path string) (file, error)
 	// remove deletes the file at path, if there is one.
 	remove(path string) error
@@ -38,6 +40,11 @@ func (osDisk) open(path string) (file, error) {
 		return nil, err
 	}
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if errors.Is(err, unix.EROFS) {
+		if f, err := os.Open(path); err == nil {
+			return &readOnlyFile{osFile: osFile{f}}, nil
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -77,6 +84,56 @@ func (f osFile) punch(off, n int64) error {
 			return os.NewSyscallError("fallocate", err)
 		}
 	}
+}
+
+// readOnlyFile is a file on a disk that was read-only when it was opened. What writes to it finds out whether it still is.
+type readOnlyFile struct {
+	osFile
+
+	mu       sync.Mutex
+	writable *os.File
+}
+
+func (f *readOnlyFile) open() (w osFile, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.writable == nil {
+		f.writable, err = os.OpenFile(f.Name(), os.O_RDWR, 0)
+	}
+	return osFile{f.writable}, err
+}
+
+func (f *readOnlyFile) WriteAt(p []byte, off int64) (int, error) {
+	w, err := f.open()
+	if err != nil {
+		return 0, err
+	}
+	return w.WriteAt(p, off)
+}
+
+func (f *readOnlyFile) truncate(size int64) error {
+	w, err := f.open()
+	if err != nil {
+		return err
+	}
+	return w.truncate(size)
+}
+
+func (f *readOnlyFile) punch(off, n int64) error {
+	w, err := f.open()
+	if err != nil {
+		return err
+	}
+	return w.punch(off, n)
+}
+
+func (f *readOnlyFile) Close() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.writable != nil {
+		return errors.Join(f.writable.Close(), f.osFile.Close())
+	}
+	return f.osFile.Close()
 }
 
 // lockDir opens dir and locks it against other processes. The kernel drops the lock with the process, however that ends.

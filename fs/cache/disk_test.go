@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // unsynced is a disk that syncs nothing, for the time it takes.
@@ -226,6 +228,55 @@ func TestFullDisk(t *testing.T) {
 	read(1)
 	if !l.store.verified.has(1) {
 		t.Error("nothing is cached after the disk has room again")
+	}
+}
+
+// On a disk that is read-only what is cached is read, and once it is not any more, the rest is cached again. The going and the coming are told once each.
+func TestReadOnlyDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	must(t, unix.Mount("cache", dir, "tmpfs", 0, ""))
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	ly := newLayer(t, 4<<10, 100_000)
+	c, err := Open(dir, Options{NoReadAhead: true})
+	must(t, err)
+	l := openLayer(t, c, ly, ly.serve())
+	readRange(t, l, ly, make([]byte, 50_000), 0)
+	must(t, c.Close())
+	must(t, unix.Mount("", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+
+	var told []string
+	c, err = Open(dir, Options{NoReadAhead: true, OnDisk: func(failing bool, err error) {
+		told = append(told, fmt.Sprint(failing, errors.Is(err, unix.EROFS)))
+	}})
+	must(t, err)
+	t.Cleanup(func() { must(t, c.Close()) })
+	b := ly.serve()
+	l = openLayer(t, c, ly, b)
+	readRange(t, l, ly, make([]byte, 50_000), 0)
+	if n := b.requests.Load(); n != 0 {
+		t.Errorf("%d requests for what is cached", n)
+	}
+	for off := int64(60_000); off < 100_000; off += 10_000 {
+		readRange(t, l, ly, make([]byte, 10), off)
+		poll(t, "end of the fill", l.store.idle)
+		c.flush()
+	}
+	if s := c.Status(); !s.NotCaching || !errors.Is(s.Err, unix.EROFS) {
+		t.Errorf("status %+v of a read-only disk", s)
+	}
+	must(t, unix.Mount("", dir, "", unix.MS_REMOUNT, ""))
+	c.flush()
+	readRange(t, l, ly, make([]byte, len(ly.tar)), 0)
+	poll(t, "end of the fills", l.store.idle)
+	c.flush()
+	if s := c.Status(); s.NotCaching || !l.store.verified.hasAll(0, l.store.n) {
+		t.Errorf("status %+v of a disk that is writable again", s)
+	}
+	if want := []string{"true true", "false true"}; !slices.Equal(told, want) {
+		t.Errorf("told %v, want %v", told, want)
 	}
 }
 

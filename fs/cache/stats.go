@@ -31,6 +31,8 @@ type counters struct {
 	// suspended: a write failed, so do not write before the next flush.
 	suspended atomic.Bool
 
+	onDisk func(failing bool, err error) // Options.OnDisk
+
 	mu  sync.Mutex
 	err error // the last failure of the disk
 }
@@ -68,10 +70,24 @@ func (c *Cache) Err() error {
 // diskError notes a failure of the disk.
 func (c *counters) diskError(err error) {
 	c.diskErrors.Add(1)
-	c.failing.Store(true)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.err = err
+	c.turn(true)
+}
+
+// diskWorks notes that the disk has taken something for good.
+func (c *counters) diskWorks() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.turn(false)
+}
+
+// turn notes whether the disk fails, and tells if that is new. The caller holds mu.
+func (c *counters) turn(failing bool) {
+	if c.failing.Swap(failing) != failing && c.onDisk != nil {
+		c.onDisk(failing, c.err)
+	}
 }
 
 // readError notes why a read from disk was short. A file that was cut is damaged, but the disk is well.

@@ -266,7 +266,9 @@ func (s *store) flushLocked() error {
 		s.mu.Unlock()
 		return err
 	}
-	s.cache.stats.failing.Store(false)
+	if !s.cache.stats.suspended.Load() { // a map may be written in place on a disk that is full
+		s.cache.stats.diskWorks()
+	}
 	return nil
 }
 
