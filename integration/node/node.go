@@ -277,7 +277,7 @@ func (n *Node) startContainerd(ctx context.Context) error {
 	}
 	n.containerd = p
 	return p.ready(ctx, func(ctx context.Context) error {
-		if err := dial(n.socket()); err != nil {
+		if err := dial(n.Socket()); err != nil {
 			return err
 		}
 		_, err := n.Crictl(ctx, "version")
@@ -285,11 +285,12 @@ func (n *Node) startContainerd(ctx context.Context) error {
 	})
 }
 
-func (n *Node) socket() string { return n.path("run/c.sock") }
+// Socket is containerd's.
+func (n *Node) Socket() string { return n.path("run/c.sock") }
 
 // Ctr runs ctr in the node's namespace and returns its output.
 func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
-	return command(ctx, append([]string{"ctr", "--address", n.socket(), "--namespace", Namespace}, args...)...)
+	return command(ctx, append([]string{"ctr", "--address", n.Socket(), "--namespace", Namespace}, args...)...)
 }
 
 // Crictl runs crictl and returns its output.

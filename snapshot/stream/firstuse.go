@@ -159,16 +159,12 @@ func (s *Store) saveFirstUses(img *image, p *artifact.Profile) error {
 
 // FirstUses returns the record of the first start of the image with this platform manifest, or what there is of it yet. The error is ErrNoRecord if there is none.
 func (s *Store) FirstUses(manifest digest.Digest) (*artifact.Profile, error) {
-	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	ids, err := s.withManifest(manifest)
 	if err != nil {
 		return nil, err
 	}
-	for _, d := range dirs {
-		rec, err := loadRecord(s.imageDir(d.Name()))
-		if err != nil || rec.Manifest != manifest {
-			continue
-		}
-		p, err := s.firstUsesOf(d.Name())
+	for _, id := range ids {
+		p, err := s.firstUsesOf(id)
 		if err == nil || !errors.Is(err, os.ErrNotExist) {
 			return p, err
 		}
@@ -176,19 +172,62 @@ func (s *Store) FirstUses(manifest digest.Digest) (*artifact.Profile, error) {
 	return nil, fmt.Errorf("%s: %w", manifest, ErrNoRecord)
 }
 
-func (s *Store) firstUsesOf(id string) (*artifact.Profile, error) {
+// RecordAgain drops the record of the image with this platform manifest: its next mount begins a new one. The error is ErrNoRecord if the image is not here.
+func (s *Store) RecordAgain(manifest digest.Digest) error {
+	ids, err := s.withManifest(manifest)
+	if err != nil {
+		return err
+	}
+	if len(ids) == 0 {
+		return fmt.Errorf("%s: it is not streamed here: %w", manifest, ErrNoRecord)
+	}
+	for _, id := range ids {
+		if u, _ := s.recording(id); u != nil {
+			u.mu.Lock()
+			clear(u.seen)
+			u.chunks, u.last = nil, time.Now()
+			u.mu.Unlock()
+		}
+		if err := os.Remove(filepath.Join(s.imageDir(id), firstUseName)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// withManifest lists the images with this platform manifest: one for each artifact.
+func (s *Store) withManifest(manifest digest.Digest) (ids []string, err error) {
+	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range dirs {
+		if rec, err := loadRecord(s.imageDir(d.Name())); err == nil && rec.Manifest == manifest {
+			ids = append(ids, d.Name())
+		}
+	}
+	return ids, nil
+}
+
+// recording returns the record in the making of image id, and the device that it is of; nil if there is none.
+func (s *Store) recording(id string) (*firstUses, *device) {
 	s.mu.Lock()
 	img := s.images[id]
 	s.mu.Unlock()
-	if img != nil {
-		img.mu.Lock()
-		dev := img.dev
-		img.mu.Unlock()
-		if dev != nil {
-			if u := dev.uses.Load(); u != nil {
-				return u.profile(dev), nil
-			}
-		}
+	if img == nil {
+		return nil, nil
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if img.dev == nil {
+		return nil, nil
+	}
+	return img.dev.uses.Load(), img.dev
+}
+
+func (s *Store) firstUsesOf(id string) (*artifact.Profile, error) {
+	if u, dev := s.recording(id); u != nil {
+		return u.profile(dev), nil
 	}
 	b, err := os.ReadFile(filepath.Join(s.imageDir(id), firstUseName))
 	if err != nil {
