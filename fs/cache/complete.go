@@ -42,6 +42,9 @@ func (l *Layer) complete(ctx context.Context, src Blob) error {
 		if !s.absent(lo) {
 			continue
 		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		first := s.index.Chunk(lo)
 		var frames []Frame
 		missing, end := int64(0), first.BlobOffset
