@@ -129,6 +129,35 @@ var guest = sync.OnceValues(func() ([]byte, error) {
 	return ociimage.Guest(context.Background(), root, os.TempDir())
 })
 
+// goImage is the image of this machine's Go toolchain. To make and convert it takes longer than the tests that use it: they share it, and what
+// goRegistry and pushGo keep.
+var goImage = sync.OnceValues(func() (v1.Image, error) {
+	dir, err := os.MkdirTemp("", "go")
+	if err != nil {
+		return nil, err
+	}
+	return ociimage.Go(context.Background(), dir)
+})
+
+// goRegistry is startRegistry with all blobs of former such registries.
+func goRegistry(t *testing.T) *registrytest.Registry {
+	t.Helper()
+	return startRegistry(t, registrytest.Options{Dir: filepath.Join(os.TempDir(), "goblobs")})
+}
+
+// pushGo pushes goImage with its artifact to ref, in a goRegistry.
+func pushGo(t *testing.T, ref string) {
+	t.Helper()
+	img, err := goImage()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ociimage.Push(t.Context(), img, ref); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "streamctl", "create", "--record", filepath.Join(os.TempDir(), "gorecord"), ref)
+}
+
 // pushSmall pushes ociimage.Small to ref, and pushPause the pause image.
 func pushSmall(t *testing.T, ref string, seed uint64) v1.Image {
 	t.Helper()

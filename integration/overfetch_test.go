@@ -1,25 +1,20 @@
 package integration_test
 
 import (
-	"context"
 	"strings"
 	"testing"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
-	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
 // TestOverFetch compares what a container fetches until it has answered with the frames of the chunks that it touches: with read-ahead turned
 // off, a page fault reads a page and a miss fetches a chunk.
 func TestOverFetch(t *testing.T) {
-	registry := startRegistry(t, registrytest.Options{})
+	registry := goRegistry(t)
 	pause, ref := registry.Host()+"/pause:1", registry.Host()+"/go:1"
 	pushPause(t, pause)
-	push(t, ref, func(dir string, _ []byte) (v1.Image, error) { return ociimage.Go(context.Background(), dir) })
-	run(t, "streamctl", "create", "--record", "", ref)
+	pushGo(t, ref)
 	fetched := func(config string) int64 {
 		n := startNode(t, node.Options{Pause: pause, Stream: []string{registry.Host() + "/*"}, Config: config})
 		if err := n.Pull(t.Context(), ref); err != nil {

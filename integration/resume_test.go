@@ -6,24 +6,18 @@ import (
 	"testing"
 	"time"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
-	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
-	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
 // TestResume kills the daemon again and again under one container that compares a tree and another that compiles a program, both in a loop: no
 // error, no difference, in each mode. Then a container that starts afterwards sees the image too.
 func TestResume(t *testing.T) {
-	registry := startRegistry(t, registrytest.Options{})
+	registry := goRegistry(t)
 	app, compiler := registry.Host()+"/app:v1", registry.Host()+"/go:v1"
 	const seed = 71
 	pushSmall(t, app, seed)
-	push(t, compiler, func(dir string, _ []byte) (v1.Image, error) { return ociimage.Go(t.Context(), dir) })
-	for _, ref := range []string{app, compiler} {
-		run(t, "streamctl", "create", "--record", "", ref)
-	}
+	run(t, "streamctl", "create", "--record", "", app)
+	pushGo(t, compiler)
 	kills := 4
 	if os.Getenv("FULL") != "" {
 		kills = 100

@@ -15,8 +15,6 @@ import (
 	"testing"
 	"time"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/lagproxy"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
@@ -87,20 +85,18 @@ func startSoak(t *testing.T, seed uint64) *soak {
 			t.Logf("to see it again: make soak SEED=%d. The last steps:\n%s", seed, strings.Join(s.steps[max(0, len(s.steps)-20):], "\n"))
 		}
 	})
-	s.registry = startRegistry(t, registrytest.Options{})
+	s.registry = goRegistry(t)
 	s.startProxy("127.0.0.1:0")
 	t.Cleanup(func() { s.proxy.Close() })
 	s.app, s.compiler = s.proxy.Addr()+"/app:v1", s.proxy.Addr()+"/go:v1"
 	pushSmall(t, s.app, seed)
-	push(t, s.compiler, func(dir string, _ []byte) (v1.Image, error) { return ociimage.Go(t.Context(), dir) })
+	run(t, "streamctl", "create", "--record", "", s.app)
+	pushGo(t, s.compiler)
 	for i := range otherImages {
 		pushSmall(t, s.other(i), seed+1+uint64(i))
 		run(t, "streamctl", "create", "--record", "", s.other(i))
 	}
 	mode := modes[seed%uint64(len(modes))]
-	for _, ref := range []string{s.app, s.compiler} {
-		run(t, "streamctl", "create", "--record", "", ref)
-	}
 	s.n = startNode(t, node.Options{
 		Mode: mode, Stream: []string{s.proxy.Addr() + "/*"}, Supervise: true, CacheDisk: soakDisk,
 		Config: fmt.Sprintf("resolve_timeout = %q\ncache_size = %q", "2s", soakCache),
