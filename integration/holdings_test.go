@@ -64,8 +64,8 @@ func holdingsOf(t *testing.T, n *node.Node) (h holdings) {
 	for _, pid := range pids {
 		h.addProcess(t, fmt.Sprintf("/proc/%d", pid))
 	}
-	var status struct{ Goroutines int }
-	if err := json.Unmarshal([]byte(run(t, "streaming-snapshotter", "status", "-o", "json", "--config", filepath.Join(n.Dir, "snapshotter.toml"))), &status); err != nil {
+	status, err := statusOf(t, n)
+	if err != nil {
 		t.Fatal(err)
 	}
 	h.goroutines = status.Goroutines
@@ -91,6 +91,21 @@ func holdingsOf(t *testing.T, n *node.Node) (h holdings) {
 	slices.Sort(h.mounts)
 	slices.Sort(h.loops)
 	return h
+}
+
+// status is a part of what the daemon says of itself.
+type status struct {
+	Goroutines int
+	Cache      struct{ Evicted int64 }
+}
+
+func statusOf(t *testing.T, n *node.Node) (s status, err error) {
+	t.Helper()
+	out, err := tryRun(t, "streaming-snapshotter", "status", "-o", "json", "--config", filepath.Join(n.Dir, "snapshotter.toml"))
+	if err != nil {
+		return s, err
+	}
+	return s, json.Unmarshal([]byte(out), &s)
 }
 
 func (h *holdings) addProcess(t *testing.T, proc string) {

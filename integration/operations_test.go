@@ -354,7 +354,7 @@ func TestSupervisorEnds(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			n := startNode(t, node.Options{Mode: mode, Supervise: true, Stream: []string{registry.Host() + "/*"}})
 			pullStreamed(t, registry, n, ref)
-			if _, err := n.Ctr(t.Context(), "run", "--detach", "--snapshotter", n.Snapshotter(), ref, "old", "/guest", "pause"); err != nil {
+			if _, err := n.Ctr(t.Context(), "run", "--detach", "--snapshotter", n.Snapshotter(), ref, n.ID("old"), "/guest", "pause"); err != nil {
 				t.Fatal(err)
 			}
 			n.KillSnapshotter()
@@ -372,7 +372,7 @@ func TestSupervisorEnds(t *testing.T) {
 				t.Fatal(err)
 			}
 			sumIn(t, n, ref, 66, "/data")
-			out, err := n.Ctr(t.Context(), "tasks", "exec", "--exec-id", "read", "old", "/guest", "sum", "/data/big")
+			out, err := n.Ctr(t.Context(), "tasks", "exec", "--exec-id", "read", n.ID("old"), "/guest", "sum", "/data/big")
 			t.Logf("in the old container: %q, %v", out, err)
 		})
 	}

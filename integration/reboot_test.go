@@ -31,7 +31,7 @@ func TestReboot(t *testing.T) {
 				t.Fatal(err)
 			}
 			// One container is there with what it has read, and another runs.
-			out := ctr(t, n, "run", "--snapshotter", n.Snapshotter(), ref, "kept", "/guest", "sum", "/data/small")
+			out := ctr(t, n, "run", "--snapshotter", n.Snapshotter(), ref, n.ID("kept"), "/guest", "sum", "/data/small")
 			checkSumsBelow(t, out, seed, "/data/small")
 			// A crash may cost what was fetched in the last seconds, an orderly end does not.
 			if err := n.StopSnapshotter(); err != nil {
@@ -61,7 +61,7 @@ func TestReboot(t *testing.T) {
 			if mounts, err := n.Mounts("s/snapshots"); err != nil || len(mounts) != 0 {
 				t.Errorf("mounted before anybody uses it: %q, %v", mounts, err)
 			}
-			checkSumsBelow(t, ctr(t, n, "tasks", "start", "kept"), seed, "/data/small")
+			checkSumsBelow(t, ctr(t, n, "tasks", "start", n.ID("kept")), seed, "/data/small")
 			if _, err := n.RunPod(t.Context(), pause); err != nil {
 				t.Errorf("a pod of an image that is cached: %v", err)
 			}
@@ -79,7 +79,7 @@ func TestReboot(t *testing.T) {
 				t.Fatal(err)
 			}
 			checkSums(t, out, seed)
-			ctr(t, n, "containers", "delete", "kept")
+			ctr(t, n, "containers", "delete", n.ID("kept"))
 		})
 	}
 }

@@ -27,7 +27,7 @@ const soakRegistryWait = 3 * time.Second
 // soakDisk is the size of the cache's disk in bytes, and soakCache what the cache may use of it.
 const (
 	soakDisk  = 96 << 20
-	soakCache = "24MiB"
+	soakCache = "8MiB"
 )
 
 // TestSoak mixes faults at random under containers that read, compare and compile, for as long as FOR says (10 s unless given). SEED reproduces the
@@ -103,6 +103,7 @@ func startSoak(t *testing.T, seed uint64) *soak {
 	})
 	t.Cleanup(s.heal)
 	s.pull(0, 0)
+	eventually(t, "the chunks of the image are gone", func() bool { return len(cacheFiles(t, s.n)) == 0 })
 	s.first = holdingsOf(t, s.n)
 	for _, ref := range []string{s.app, s.compiler} {
 		if err := s.n.Pull(t.Context(), ref); err != nil {
@@ -210,6 +211,7 @@ func (s *soak) watch(ref, want string, flags []string, args ...string) {
 // startWatcher runs a watcher of ref with args, and flags of `ctr run`.
 func startWatcher(t *testing.T, n *node.Node, id, ref, want string, flags []string, args ...string) *watcher {
 	t.Helper()
+	id = n.ID(id)
 	w := &watcher{id: id, want: want, log: filepath.Join(n.Dir, "logs", id+".out")}
 	a := append([]string{"run", "--detach", node.NoShares, "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + w.log}, flags...)
 	if _, err := n.Ctr(t.Context(), append(append(a, ref, id), args...)...); err != nil {
@@ -268,6 +270,11 @@ func (s *soak) stopWatchers() {
 func (s *soak) finish() {
 	t := s.t
 	s.heal()
+	s.restartDaemon(true, none) // it counts from its start, and only files that nobody has deleted
+	eventually(t, "the cache gives back what containers read", func() bool {
+		status, err := statusOf(t, s.n)
+		return err == nil && status.Cache.Evicted > 0
+	})
 	s.stopWatchers()
 	for _, ref := range []string{s.app, s.compiler} {
 		if err := s.n.Pull(t.Context(), ref); err != nil { // a restarted containerd has it

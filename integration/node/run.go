@@ -248,11 +248,15 @@ func (n *Node) Run(ctx context.Context, ref string, env []string, args ...string
 	return n.RunFlags(ctx, ref, flags, args...)
 }
 
+// ID makes a name an ID for `ctr run` that no container of another node has. Their cgroups, which are named after the ID, are all of this machine's, and
+// runc ends the processes of both.
+func (n *Node) ID(name string) string { return filepath.Base(n.Dir) + "-" + name }
+
 // RunFlags is Run with flags of `ctr run`.
 //
 // The shim writes what the container prints to a file: ctr closes its own pipes when the container has ended, and loses what it has not read yet.
 func (n *Node) RunFlags(ctx context.Context, ref string, flags []string, args ...string) (string, error) {
-	id := fmt.Sprintf("run%d", n.containers.Add(1))
+	id := n.ID(fmt.Sprintf("run%d", n.containers.Add(1)))
 	log := n.path("logs", id+".out")
 	a := append([]string{"run", "--rm", NoShares, "--snapshotter", n.Snapshotter(), "--log-uri", "file://" + log}, flags...)
 	_, err := n.Ctr(ctx, append(append(a, ref, id), args...)...)
