@@ -61,9 +61,13 @@ func build() error {
 // modes are the ways to mount; every test about what a container sees runs in each.
 var modes = [...]string{"file", "loop", "tree"}
 
-// startNode runs a node until the test ends, and shows its logs if the test has failed.
+// startNode runs a node until the test ends, and shows its logs if the test has failed. Nothing is fetched in the background unless o says so: tests count
+// what containers ask for.
 func startNode(t *testing.T, o node.Options) *node.Node {
 	t.Helper()
+	if !strings.Contains(o.Config, "background_bandwidth") {
+		o.Config += "\nbackground_bandwidth = \"0\"\n"
+	}
 	n, err := node.Start(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)

@@ -99,7 +99,7 @@ func startSoak(t *testing.T, seed uint64) *soak {
 	mode := modes[seed%uint64(len(modes))]
 	s.n = startNode(t, node.Options{
 		Mode: mode, Stream: []string{s.proxy.Addr() + "/*"}, Supervise: true, CacheDisk: soakDisk,
-		Config: fmt.Sprintf("resolve_timeout = %q\ncache_size = %q", "2s", soakCache),
+		Config: fmt.Sprintf("resolve_timeout = %q\ncache_size = %q\nbackground_bandwidth = %q", "2s", soakCache, "1MiB"),
 	})
 	t.Cleanup(s.heal)
 	s.pull(0, 0)
