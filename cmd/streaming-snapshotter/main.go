@@ -55,7 +55,7 @@ func newCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return serve(cmd.Context(), configFile, st)
+				return serve(cmd.Context(), configFile, st, safeFor)
 			},
 		},
 		&cobra.Command{

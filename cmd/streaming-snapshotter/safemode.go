@@ -23,10 +23,15 @@ import (
 
 // Safe mode. A daemon that has failed to start maxFailedStarts times running starts as what it can be without its own parts: a plain overlay
 // snapshotter, so that images are pulled and run in the normal way. Containers and images that are there go on as far as the parts that
-// work allow. The start after that one is a normal one again, and if it fails, the next is safe again: what is mended needs no command.
+// work allow. The start after that one is a normal one again, and if it fails, the next is safe again. Where somebody keeps descriptors, who runs
+// the daemon again too, it ends after safeFor for that: what is mended, or was a killer's doing, needs no command.
 
-// maxFailedStarts is how many starts fail before one is safe.
-const maxFailedStarts = 3
+const (
+	// maxFailedStarts is how many starts fail before one is safe.
+	maxFailedStarts = 3
+	// safeFor is how long safe mode lasts. A start that fails after it costs a second in which containerd's calls wait.
+	safeFor = 10 * time.Minute
+)
 
 // starts counts failed starts in a file of root. One that is lost or damaged says that none have failed.
 type starts struct {

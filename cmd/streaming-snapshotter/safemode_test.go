@@ -15,6 +15,8 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"golang.org/x/sys/unix"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
+	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -171,6 +173,66 @@ func TestSafeMode(t *testing.T) {
 				t.Errorf("failures are still counted: %v", err)
 			}
 		})
+	}
+}
+
+// Killed three times while it started, the daemon is in safe mode for a time, and then ends, to be started as usual.
+func TestSafeModeEnds(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	root, address, socket := filepath.Join(dir, "root"), filepath.Join(dir, "s.sock"), filepath.Join(dir, "k.sock")
+	config := writeConfig(t, root, address)
+	none, err := fdstore.Open()
+	if err != nil {
+		t.Fatal(err)
+	}
+	k, err := fdstore.NewKeeper(socket, none, func(string) {})
+	if err != nil {
+		t.Fatal(err)
+	}
+	keeping, stop := context.WithCancel(context.Background())
+	kept := make(chan error, 1)
+	go func() { kept <- k.Serve(keeping) }()
+	defer func() {
+		if st, err := fdstore.OpenKeeper(socket); err != nil || nodefs.Release(st) != nil {
+			t.Errorf("release: %v", err)
+		}
+		stop()
+		<-kept
+	}()
+	if err := os.Mkdir(root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for range maxFailedStarts { // what a killed one leaves
+		if _, err := readStarts(root).begin(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, safe := range []bool{true, false} {
+		ctx, cancel := context.WithCancel(context.Background())
+		defer cancel()
+		st, err := fdstore.OpenKeeper(socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		served := make(chan error, 1)
+		go func() { served <- serve(ctx, config, st, 5*time.Second) }()
+		if s := askStatus(t, config, func(status) bool { return true }); (s.SafeMode != "") != safe {
+			t.Errorf("safe mode: %q, want %t", s.SafeMode, safe)
+		}
+		if !safe {
+			cancel()
+		}
+		select {
+		case err := <-served:
+			if err != nil {
+				t.Error(err)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatal("it does not end")
+		}
 	}
 }
 

@@ -151,9 +151,9 @@ func (n *node) background() *stream.Background {
 // stopTimeout bounds the wait for calls in progress when the daemon stops: below the 10 s that a container gets to stop.
 const stopTimeout = 5 * time.Second
 
-// serve serves with the configuration of file until ctx ends. st keeps the socket and the mounts for the successor, if it keeps anything:
+// serve serves with the configuration of file until ctx ends, or for safeFor in safe mode if st keeps something. st keeps the socket and the mounts for the successor, if it keeps anything:
 // clients and readers wait for it then.
-func serve(ctx context.Context, file string, st *fdstore.Store) (err error) {
+func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Duration) (err error) {
 	c, configErr := loadConfig(file)
 	if configErr != nil {
 		c = salvage(cmp.Or(file, defaultConfig))
@@ -174,6 +174,11 @@ func serve(ctx context.Context, file string, st *fdstore.Store) (err error) {
 	if safe != "" {
 		log.Error("safe mode: nothing new is streamed, images are pulled in the normal way", "failed_starts", count.Failed, "reason", safe)
 		configErr = nil
+		if st.Keeps() {
+			var stop context.CancelFunc
+			ctx, stop = context.WithTimeout(ctx, safeFor)
+			defer stop()
+		}
 	}
 	var keep nodefs.Keeper
 	if st.Keeps() {
