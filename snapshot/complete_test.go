@@ -66,7 +66,7 @@ func TestCompletion(t *testing.T) {
 // A container that reads interrupts it, and it goes on later; a restart of the daemon, too. Nothing is fetched twice but what was in flight.
 func TestCompletionIsInterrupted(t *testing.T) {
 	n := newTestNode(t)
-	n.startWith(100_000)
+	n.startWith(30_000)
 	img, files := pushHot(n)
 	id := n.started(img, files)
 	begun := func() bool {
@@ -97,7 +97,7 @@ func TestCompletionIsInterrupted(t *testing.T) {
 // An image that is removed meanwhile leaves nothing.
 func TestForgetEndsCompletion(t *testing.T) {
 	n := newTestNode(t)
-	n.startWith(100_000)
+	n.startWith(30_000)
 	img, files := pushHot(n)
 	id := n.started(img, files)
 	n.poll("completion to begin", func() bool { return n.images.Background() != nil && n.chunks.Stats().Hot > 0 })

@@ -55,9 +55,7 @@ func TestFirstUses(t *testing.T) {
 		return err == nil
 	})
 	wantFiles(t, target, map[string]string{"cold0": files["cold0"]}) // the start is over
-	if err := n.images.Unmount(target); err != nil {
-		t.Fatal(err)
-	}
+	n.unmount(target)
 	n.restart()
 	n.wantMounted(id, files)
 	kept, err := n.images.FirstUses(img.manifest)
