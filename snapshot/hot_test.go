@@ -121,7 +121,7 @@ func (n *testNode) wantMounted(id string, files map[string]string) {
 	wantFiles(n.t, target, files)
 }
 
-// unmount unmounts a chain. On a busy machine the kernel may still read ahead in it, which ends by itself.
+// unmount unmounts a chain. A mount namespace that somebody else has made meanwhile may keep it in use: that is not ours to wait for.
 func (n *testNode) unmount(target string) {
 	n.t.Helper()
 	if err := n.images.Unmount(target); err != nil && !errors.Is(err, unix.EBUSY) {
