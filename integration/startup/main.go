@@ -172,14 +172,12 @@ func (r *results) save(name string) error {
 // findNeeded counts the bytes of the chunks that the containers touch.
 func (r *results) findNeeded(ctx context.Context, o *origin) error {
 	for _, image := range r.Images {
-		requests, err := touched(ctx, o, image, o.Host()+"/bench/none/"+image+":latest")
+		bytes, err := needed(ctx, o, image, o.Host()+"/bench/none/"+image+":latest")
 		if err != nil {
 			return fmt.Errorf("find what %s needs: %w", image, err)
 		}
-		for _, q := range requests {
-			r.Needed[image] += q.Bytes
-		}
-		fmt.Printf("%s needs %.1f MB to be ready\n", image, float64(r.Needed[image])/1e6)
+		r.Needed[image] = bytes
+		fmt.Printf("%s needs %.1f MB to be ready\n", image, float64(bytes)/1e6)
 	}
 	return nil
 }

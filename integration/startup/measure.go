@@ -49,7 +49,7 @@ func measure(ctx context.Context, o *origin, s *system, l *link, image string, t
 		if err != nil {
 			return err
 		}
-		unix.Sync() // what was written before is not to be written meanwhile
+		settle()
 		if m, err = start(ctx, o, s, l, image, n, pod, trace); err != nil || s.Name != "overlayfs" {
 			return err
 		}
@@ -58,6 +58,14 @@ func measure(ctx context.Context, o *origin, s *system, l *link, image string, t
 		return err
 	})
 	return m, err
+}
+
+// settle writes what was written before to the disk, so that it is not written meanwhile. sync(2) would also wait for file systems of others that hang.
+func settle() {
+	if f, err := os.Open(os.TempDir()); err == nil {
+		unix.Syncfs(int(f.Fd())) // what fails will fail where it matters
+		f.Close()
+	}
 }
 
 // start is the part of measure that is measured.
@@ -163,7 +171,7 @@ func readAll(ctx context.Context, o *origin, s *system, l *link, image string) (
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return err
 		}
-		unix.Sync()
+		settle()
 		begin := time.Now()
 		if err := n.Pull(ctx, ref); err != nil {
 			return err

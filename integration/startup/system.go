@@ -43,10 +43,7 @@ func systems() []*system {
 		{
 			Name: "none", What: "streaming, without a profile",
 			prepare: func(ctx context.Context, _ *origin, _, ref string) error {
-				if createKnows("--profile") {
-					return create(ctx, ref, "--profile=none")
-				}
-				return create(ctx, ref)
+				return create(ctx, ref, withoutProfile()...)
 			},
 			node: streaming, missing: nothing, readAll: true, ours: true,
 		},
@@ -58,12 +55,12 @@ func systems() []*system {
 		{
 			Name: "recorded", What: "streaming, with the profile of one start",
 			prepare: func(ctx context.Context, o *origin, image, ref string) error {
-				if err := create(ctx, ref); err != nil {
+				if err := create(ctx, ref, withoutProfile()...); err != nil {
 					return err
 				}
 				return record(ctx, o, image, ref)
 			},
-			node: streaming, missing: noProfiles, ours: true,
+			node: streaming, missing: nothing, ours: true,
 		},
 	}
 }
@@ -74,6 +71,13 @@ func noProfiles() string {
 		return "streamctl create makes no profiles"
 	}
 	return ""
+}
+
+func withoutProfile() []string {
+	if createKnows("--profile") {
+		return []string{"--profile=none"}
+	}
+	return nil
 }
 
 func streaming(_ *origin, l *link) node.Options {
