@@ -71,7 +71,8 @@ func TestWorkingSetLargerThanTheLimit(t *testing.T) {
 	for g := range 8 {
 		readers.Go(func() {
 			rnd := rand.New(rand.NewPCG(uint64(g), 5))
-			for range rounds {
+			// On a busy machine the evictions come late.
+			for round := 0; round < rounds || c.Stats().Evicted == 0 && t.Context().Err() == nil; round++ {
 				k := rnd.IntN(len(layers))
 				ly, l := layers[k], handles[k]
 				p := make([]byte, 1+rnd.IntN(100_000))
@@ -101,9 +102,11 @@ func TestWorkingSetLargerThanTheLimit(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 	t.Logf("%+v", st)
-	for i, l := range handles {
+	for _, l := range handles { // what one layer still writes may cost another its chunks
 		poll(t, "end of the fills", l.store.idle)
-		c.flush()
+	}
+	c.flush()
+	for i := range handles {
 		checkMap(t, c.layerDir(layers[i].dgst), layers[i])
 	}
 }
