@@ -57,8 +57,9 @@ type question struct {
 	path   string // "manifests/latest"
 	query  string
 	accept string
-	rng    string        // Range
-	blob   digest.Digest // set if it is for a blob: then the place it is redirected to is remembered
+	rng    string          // Range
+	blob   digest.Digest   // set if it is for a blob: then the place it is redirected to is remembered
+	spares *sync.WaitGroup // set if more questions will follow: see warm.go
 }
 
 func (c *Client) newCall(ctx context.Context, repo Repository, need docker.HostCapabilities) (*call, error) {
@@ -282,6 +283,7 @@ func (k *call) send(ctx context.Context, h *host, q question, left time.Duration
 
 // read sends q to h and reads the whole answer, of at most max bytes.
 func (k *call) read(h *host, q question, max int64) (http.Header, []byte, error) {
+	q.spares = &k.sending // manifests, referrers, configs: the beginning of a pull
 	resp, err := k.get(h, q)
 	if err != nil {
 		return nil, nil, err

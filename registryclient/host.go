@@ -135,10 +135,14 @@ func (h *host) send(ctx context.Context, c *Client, to *url.URL, q question, tok
 	if q.rng != "" {
 		req.Header.Set("Range", q.rng)
 	}
+	if h.contact(to) && q.spares != nil {
+		h.dialSpares(ctx, q.spares, to)
+	}
 	resp, err := h.transport.RoundTrip(req)
 	if err != nil {
 		return nil, fmt.Errorf("GET %s: %w", h.show(to), err)
 	}
+	h.answeredBy(to, resp)
 	if e := resp.Header.Get("Content-Encoding"); e != "" && e != "identity" {
 		resp.Body.Close()
 		return nil, refused("GET %s: content encoding %q where none was asked for", h.show(to), e)

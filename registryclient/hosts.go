@@ -25,6 +25,7 @@ const (
 const (
 	dialTimeout     = 10 * time.Second // hosts.toml's dial_timeout overrides it
 	handshake       = 10 * time.Second
+	idleTimeout     = 90 * time.Second
 	idleConns       = 16               // kept per host: about what a node's reads have in flight (twelve, measured)
 	maxConns        = 128              // per host and HTTP/1: a pull of 120 layers asks for 120 indexes at once, in one round trip
 	maxHeader       = 256 << 10        // bytes of response header
@@ -64,6 +65,7 @@ type host struct {
 	holdUntil time.Time // not asked at all until then: it said so (Retry-After)
 	noAPI     map[string]time.Time
 	delays    delays
+	places    map[string]*place // by scheme and host
 	health
 }
 
@@ -194,7 +196,7 @@ func tune(t *http.Transport, stall time.Duration, first bool) {
 	}
 	t.TLSHandshakeTimeout = handshake
 	t.ResponseHeaderTimeout = stall
-	t.IdleConnTimeout = 90 * time.Second
+	t.IdleConnTimeout = idleTimeout
 	t.MaxIdleConns = 0
 	t.MaxIdleConnsPerHost = idleConns
 	t.MaxConnsPerHost = maxConns
