@@ -44,6 +44,7 @@ type CreateOptions struct {
 	Options
 	Platforms []ocispec.Platform // none is every Linux platform
 	Force     bool               // convert again what has an artifact already, then delete the artifact that was there
+	Static    bool               // attach a static profile, too; also to what has an artifact but no such profile
 }
 
 // Status of an artifact after Create.
@@ -60,6 +61,7 @@ type Created struct {
 	Artifact ocispec.Descriptor `json:"artifact"`
 	Layers   []CreatedLayer     `json:"layers,omitempty"` // none when the artifact was there before
 	Seconds  float64            `json:"seconds"`
+	Profile  *Profile           `json:"profile,omitempty"` // the static one, if it was made now
 	Warnings []string           `json:"warnings,omitempty"`
 }
 
@@ -108,7 +110,10 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 		for _, a := range old {
 			if a.manifest != nil {
 				c.Status, c.Artifact = StatusExists, a.desc
-				return c, nil
+				if o.Static {
+					err = c.addStatic(ctx, p, img, a.manifest, o)
+				}
+				return c, err
 			}
 		}
 	}
@@ -159,9 +164,14 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 	if len(old) > 0 {
 		warnings, err := deleteStale(ctx, p, m)
 		c.Warnings = append(c.Warnings, warnings...)
-		return c, err
+		if err != nil {
+			return c, err
+		}
 	}
-	return c, nil
+	if o.Static {
+		err = c.addStatic(ctx, p, img, m, o)
+	}
+	return c, err
 }
 
 // attachedOf is a referrer of a type that has manifests M.

@@ -36,6 +36,7 @@ type image struct {
 	platform ocispec.Platform // the config's
 	created  time.Time        // the config's; zero if it has none
 	diffIDs  []digest.Digest  // one for each layer
+	run      ocispec.ImageConfig
 }
 
 // found is a manifest that a reference leads to, not yet looked into.
@@ -207,7 +208,7 @@ func load(ctx context.Context, p Place, d ocispec.Descriptor, raw []byte) (*imag
 	if parsed.Created != nil {
 		img.created = *parsed.Created
 	}
-	img.diffIDs = parsed.RootFS.DiffIDs
+	img.diffIDs, img.run = parsed.RootFS.DiffIDs, parsed.Config
 	if parsed.OS != "linux" || parsed.Architecture == "" {
 		return nil, &Error{UnsupportedPlatform, fmt.Errorf("manifest %s is of %s", d.Digest, platformString(img.platform))}
 	}

@@ -23,12 +23,12 @@ import (
 func artifactOf(t *testing.T, registry *registrytest.Registry, repo string) (m *artifact.Manifest, dgst string, raw []byte) {
 	t.Helper()
 	var list struct {
-		Manifests []struct{ Digest, ArtifactType string }
+		Manifests []struct{ Digest string }
 	}
-	if err := json.Unmarshal([]byte(run(t, "streamctl", "list-referrers", "-o", "json", registry.Host()+"/"+repo+":v1")), &list); err != nil {
+	if err := json.Unmarshal([]byte(run(t, "streamctl", "list-referrers", "--artifact-type", artifact.ArtifactType, "-o", "json", registry.Host()+"/"+repo+":v1")), &list); err != nil {
 		t.Fatal(err)
 	}
-	if len(list.Manifests) != 1 || list.Manifests[0].ArtifactType != artifact.ArtifactType {
+	if len(list.Manifests) != 1 {
 		t.Fatalf("referrers are %+v, want one artifact", list)
 	}
 	dgst = list.Manifests[0].Digest

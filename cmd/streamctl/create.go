@@ -21,10 +21,11 @@ type createResult struct {
 
 func newCreate() *cobra.Command {
 	var (
-		image  imageFlags
-		conv   convertFlags
-		output outputFlag
-		force  bool
+		image   imageFlags
+		conv    convertFlags
+		output  outputFlag
+		force   bool
+		profile = profileFlag("none")
 	)
 	cmd := &cobra.Command{
 		Use:   "create REF",
@@ -39,7 +40,7 @@ Linux platform is converted. The image itself is not changed. An image that has 
 				return err
 			}
 			progress := newProgress(cmd.ErrOrStderr(), "converted")
-			o := converter.CreateOptions{Options: conv.options(), Platforms: platforms, Force: force}
+			o := converter.CreateOptions{Options: conv.options(), Platforms: platforms, Force: force, Static: profile == "static"}
 			o.Progress = progress.report
 			done, err := converter.Create(cmd.Context(), p, ref, o)
 			progress.stop()
@@ -64,6 +65,7 @@ Linux platform is converted. The image itself is not changed. An image that has 
 	image.add(cmd)
 	conv.add(cmd)
 	output.add(cmd)
+	cmd.Flags().Var(&profile, "profile", "static: find out from the image's files what its start reads, and attach that; or none")
 	cmd.Flags().BoolVar(&force, "force", false, "convert all layers again, attach the new artifact, then delete the one before")
 	return cmd
 }
@@ -97,6 +99,7 @@ func warnCreated(w io.Writer, res createResult) {
 func printCreated(w io.Writer, res createResult) error {
 	for _, c := range res.Artifacts {
 		if c.Status != converter.StatusCreated {
+			printProfile(w, c)
 			continue
 		}
 		fmt.Fprintf(w, "%s %s\n", c.Platform, c.Artifact.Digest)
@@ -118,6 +121,13 @@ func printCreated(w io.Writer, res createResult) error {
 		if err := t.Flush(); err != nil {
 			return err
 		}
+		printProfile(w, c)
 	}
 	return nil
+}
+
+func printProfile(w io.Writer, c converter.Created) {
+	if p := c.Profile; p != nil {
+		fmt.Fprintf(w, "%s %s: %s profile, %d chunks, %s\n", c.Platform, p.Digest, p.Source, p.Chunks, size(p.Size))
+	}
 }

@@ -104,6 +104,20 @@ func (f *outputFlag) Set(s string) error {
 
 func (f outputFlag) json() bool { return f == "json" }
 
+// profileFlag is --profile.
+type profileFlag string
+
+func (f *profileFlag) String() string { return string(*f) }
+func (f *profileFlag) Type() string   { return "SOURCE" }
+
+func (f *profileFlag) Set(s string) error {
+	if s != "static" && s != "none" {
+		return usage("%q is neither static nor none", s)
+	}
+	*f = profileFlag(s)
+	return nil
+}
+
 // jobsFlag is --jobs.
 type jobsFlag int
 

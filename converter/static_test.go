@@ -1,0 +1,171 @@
+package converter
+
+import (
+	"archive/tar"
+	"bytes"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// programTar is a layer with a script and its interpreter, each in chunks of its own, and in between what no start reads.
+func programTar(t *testing.T) []byte {
+	t.Helper()
+	rnd := rand.NewChaCha8([32]byte{1})
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for _, f := range []struct {
+		name, begin string
+		size        int
+	}{
+		{"bin/interpreter", "neither ELF nor a script", 300 << 10}, {"usr/share/unused", "", 400 << 10},
+		{"app/run", "#!/bin/interpreter\n", 200 << 10}, {"usr/share/unused2", "", 300 << 10},
+	} {
+		data := make([]byte, f.size)
+		rnd.Read(data)
+		copy(data, f.begin)
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: f.name, Mode: 0o755, Size: int64(len(data))}); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.Write(data); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// programImage runs the script, which a layer above makes the command by a symlink in PATH.
+func programImage(t *testing.T) testImage {
+	t.Helper()
+	var link bytes.Buffer
+	w := tar.NewWriter(&link)
+	if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeSymlink, Name: "sbin/run", Linkname: "/app/run"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return testImage{
+		layers: []testLayer{{tar: programTar(t), mediaType: ocispec.MediaTypeImageLayerGzip}, {tar: link.Bytes(), mediaType: ocispec.MediaTypeImageLayerGzip}},
+		edit:   func(_ *ocispec.Manifest, config *ocispec.Image) { config.Config.Entrypoint = []string{"run"} },
+	}
+}
+
+// TestStatic: create attaches the profile of a start, once, whatever was there before, and the same in every place.
+func TestStatic(t *testing.T) {
+	var digests []digest.Digest
+	onAllPlaces(t, func(t *testing.T, image string) {
+		p, _ := open(t, image+":v1")
+		d := programImage(t).put(t, p, "v1")
+		with := CreateOptions{Static: true}
+		if create(t, image+":v1", CreateOptions{}); len(referrers(t, p, d.Digest)) != 1 {
+			t.Fatalf("referrers of an image without a profile: %+v", referrers(t, p, d.Digest))
+		}
+		c := create(t, image+":v1", with)[0]
+		if c.Status != StatusExists || c.Profile == nil || len(c.Warnings) > 0 {
+			t.Fatalf("what had no profile: %+v", c)
+		}
+		digests = append(digests, c.Profile.Digest)
+		if again := create(t, image+":v1", with)[0]; again.Profile != nil || len(again.Warnings) > 0 {
+			t.Errorf("what has one: %+v", again)
+		}
+		if forced := create(t, image+":v1", CreateOptions{Static: true, Force: true})[0]; forced.Profile == nil || forced.Profile.Digest != c.Profile.Digest {
+			t.Errorf("made again: %+v", forced.Profile)
+		}
+		if n := len(referrers(t, p, d.Digest)); n != 2 {
+			t.Errorf("%d referrers, want the artifact and the profile", n)
+		}
+		if _, err := Verify(t.Context(), p, "v1", VerifyOptions{}); err != nil {
+			t.Error(err)
+		}
+		checkProgram(t, p, c)
+	})
+	slices.Sort(digests)
+	if len(slices.Compact(digests)) != 1 {
+		t.Errorf("profiles %v, want the same everywhere", digests)
+	}
+}
+
+// checkProgram holds the profile of programImage against the files that it must have.
+func checkProgram(t *testing.T, p Place, c Created) {
+	t.Helper()
+	rc, err := p.Blob(t.Context(), ocispec.Descriptor{Digest: c.Profile.Hot, Size: c.Profile.Size}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rc.Close()
+	hot, err := artifact.ReadProfile(rc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, raw, err := p.Manifest(t.Context(), c.Artifact.Digest.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := artifact.DecodeManifest(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, err := indexesOf(t.Context(), p, m, hot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	entries := layers[0].index.Entries()
+	defer entries.Close()
+	for {
+		e, err := entries.Next()
+		if err == io.EOF {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		first, last := layers[0].index.Find(e.DataOffset), layers[0].index.Find(e.DataOffset+e.DataSize-1)
+		n := 0
+		for i := first; i <= last; i++ {
+			if slices.Contains(hot.Chunks, artifact.HotChunk{Layer: 0, Chunk: i}) {
+				n++
+			}
+		}
+		if n > 0 {
+			got = append(got, e.Name)
+			if n != last-first+1 {
+				t.Errorf("%d of the %d chunks of %s are listed", n, last-first+1, e.Name)
+			}
+		}
+	}
+	if want := []string{"bin/interpreter", "app/run"}; !slices.Equal(got, want) {
+		t.Errorf("the profile has chunks of %q, want %q", got, want)
+	}
+	// In order of use: the script says what its interpreter is.
+	if first := layers[0].index.Chunk(hot.Chunks[0].Chunk); first.TarOffset < 700<<10 {
+		t.Errorf("the first chunk begins at %d, want one of the script", first.TarOffset)
+	}
+}
+
+// TestNoStatic: an image whose start cannot be followed gets its artifact, and a warning.
+func TestNoStatic(t *testing.T) {
+	image := places[0].open(t) + ":v1"
+	p, _ := open(t, image)
+	img := programImage(t)
+	img.edit = func(_ *ocispec.Manifest, config *ocispec.Image) { config.Config.Cmd = []string{"/not/there"} }
+	d := img.put(t, p, "v1")
+	c := create(t, image, CreateOptions{Static: true})[0]
+	if c.Status != StatusCreated || c.Profile != nil || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], "no static profile") {
+		t.Errorf("%+v", c)
+	}
+	if n := len(referrers(t, p, d.Digest)); n != 1 {
+		t.Errorf("%d referrers", n)
+	}
+}
