@@ -12,14 +12,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// createFile creates the file system of the metadata image, file-backed, with the file device as its data device.
-func (s *Server) createFile(metadata, device string) (*fsContext, error) {
-	c, err := newErofs(metadata, device)
+// createFile creates the file system of img, file-backed, with the file device as its data device.
+func (s *Server) createFile(img Image, device string) (*fsContext, error) {
+	c, err := newErofs(img.Metadata, device)
 	if err != nil {
 		return nil, err
 	}
 	// Without it EROFS reads synchronously, 16 pages at a time. Linux 6.12.0 has no such option, and reads slowly.
-	if directAligned(metadata) {
+	if directAligned(img.Metadata) {
 		if err := unix.FsconfigSetFlag(c.fd, "directio"); err != nil {
 			s.log.Debug("EROFS without direct I/O", "error", err)
 		}
@@ -34,7 +34,7 @@ func (s *Server) createFile(metadata, device string) (*fsContext, error) {
 	if err != nil {
 		return nil, err
 	}
-	s.setReadAhead(bdi)
+	s.setReadAhead(img, bdi)
 	return c, nil
 }
 
@@ -66,13 +66,17 @@ func bdis() []string {
 	return all
 }
 
-// setReadAhead sets the read-ahead of bdis. It decides the throughput, not the result, so it is no error if it fails.
-func (s *Server) setReadAhead(bdis []string) {
+// setReadAhead sets the read-ahead of bdis, which are img's. It decides the throughput, not the result, so it is no error if it fails.
+func (s *Server) setReadAhead(img Image, bdis []string) {
+	bytes := s.readAhead
+	if img.ReadAhead != 0 {
+		bytes = min(bytes, img.ReadAhead)
+	}
 	if len(bdis) == 0 {
 		s.log.Warn("no bdi found to set the read-ahead of a mount; cold reads of large files will be slow")
 	}
 	for _, dir := range bdis {
-		kib := strconv.FormatInt(s.readAhead>>10, 10)
+		kib := strconv.FormatInt(bytes>>10, 10)
 		if err := os.WriteFile(filepath.Join(dir, "read_ahead_kb"), []byte(kib), 0); err != nil {
 			s.log.Warn("set read-ahead; cold reads of large files will be slow", "error", err)
 		}

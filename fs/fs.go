@@ -56,6 +56,8 @@ type Image struct {
 	ID       string // file name of its data device: [a-z0-9]+, unique, and of the same bytes whenever it is used
 	Metadata string // path of the metadata image
 	Device   Device
+	// ReadAhead is this mount's read-ahead, see Options; 0 is the Server's.
+	ReadAhead int64
 }
 
 // DefaultReadAhead is the read-ahead of a mount, see Options. It decides how fast a file is read from a distant registry, and how much

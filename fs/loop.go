@@ -11,9 +11,9 @@ import (
 // loopAttempts is how often a free loop device is asked for, of which others may be quicker to take possession.
 const loopAttempts = 64
 
-// createLoop creates the file system of the metadata image over loop devices, with the file device as its data device.
-func (s *Server) createLoop(metadata, device string) (*fsContext, error) {
-	meta, err := attachLoop(metadata, unix.O_RDONLY)
+// createLoop creates the file system of img over loop devices, with the file device as its data device.
+func (s *Server) createLoop(img Image, device string) (*fsContext, error) {
+	meta, err := attachLoop(img.Metadata, unix.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
@@ -37,7 +37,7 @@ func (s *Server) createLoop(metadata, device string) (*fsContext, error) {
 		c.close()
 		return nil, fmt.Errorf("stat %s: %w", meta.Name(), err)
 	}
-	s.setReadAhead(deviceBDI(st.Rdev))
+	s.setReadAhead(img, deviceBDI(st.Rdev))
 	return c, nil
 }
 

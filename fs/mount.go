@@ -59,7 +59,7 @@ func (s *Server) mountErofs(m *mount, img Image, target string) error {
 	if s.mode == ModeLoop {
 		create = s.createLoop
 	}
-	c, err := create(img.Metadata, filepath.Join(s.dir, img.ID))
+	c, err := create(img, filepath.Join(s.dir, img.ID))
 	if err == nil {
 		err = c.attach(target, s.options.flags, func(number uint64) (err error) {
 			if s.keep != nil && img.ID != probeID {

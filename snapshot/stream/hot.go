@@ -27,6 +27,10 @@ const (
 	// maxHotSkip is how much of the open hot blob is dropped rather than asked around.
 	maxHotSkip = 256 << 10
 
+	// hotReadAhead is the kernel's read-ahead, bytes, of mounts whose start-up a profile brings: what lies around it would be fetched in vain, in requests
+	// that the start-up waits for. Streams are seen by the cache, see its read-ahead.
+	hotReadAhead = 16 << 10
+
 	// A read waits for a chunk that the hot blob is about to bring for patienceTrips times what the first byte of the hot blob took, which is about what a request
 	// of its own takes; within bounds, for a busy machine and a slow registry.
 	patienceTrips = 4

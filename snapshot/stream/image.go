@@ -49,7 +49,13 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	defer img.mu.Unlock()
 	meta, err := img.metadata(ctx, n)
 	if err == nil {
-		err = img.store.o.Mounter.Mount(ctx, fs.Image{ID: img.id, Metadata: meta, Device: img.dev}, target)
+		i := fs.Image{ID: img.id, Metadata: meta, Device: img.dev}
+		img.store.mu.Lock()
+		if img.hot != nil {
+			i.ReadAhead = hotReadAhead
+		}
+		img.store.mu.Unlock()
+		err = img.store.o.Mounter.Mount(ctx, i, target)
 	}
 	if err != nil {
 		img.release()
