@@ -31,6 +31,7 @@ type keeper struct {
 	cmd   *exec.Cmd
 	stdin io.Closer
 	out   *bufio.Reader
+	pipe  *os.File   // that out reads
 	done  chan error // gives the end of the daemon
 	log   *strings.Builder
 }
@@ -100,6 +101,7 @@ func (k *keeper) start() {
 	if err != nil {
 		k.t.Fatal(err)
 	}
+	k.pipe = out.(*os.File)
 	k.out = bufio.NewReader(out)
 	if err := k.cmd.Start(); err != nil {
 		k.t.Fatal(err)

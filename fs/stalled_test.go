@@ -52,6 +52,7 @@ func (r *stalledReader) wantDead(t *testing.T) {
 // told waits until the daemon has told of n reads.
 func (k *keeper) told(n int) {
 	k.t.Helper()
+	k.pipe.SetReadDeadline(time.Now().Add(30 * time.Second))
 	for range n {
 		if line, err := k.out.ReadString('\n'); line != "read\n" {
 			k.t.Fatalf("daemon: %q, %v", line, err)

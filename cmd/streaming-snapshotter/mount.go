@@ -69,33 +69,35 @@ func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store
 	if err != nil {
 		return fmt.Errorf("mount at %s: %w", o.dir, err)
 	}
+	said := ""
 	if !n.mounts.Mounted(target) {
-		if err := n.mountAt(ctx, target, o, matcher); err != nil {
+		if said, err = n.mountAt(ctx, target, o, matcher); err != nil {
 			return err
 		}
 	}
 	if err := st.Notify("READY=1"); err != nil {
 		return err
 	}
+	fmt.Fprint(o.out, said) // from here on a supervisor runs it again
 	<-ctx.Done()
 	return nil
 }
 
-func (n *node) mountAt(ctx context.Context, target string, o mountOptions, matcher platforms.MatchComparer) error {
+// mountAt mounts the image of o at target, and returns what to say of it.
+func (n *node) mountAt(ctx context.Context, target string, o mountOptions, matcher platforms.MatchComparer) (said string, err error) {
 	manifest, err := resolve(ctx, n.reg, o, matcher)
 	if err != nil {
-		return err
+		return "", err
 	}
 	id, chainIDs, err := n.images.Find(ctx, o.ref, manifest)
 	if err != nil {
-		return fmt.Errorf("%s: %w", o.ref, err)
+		return "", fmt.Errorf("%s: %w", o.ref, err)
 	}
 	if err := n.images.Mount(ctx, id, len(chainIDs), target); err != nil {
-		return err
+		return "", err
 	}
 	mode, _ := n.mounts.Mode()
-	fmt.Fprintf(o.out, "%s@%s is mounted at %s (%s mode, %d layers); interrupt to unmount\n", o.ref, manifest, o.dir, mode, len(chainIDs))
-	return nil
+	return fmt.Sprintf("%s@%s is mounted at %s (%s mode, %d layers); interrupt to unmount\n", o.ref, manifest, o.dir, mode, len(chainIDs)), nil
 }
 
 // keptRoot is the name under which a temporary directory with the files of a mount is kept.
