@@ -137,7 +137,7 @@ func TestDockerRegistry(t *testing.T) {
 	n := startNode(t, node.Options{Stream: []string{proxy.Addr() + "/team/*"}})
 	ref := proxy.Addr() + "/team/app:v1"
 	img := pushSmall(t, ref, 30)
-	run(t, "streamctl", "create", "--record", "", ref)
+	run(t, "streamctl", "create", "--record", "", "--profile", "none", ref)
 	run(t, "streamctl", "verify", ref)
 
 	before := proxy.Count()

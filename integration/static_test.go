@@ -38,7 +38,7 @@ func TestStaticProfile(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			ref := registry.Host() + "/" + name + ":latest"
 			pushBuilt(t, ref, name)
-			run(t, "streamctl", "create", "--record", "", ref)
+			run(t, "streamctl", "create", "--record", "", "--profile", "none", ref)
 			chunks := readChunks(t, registry, pause, ref, "^"+name+": ready")
 			run(t, "streamctl", "create", "--record", "", "--profile", "static", ref) // has its artifact: adds the profile
 			found := profileChunks(t, ref)

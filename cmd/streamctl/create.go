@@ -25,7 +25,7 @@ func newCreate() *cobra.Command {
 		conv    convertFlags
 		output  outputFlag
 		force   bool
-		profile = profileFlag("none")
+		profile = profileFlag("static")
 	)
 	cmd := &cobra.Command{
 		Use:   "create REF",

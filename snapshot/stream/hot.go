@@ -3,10 +3,12 @@ package stream
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -24,6 +26,9 @@ const (
 	hotTimeout = 10 * time.Minute
 	// hotLinger is how long an image's layers stay open after that: its container is about to be mounted, and would have to verify again what it finds on disk.
 	hotLinger = 2 * time.Minute
+	// hotHead is how much of a hot blob is asked for of an image that shares layers with others on this node, of whose chunks it may have many: the list of 8,000.
+	// Of another image all is asked for at once.
+	hotHead = 64 << 10
 	// maxHotSkip is how much of the open hot blob is dropped rather than asked around.
 	maxHotSkip = 256 << 10
 
@@ -41,6 +46,7 @@ const (
 // hotFetch brings an image's hot blob into the cache. It begins beside the search for the artifact, whose pull does not wait for it, and goes on when that has ended.
 type hotFetch struct {
 	cancel context.CancelFunc
+	shares chan bool       // gets one value: whether the image shares layers with others on this node
 	opened chan *deviceUse // gets one value, nil if the search fails
 	given  bool            // by the search
 }
@@ -51,7 +57,7 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), hotTimeout)
-	h := &hotFetch{cancel: cancel, opened: make(chan *deviceUse, 1)}
+	h := &hotFetch{cancel: cancel, shares: make(chan bool, 1), opened: make(chan *deviceUse, 1)}
 	s.mu.Lock()
 	s.hots[h] = true
 	if s.closed {
@@ -73,6 +79,17 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 		s.mu.Unlock()
 	})
 	return h
+}
+
+// share says whether the image that is being searched has layers that this node knows. The first counts.
+func (h *hotFetch) share(known bool) {
+	if h == nil {
+		return
+	}
+	select {
+	case h.shares <- known:
+	default:
+	}
 }
 
 // give hands h the open image, of which it is a use. It takes the first.
@@ -98,6 +115,7 @@ func (h *hotFetch) give(ctx context.Context, img *image) error {
 func (h *hotFetch) fail() {
 	if h != nil && !h.given {
 		h.cancel()
+		h.share(false)
 		h.given = true
 		h.opened <- nil
 	}
@@ -124,9 +142,10 @@ func (h *hotFetch) run(ctx context.Context, s *Store, repo registryclient.Reposi
 		}
 		return use
 	}
+	known := sync.OnceValue(func() bool { return <-h.shares })
 	for _, p := range profiles[:min(len(profiles), maxProfiles)] {
 		begun := time.Now()
-		n, err := s.fillHot(ctx, repo, manifest, p.Digest, image)
+		n, err := s.fillHot(ctx, repo, manifest, p.Digest, known, image)
 		log := s.log.With("image", string(repo)+"@"+manifest.String(), "profile", p.Digest.String(), "source", p.Annotations[artifact.AnnotationProfileSource])
 		switch {
 		case ctx.Err() != nil:
@@ -151,7 +170,7 @@ func sourceRank(d ocispec.Descriptor) int {
 }
 
 // fillHot fetches the hot blob of profile dgst into the layers of the image, as soon as those are open. It returns how many chunks the profile lists.
-func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, image func() *deviceUse) (int, error) {
+func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, shares func() bool, image func() *deviceUse) (int, error) {
 	raw, err := s.o.Registry.Manifest(ctx, repo, dgst, artifact.MaxManifestSize)
 	if err != nil {
 		return 0, err
@@ -166,10 +185,21 @@ func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, man
 	b := &hotBlob{store: s, repo: repo, dgst: m.Hot.Digest, size: m.Hot.Size}
 	defer b.close()
 	begun := time.Now()
-	if err := b.open(ctx); err != nil {
+	first := b.size
+	if shares() {
+		first = min(first, hotHead)
+	}
+	if err := b.open(ctx, first); err != nil {
 		return 0, err
 	}
 	p, err := artifact.ReadProfile(b)
+	if errors.Is(err, io.ErrUnexpectedEOF) && first < b.size { // a longer list
+		b.close()
+		b.pos, first = 0, b.size
+		if err = b.open(ctx, first); err == nil {
+			p, err = artifact.ReadProfile(b)
+		}
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -181,6 +211,9 @@ func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, man
 	frames, err := use.frames(p)
 	if err != nil {
 		return 0, err
+	}
+	if first < b.size {
+		b.close() // and what of it is missing, is asked for
 	}
 	return len(frames), s.o.Cache.Fill(ctx, b, b.pos, b.size-b.pos, frames, patience)
 }
@@ -214,9 +247,10 @@ type hotBlob struct {
 	pos    int64              // of body
 }
 
-func (b *hotBlob) open(ctx context.Context) (err error) {
+// open asks for the first n bytes.
+func (b *hotBlob) open(ctx context.Context, n int64) (err error) {
 	ctx, b.cancel = context.WithCancel(ctx)
-	b.body, err = b.store.o.Registry.ReadRange(ctx, b.repo, b.dgst, 0, b.size, 0)
+	b.body, err = b.store.o.Registry.ReadRange(ctx, b.repo, b.dgst, 0, n, 0)
 	return err
 }
 

@@ -198,6 +198,7 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	if err != nil {
 		return nil, err
 	}
+	hot.share(s.knows(rec))
 	unpin := s.pin(rec)
 	defer func() {
 		if unpin(); err != nil {
@@ -263,6 +264,14 @@ func (rec *record) firsts() ([]int, error) {
 		}
 	}
 	return list, nil
+}
+
+// knows reports whether the index of a layer of rec is here.
+func (s *Store) knows(rec *record) bool {
+	return slices.ContainsFunc(rec.Layers, func(l artifact.Layer) bool {
+		_, err := os.Stat(s.indexPath(l.IndexDigest))
+		return err == nil
+	})
 }
 
 // pin keeps the indexes of rec from being swept before the record that names them is on disk.
