@@ -1,11 +1,11 @@
 # All programs are built into .build/bin: ours, and containerd, crictl and the other tools that tools/go.mod pins.
 BIN := $(CURDIR)/.build/bin
 export PATH := $(BIN):$(PATH)
-GOTEST := go run ./integration/gotest $(if $(CI),-no-skips)
+GOTEST := .build/gotest $(if $(CI),-no-skips)
 UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
 FUZZTIME ?= 20s
 
-.PHONY: build demo test test-full soak lint bench bench-startup fuzz images clean
+.PHONY: build demo test test-full soak lint bench bench-startup fuzz images clean .build/gotest
 
 build: .build/tools
 	CGO_ENABLED=0 go build -o $(BIN)/ ./cmd/...
@@ -21,7 +21,10 @@ build: .build/tools
 demo: build
 	@go build -o .build/demo ./integration/demo && .build/demo $(if $(IMAGE),-image $(IMAGE)) $(if $(MODE),-mode $(MODE)) $(FLAGS)
 
-test: build lint images
+.build/gotest:
+	go build -o $@ ./integration/gotest
+
+test: build lint images .build/gotest
 	$(GOTEST) -race $(UNIT)
 	$(GOTEST) -cpu 1 ./fs
 	$(GOTEST) -timeout 30m ./integration

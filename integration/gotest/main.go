@@ -1,5 +1,7 @@
 // Command gotest runs `go test` with its arguments and prints what matters: each package's closing line, the output of failed tests, and the names of
 // skipped ones. With -no-skips a skipped test is a failure: in CI everything that a test could need is there.
+//
+// All of it runs in namespaces and with a $TMPDIR of its own (node.Isolate), so that nothing is left of tests that are killed, or when make is.
 package main
 
 import (
@@ -9,6 +11,8 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 )
 
 // event is a line of `go test -json`; `go doc test2json` describes it.
@@ -17,6 +21,7 @@ type event struct {
 }
 
 func main() {
+	node.IsolateWithParent()
 	args := os.Args[1:]
 	noSkips := len(args) > 0 && args[0] == "-no-skips"
 	if noSkips {
@@ -39,6 +44,7 @@ func main() {
 // run runs go test and returns the skipped tests with what they have said.
 func run(args []string) (skipped []string, err error) {
 	c := exec.Command("go", append([]string{"test", "-json"}, args...)...)
+	c.Env = append(os.Environ(), "GOTMPDIR=") // in $TMPDIR
 	c.Stderr = os.Stderr
 	out, err := c.StdoutPipe()
 	if err != nil {

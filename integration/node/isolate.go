@@ -3,26 +3,33 @@ package node
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 	"time"
 
+	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
 )
 
 // stageVariable tells the copies of a program that Isolate has started what they are: "init" or "run".
 const stageVariable = "INTEGRATION_STAGE"
 
+// fuseConnections is where each FUSE connection has a directory with a file abort.
+const fuseConnections = "/sys/fs/fuse/connections"
+
 // grace is how long a program may take to end after a signal before its namespaces are ended under it.
 const grace = 30 * time.Second
 
 // Isolate moves the calling program, with all that it will start, into a PID and a mount namespace of its own. When the
 // program ends, in whatever way, the kernel ends every process it has left (daemons, shims, containers) and drops every mount, and with these the loop devices
-// and FUSE connections. $TMPDIR is a directory that is removed afterwards, from outside, where no mount can be in the way. The only thing that can stay behind is
-// that directory, if the outermost process itself is killed by SIGKILL.
+// and FUSE connections. $TMPDIR is a directory that is removed afterwards, from outside, where no mount can be in the way. If the outermost process itself is
+// killed by SIGKILL that directory stays behind, until the next program that calls Isolate with the same $TMPDIR removes it.
 //
 // It is called first in main or TestMain, as root. In the process that the user has started it does not return; the program goes on in a copy of it.
 func Isolate() {
@@ -44,29 +51,47 @@ func Isolate() {
 	os.Exit(code)
 }
 
+// IsolateWithParent is Isolate for a program that is to end, as after SIGTERM, when the one that has started it dies.
+func IsolateWithParent() {
+	if os.Getenv(stageVariable) == "" {
+		runtime.LockOSThread() // the setting is the thread's
+		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0); err != nil {
+			fmt.Fprintln(os.Stderr, "isolate:", err)
+			os.Exit(1)
+		}
+	}
+	Isolate()
+}
+
 // runOutside starts the namespaces' init, passes signals to it and clears up after it.
 func runOutside() (int, error) {
 	if os.Geteuid() != 0 {
 		return 0, errors.New("containers, FUSE and mounts need root")
 	}
-	dir, err := os.MkdirTemp("", "streaming-snapshotter-")
+	removeLeft()
+	dir, lock, err := makeDir()
 	if err != nil {
 		return 0, err
 	}
+	defer lock.Close()
 	defer os.RemoveAll(dir)
-	if err := os.Chmod(dir, 0o711); err != nil { // root of a user namespace goes through it
-		return 0, err
-	}
 
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	runtime.LockOSThread() // Pdeathsig is about the thread
+	inside, alive, err := os.Pipe() // init ends everything when it is closed
+	if err != nil {
+		return 0, err
+	}
+	defer alive.Close()
 	c := exec.Command("/proc/self/exe", os.Args[1:]...)
 	c.Args[0] = os.Args[0]
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.Env = append(os.Environ(), stageVariable+"=init", "TMPDIR="+dir)
-	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
-	if err := c.Start(); err != nil {
+	c.ExtraFiles = []*os.File{inside}
+	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
+	err = c.Start()
+	inside.Close()
+	if err != nil {
 		return 0, err
 	}
 	ended := make(chan error, 1)
@@ -80,18 +105,62 @@ func runOutside() (int, error) {
 				late = time.After(grace)
 			}
 		case <-late:
-			c.Process.Kill()
+			alive.Close()
 		case <-ended:
 			return c.ProcessState.ExitCode(), nil
 		}
 	}
 }
 
-// runInit is process 1 of the namespaces: it prepares the mounts, runs the program, passes signals on and reaps.
+// lockName is a file in a directory that Isolate has made. The outermost process holds a lock on it, which ends with that process.
+const lockName = ".streaming-snapshotter"
+
+// makeDir makes the directory and locks it. Its name is short, for the sockets below it.
+func makeDir() (dir string, lock *os.File, err error) {
+	for {
+		if dir, err = os.MkdirTemp("", "stream-"); err != nil {
+			return "", nil, err
+		}
+		if err := os.Chmod(dir, 0o711); err != nil { // root of a user namespace goes through it
+			return "", nil, err
+		}
+		if lock, err = os.Create(filepath.Join(dir, lockName)); err != nil {
+			return "", nil, err
+		}
+		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if _, statErr := os.Stat(lock.Name()); err == nil && statErr == nil {
+			return dir, lock, nil
+		}
+		lock.Close() // another's removeLeft was quicker
+	}
+}
+
+// removeLeft removes the directories that nobody has locked. What it cannot remove stays.
+func removeLeft() {
+	names, _ := filepath.Glob(filepath.Join(os.TempDir(), "stream-*", lockName))
+	for _, name := range names {
+		lock, err := os.Open(name)
+		if err != nil {
+			continue
+		}
+		if unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil {
+			os.RemoveAll(filepath.Dir(name))
+		}
+		lock.Close()
+	}
+}
+
+// runInit is process 1 of the namespaces: it prepares the mounts, runs the program, passes signals on, reaps, and ends what is left.
 func runInit() (int, error) {
+	syscall.CloseOnExec(3)
 	if err := prepareMounts(); err != nil {
 		return 0, err
 	}
+	others := connections("self") // of the machine's FUSE mounts
+	go func() {
+		os.NewFile(3, "alive").Read(make([]byte, 1)) // nobody writes
+		endAll(others)
+	}()
 	// Notify and not Ignore: what is ignored stays ignored in the program.
 	signals := make(chan os.Signal, 1)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
@@ -109,19 +178,59 @@ func runInit() (int, error) {
 			syscall.Kill(pid, s.(syscall.Signal))
 		}
 	}()
+	code := -1
 	for {
 		var status syscall.WaitStatus
 		p, err := syscall.Wait4(-1, &status, 0, nil)
 		switch {
+		case err == syscall.ECHILD && code >= 0:
+			return code, nil
 		case err == syscall.EINTR:
 		case err != nil:
 			return 0, err
 		case p == pid && status.Signaled():
-			return 128 + int(status.Signal()), nil
+			code = 128 + int(status.Signal())
 		case p == pid && status.Exited():
-			return status.ExitStatus(), nil
+			code = status.ExitStatus()
+		}
+		if p == pid && code >= 0 {
+			endAll(others)
 		}
 	}
+}
+
+// endAll kills every process of the namespace but its init, and aborts the FUSE connections that are not others: a process that waits for an answer of its own
+// would never end. It keeps the mount namespaces until init exits: the last process in one would wait in its exit for reads, before it closes the connection.
+func endAll(others map[int]bool) {
+	ours := map[int]bool{}
+	names, _ := filepath.Glob("/proc/[0-9]*/ns/mnt")
+	for _, name := range names {
+		maps.Copy(ours, connections(strings.Split(name, "/")[2]))
+		syscall.Open(name, syscall.O_RDONLY|syscall.O_CLOEXEC, 0)
+	}
+	syscall.Kill(-1, syscall.SIGKILL)
+	for c := range ours {
+		if !others[c] {
+			os.WriteFile(fmt.Sprintf("%s/%d/abort", fuseConnections, c), []byte("1"), 0)
+		}
+	}
+}
+
+// connections are the numbers of the FUSE connections in the mount namespace of a process.
+func connections(process string) map[int]bool {
+	numbers := map[int]bool{}
+	f, err := os.Open("/proc/" + process + "/mountinfo")
+	if err != nil {
+		return nil // it has ended
+	}
+	defer f.Close()
+	mounts, _ := mountinfo.GetMountsFromReader(f, nil)
+	for _, m := range mounts {
+		if m.FSType == "fuse" || strings.HasPrefix(m.FSType, "fuse.") {
+			numbers[m.Minor] = true
+		}
+	}
+	return numbers
 }
 
 // prepareMounts keeps the mounts of this namespace out of the others, gives it a /proc of its own processes, and hides the host's
@@ -132,6 +241,9 @@ func prepareMounts() error {
 	}
 	if err := unix.Mount("proc", "/proc", "proc", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return fmt.Errorf("mount proc: %w", err)
+	}
+	if err := unix.Mount("fusectl", fuseConnections, "fusectl", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil && err != unix.EBUSY { // it is there
+		return fmt.Errorf("mount fusectl: %w", err)
 	}
 	const run = "/run/containerd"
 	if err := os.MkdirAll(run, 0o711); err != nil {
