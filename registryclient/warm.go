@@ -52,8 +52,8 @@ func (h *host) answeredBy(to *url.URL, resp *http.Response) {
 }
 
 // dialSpares begins to dial connections to where to is, and does not wait for them; running gets what goes on. net/http dials for a request and
-// goes on when the request is cancelled meanwhile, since the next one may use the connection: so it gets requests that are, when all of them have
-// begun to dial, or one would take another's connection.
+// goes on when the request is cancelled meanwhile, since the next one may use the connection: so it gets requests that are, when all of them are
+// about to dial and before one does. None is ever sent: what gets a connection that another request has left idle just now, closes it.
 func (h *host) dialSpares(ctx context.Context, running *sync.WaitGroup, to *url.URL) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -67,12 +67,13 @@ func (h *host) dialSpares(ctx context.Context, running *sync.WaitGroup, to *url.
 				DNSStart: func(httptrace.DNSStartInfo) { begin() },
 				ConnectStart: func(string, string) {
 					begin()
-					begun.Wait()
+					<-ctx.Done()
 				},
+				GotConn: func(c httptrace.GotConnInfo) { c.Conn.Close() },
 			})
 			u := &url.URL{Scheme: to.Scheme, Host: to.Host, Path: "/"}
 			req := (&http.Request{Method: http.MethodHead, URL: u, Host: u.Host, Header: http.Header{}}).WithContext(ctx)
-			if resp, err := h.Client.Transport.RoundTrip(req); err == nil { // of another's connection, left idle just now
+			if resp, err := h.Client.Transport.RoundTrip(req); err == nil {
 				resp.Body.Close()
 			}
 		})

@@ -30,6 +30,12 @@ func (s *store) idle() bool {
 	return len(s.flights) == len(s.kept)
 }
 
+func (s *store) underWay() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.flights)
+}
+
 func TestChunkIsFetchedOnce(t *testing.T) {
 	ly := newLayer(t, 4<<10, 100_000)
 	c := openCache(t, t.TempDir())

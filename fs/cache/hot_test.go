@@ -146,7 +146,9 @@ func TestReadsJoinFill(t *testing.T) {
 	hot := &slowBlob{hotBlob: newHotBlob(layers, handles, func(l, i int) bool { return true })}
 	done := make(chan error, 1)
 	go func() { done <- c.Fill(t.Context(), hot, hot.head, hot.n, hot.frames, patient) }()
-	poll(t, "reservation", func() bool { return !handles[0].store.idle() && !handles[1].store.idle() })
+	poll(t, "reservation of all", func() bool {
+		return handles[0].store.underWay()+handles[1].store.underWay() == len(hot.frames)
+	})
 	var wg sync.WaitGroup
 	for g := range 8 {
 		wg.Go(func() { readFrames(t, layers, handles, hot.frames[g*len(hot.frames)/8:(g+1)*len(hot.frames)/8]) })
