@@ -24,7 +24,7 @@ func (p *program) name() string { return path.Base(p.real) }
 
 // find looks a command up as execvp would.
 func (f *finder) find(name string) (n *erofs.Inode, at, real string) {
-	if name == "" {
+	if name == "" || len(name) > maxPath {
 		return nil, "", ""
 	}
 	if strings.Contains(name, "/") {

@@ -330,6 +330,7 @@ type symbol struct {
 
 // symbols reads the dynamic symbol table, whose end is where its names begin, as linkers lay it out.
 func (o *object) symbols() (list []symbol) {
+	size := 0 // of the names
 	at, names := o.dynamic[dtSymTab], o.dynamic[dtStrTab]
 	if at == 0 || names <= at {
 		return nil
@@ -345,6 +346,9 @@ func (o *object) symbols() (list []symbol) {
 		i := slices.Index(s, 0)
 		if i < 0 {
 			continue
+		}
+		if size += i; size > 64<<20 { // names may overlap
+			break
 		}
 		list = append(list, symbol{name: string(s[:i]), index: index, addr: o.order.Uint64(b[8:]), size: o.order.Uint64(b[16:]), defined: o.order.Uint16(b[6:]) != 0})
 	}

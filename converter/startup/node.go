@@ -104,7 +104,7 @@ func (n *nodeRun) inPackage(dir, rest string, depth int) bool {
 		return false
 	}
 	p := n.readPackage(dir)
-	if p != nil && len(p.Exports) > 0 {
+	if p != nil && len(p.Exports) > 0 && n.f.step(int64(len(p.Exports)/16)) {
 		sub := "."
 		if rest != "" {
 			sub = "./" + rest
@@ -144,7 +144,11 @@ func exported(raw json.RawMessage, sub string, depth int) string {
 		r := m[k]
 		before, after, ok := strings.Cut(k, "*")
 		if ok && strings.HasPrefix(sub, before) && strings.HasSuffix(sub, after) && len(sub) > len(before)+len(after) {
-			return strings.ReplaceAll(exported(r, ".", depth+1), "*", sub[len(before):len(sub)-len(after)])
+			target, part := exported(r, ".", depth+1), sub[len(before):len(sub)-len(after)]
+			if len(target)+strings.Count(target, "*")*len(part) > maxPath {
+				return ""
+			}
+			return strings.ReplaceAll(target, "*", part)
 		}
 	}
 	return ""

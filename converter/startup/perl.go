@@ -18,7 +18,7 @@ type modules struct {
 
 // load loads a module by name, and what it loads.
 func (m *modules) load(name string, depth int) {
-	if m.seen[name] || len(m.seen) > maxModules || depth > maxNodeDepth {
+	if len(name) > maxPath || m.seen[name] || len(m.seen) > maxModules || depth > maxNodeDepth {
 		return
 	}
 	m.seen[name] = true

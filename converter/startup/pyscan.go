@@ -10,6 +10,9 @@ type pythonScanner struct {
 
 	skip int // statements indented deeper are not executed; -1 while all are
 	init bool
+
+	indent int // of the line, if joined: the next statement stands on the same one
+	joined bool
 }
 
 // next returns the words of the next such statement; there is at least one.
@@ -60,6 +63,9 @@ func (s *pythonScanner) statement() (indent int, words []string) {
 		indent++
 		s.text = s.text[1:]
 	}
+	if s.joined {
+		indent, s.joined = s.indent, false
+	}
 	depth := 0
 	add := func(w string) {
 		if len(words) < maxWords {
@@ -73,7 +79,8 @@ func (s *pythonScanner) statement() (indent int, words []string) {
 			s.text = s.text[1:]
 			return indent, words
 		case c == ';' && depth == 0:
-			s.text = strings.Repeat(" ", min(indent, 200)) + strings.TrimLeft(s.text[1:], " \t")
+			s.text = strings.TrimLeft(s.text[1:], " \t")
+			s.indent, s.joined = indent, true
 			return indent, words
 		case c == '#':
 			i := strings.IndexByte(s.text, '\n')

@@ -192,6 +192,9 @@ func (py *interpreter) references(args []string) {
 
 // find returns the file of a module, or the directory of a package. Extension modules come before source.
 func (py *interpreter) find(name string) (n *erofs.Inode, dirOrFile string) {
+	if len(name) > maxPath {
+		return nil, ""
+	}
 	rel := strings.ReplaceAll(name, ".", "/")
 	for _, dir := range py.dirs {
 		at := path.Join("/", dir, rel)

@@ -20,6 +20,9 @@ const (
 // ErrFull says that there is no more room in the cache but by giving back chunks that were used.
 var ErrFull = errors.New("the cache is full")
 
+// ErrLeft says that chunks came another way, which has not ended or has failed.
+var ErrLeft = errors.New("not all is here yet")
+
 // Complete brings in what is missing of the layer, from its start to its end, through src, which reads the layer's blob as fast and at such times as
 // suits. Reads take precedence: they wait for it no longer than they gain by it. The errors are ErrFull, src's, ctx's and os.ErrClosed.
 func (l *Layer) Complete(ctx context.Context, src Blob) (err error) {
@@ -67,18 +70,25 @@ func (l *Layer) complete(ctx context.Context, src Blob) error {
 			return err
 		}
 	}
+	for i := range s.n {
+		if !s.holds(i) {
+			return ErrLeft
+		}
+	}
 	return nil
 }
 
 // Present returns how many bytes of the layer's tar are here.
 func (l *Layer) Present() (n int64) {
 	s := l.store
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for i := range s.n {
-		if s.present.has(i) {
-			n += s.index.Chunk(i).TarSize
+	mapped.Guard(func() { // of the index: what it says until then counts
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for i := range s.n {
+			if s.present.has(i) {
+				n += s.index.Chunk(i).TarSize
+			}
 		}
-	}
+	})
 	return n
 }

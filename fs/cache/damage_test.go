@@ -7,14 +7,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
-	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // Each byte of a blob's frames is changed in turn. Nobody may see wrong bytes, and a second host heals them all.
@@ -296,15 +294,7 @@ func (f blobFunc) ReadRange(ctx context.Context, off, n int64, try int) (io.Read
 // An index that the disk loses while a chunk is fetched costs the read, and not the process.
 func TestIndexLost(t *testing.T) {
 	ly := newLayer(t, 4<<10, 600_000)
-	path := filepath.Join(t.TempDir(), "index")
-	must(t, os.WriteFile(path, ly.blob[ly.index.FramesSize():], 0o600))
-	f, err := os.Open(path)
-	must(t, err)
-	defer f.Close()
-	mem, err := mapped.Open(f)
-	must(t, err)
-	ly.index, err = artifact.DecodeIndex(mem)
-	must(t, err)
+	path := mapIndex(t, ly)
 	c := openCache(t, t.TempDir())
 	l := openLayer(t, c, ly, blobFunc(func(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
 		return io.NopCloser(bytes.NewReader(ly.blob[off : off+n])), os.Truncate(path, 0)

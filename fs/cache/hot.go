@@ -186,7 +186,8 @@ func (h *hot) copy(ctx context.Context, items []hotItem) {
 	}
 	for i := range items {
 		if fl := h.take(&items[i]); fl != nil {
-			fl.fill.fail(fl.fill.copy(ctx, []*flight{fl}), errReturned)
+			own := []*flight{fl}
+			fl.fill.guard(own, func() { fl.fill.fail(fl.fill.copy(ctx, own), errReturned) })
 		}
 	}
 }

@@ -122,7 +122,7 @@ func (s *Store) completeImage(ctx context.Context, id string) error {
 			if err = l.Complete(ctx, src); err == nil {
 				break
 			}
-			if !errors.Is(err, errBusy) {
+			if !errors.Is(err, errBusy) && !errors.Is(err, cache.ErrLeft) {
 				return err
 			}
 		}
