@@ -160,6 +160,9 @@ SIGINT end both, and unmount everything: containers that use streamed images rea
 Without a command it only keeps descriptors, for programs that have the path given by --socket in $` + fdstore.KeeperEnv + `.
 If systemd keeps descriptors for it, it may itself be restarted, and unmounts nothing.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if cmd.Flags().Changed("config") {
+				return errors.New("supervise reads no configuration: give --config to the command, as in supervise -- serve --config FILE")
+			}
 			return supervise(cmd.Context(), socket, args)
 		},
 	}

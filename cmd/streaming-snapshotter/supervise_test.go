@@ -161,6 +161,7 @@ func install(t *testing.T, path, mark string) {
 func TestSuperviseFailures(t *testing.T) {
 	start(t, "supervise", "--", "mount", "::", t.TempDir()).wantFailure(`"::"`)
 	start(t, "supervise", "--", "nothing").wantFailure("unknown command")
+	start(t, "supervise", "--config", "node.toml", "--", "serve").wantFailure("supervise -- serve --config FILE")
 	dir := t.TempDir()
 	config := writeConfig(t, filepath.Join(dir, "root"), filepath.Join(dir, "s.sock"))
 	if err := os.WriteFile(filepath.Join(dir, "root"), nil, 0o600); err != nil { // no start gets as far as to be counted
