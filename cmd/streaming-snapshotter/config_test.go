@@ -125,3 +125,17 @@ func TestPatterns(t *testing.T) {
 		t.Error("an empty list allows a repository")
 	}
 }
+
+// Of a damaged file, the lines that are right are kept.
+func TestSalvage(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "config.toml")
+	text := "root = \"/data\"\nstreem = []\naddress = \"relative\"\ncache_size = \"1GiB\"\nbackground_bandwidth = \"0\"\nregistry_wait = \n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want := defaults()
+	want.Root, want.CacheSize, want.Background = "/data", "1GiB", "0"
+	if got := salvage(file); !reflect.DeepEqual(got, want) {
+		t.Errorf("salvaged %+v, want %+v", got, want)
+	}
+}

@@ -88,8 +88,8 @@ func (s *starts) write(r startRecord) error {
 	return os.Rename(s.path+".new", s.path)
 }
 
-// salvage makes a configuration of the defaults and what a damaged file says of root and address: without these two, the daemon would have
-// other snapshots, and would not be found.
+// salvage makes a configuration of the defaults and of those lines of a damaged file that are right by themselves: with another root the daemon would have
+// other snapshots, with another address it would not be found, and with another cache_size chunks in use would go.
 func salvage(file string) config {
 	c := defaults()
 	b, err := os.ReadFile(file)
@@ -97,18 +97,9 @@ func salvage(file string) config {
 		return c
 	}
 	for line := range strings.Lines(string(b)) {
-		var place struct {
-			Root    string `toml:"root"`
-			Address string `toml:"address"`
-		}
-		if toml.Unmarshal([]byte(line), &place) != nil {
-			continue
-		}
-		if filepath.IsAbs(place.Root) {
-			c.Root = place.Root
-		}
-		if filepath.IsAbs(place.Address) {
-			c.Address = place.Address
+		with := c
+		if toml.NewDecoder(strings.NewReader(line)).DisallowUnknownFields().Decode(&with) == nil && with.validate() == nil {
+			c = with
 		}
 	}
 	return c
