@@ -32,7 +32,7 @@ const (
 	// maxHotSkip is how much of the open hot blob is dropped rather than asked around.
 	maxHotSkip = 256 << 10
 
-	// hotReadAhead is the kernel's read-ahead, bytes, of mounts whose start-up a profile brings: what lies around it would be fetched in vain, in requests
+	// hotReadAhead is the kernel's read-ahead, bytes, of mounts whose start-up the profile of a run brings: what lies around it would be fetched in vain, in requests
 	// that the start-up waits for. Streams are seen by the cache, see its read-ahead.
 	hotReadAhead = 16 << 10
 
@@ -49,6 +49,8 @@ type hotFetch struct {
 	shares chan bool       // gets one value: whether the image shares layers with others on this node
 	opened chan *deviceUse // gets one value, nil if the search fails
 	given  bool            // by the search
+	// observed: a profile is of runs, and not of the image's files alone, which say less.
+	observed bool
 }
 
 // fetchHot begins to fetch the hot blob of the best of an image's profiles. Without profiles it returns nil. The search calls give or fail.
@@ -58,6 +60,10 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), hotTimeout)
 	h := &hotFetch{cancel: cancel, shares: make(chan bool, 1), opened: make(chan *deviceUse, 1)}
+	h.observed = slices.ContainsFunc(profiles, func(p ocispec.Descriptor) bool {
+		source := p.Annotations[artifact.AnnotationProfileSource]
+		return source == artifact.ProfileRecorded || source == artifact.ProfileLearned
+	})
 	s.mu.Lock()
 	s.hots[h] = true
 	if s.closed {

@@ -51,7 +51,7 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	if err == nil {
 		i := fs.Image{ID: img.id, Metadata: meta, Device: img.dev}
 		img.store.mu.Lock()
-		if img.hot != nil {
+		if img.hot != nil && img.hot.observed {
 			i.ReadAhead = hotReadAhead
 		}
 		img.store.mu.Unlock()
