@@ -21,6 +21,8 @@ const (
 	// maxSkip is how much of a blob is read to get at a range of it, from a host that sends all of it whatever it is asked; a read that is
 	// continued may skip once more what it has had.
 	maxSkip = 1 << 20
+	// maxResend times maxSkip and the range is skipped in one read at most: a host that breaks off each time would send what is before again and again.
+	maxResend = 8
 	// maxMistakes is how many answers to something else a host may give in a row.
 	maxMistakes = 4
 )
@@ -92,6 +94,7 @@ type rangeReader struct {
 	off  int64
 	left int64
 	had  int64
+	skip int64 // bytes that were skipped
 	from *host
 	body io.ReadCloser
 	err  error
@@ -192,9 +195,13 @@ func (r *rangeReader) check(resp *http.Response) error {
 		if r.off > r.had+maxSkip {
 			return mistaken("%w, and %d bytes to skip are too many", ErrNoRanges, r.off)
 		}
+		if r.skip+r.off > maxResend*(maxSkip+r.had+r.left) {
+			return mistaken("%w, and answers break off: %d bytes have come in vain", ErrNoRanges, r.skip)
+		}
 		r.k.skipping = true
-		_, err := io.CopyN(io.Discard, resp.Body, r.off)
+		n, err := io.CopyN(io.Discard, resp.Body, r.off)
 		r.k.skipping = false
+		r.skip += n
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
