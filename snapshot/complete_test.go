@@ -1,11 +1,13 @@
 package snapshot
 
 import (
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
@@ -92,6 +94,58 @@ func TestCompletionIsInterrupted(t *testing.T) {
 	}
 	n.reg.Inject(registrytest.Any, -1, registrytest.Status(http.StatusServiceUnavailable))
 	n.wantMounted(id, files)
+}
+
+// Whoever waits has the link to himself, also one who reads a file from its start to its end, of which the registry sends little at a time.
+func TestCompletionMakesWay(t *testing.T) {
+	n := newTestNode(t)
+	img, files := pushHot(n)
+	id := n.started(img, files)
+	n.poll("the record of the start", func() bool {
+		_, err := os.Stat(filepath.Join(n.root, "images", id, "first-use.json"))
+		return err == nil
+	})
+	n.quiet = 8 * time.Second // nobody has waited for half a second
+	n.startWith(30_000)
+	n.poll("completion to begin", func() bool { return n.chunks.Stats().Hot > 0 })
+
+	m := n.artifactOf(img)
+	of := func(layer int) (all []registrytest.Request) {
+		for _, q := range n.reg.Requests() {
+			if q.Method == http.MethodGet && strings.HasSuffix(q.Path, m.Layers[layer].Digest.String()) {
+				all = append(all, q)
+			}
+		}
+		return all
+	}
+	n.reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, m.Layers[1].Digest.String()) }, -1,
+		registrytest.Throttle(8<<10, 150*time.Millisecond)) // a chunk takes more than a second
+	dev, err := n.images.Device(testContext(), id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.(io.Closer).Close()
+	base := n.index(m, 0).TarSize + 512 // the second layer's first file
+	got, begun, background := make([]byte, len(files["cold1"])), time.Now(), len(of(0))
+	for off := 0; off < len(got); off += 32 << 10 {
+		p := got[off:min(off+32<<10, len(got))]
+		if _, err := dev.ReadAt(testContext(), p, base+int64(off)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ended := time.Now()
+	if string(got) != files["cold1"] {
+		t.Error("other bytes")
+	}
+	if s := n.chunks.Stats(); s.Waits == 0 || s.Waiting != 0 {
+		t.Errorf("%+v: want some that have waited", s)
+	}
+	for _, q := range of(0) {
+		if q.Begin.Before(ended) && (q.Begin.After(begun) || q.End.IsZero()) {
+			t.Errorf("a request in the background while somebody reads: %+v", q)
+		}
+	}
+	n.poll("the background to go on", func() bool { return len(of(0)) > background })
 }
 
 // An image that is removed meanwhile leaves nothing.

@@ -154,7 +154,7 @@ func open(dir string, o Options, d disk) (*Cache, error) {
 	}
 	c.twins.index = o.Index
 	c.twins.generation.Store(1)
-	c.stats.onDisk = o.OnDisk
+	c.stats.onDisk, c.stats.opened = o.OnDisk, time.Now()
 	c.now.Store(uint32(time.Now().Unix()))
 	c.measure()
 	go c.flusher()

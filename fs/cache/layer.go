@@ -136,6 +136,9 @@ func (l *Layer) pread(p []byte, off int64, lo, hi int, evictions uint64) bool {
 // wait waits for fl. Again says that a fetch failed on which this reader has only looked on, another handle's, read-ahead or a hot blob's, or
 // that the hot blob takes too long: ours may do better.
 func (l *Layer) wait(ctx context.Context, fl *flight) (again bool, err error) {
+	if !fl.landed() {
+		defer l.store.cache.stats.wait()()
+	}
 	var late <-chan time.Time
 	if h := fl.fill.hot; h != nil {
 		t := time.NewTimer(h.patience)

@@ -4,6 +4,7 @@ import (
 	"io"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // Stats are counts since Open. A chunk that several reads wait for is counted once.
@@ -14,6 +15,8 @@ type Stats struct {
 	Misses        int64 `json:"misses"`         // chunks fetched because a read waited for them
 	ReadAhead     int64 `json:"read_ahead"`     // chunks fetched before a read asked for them
 	Hot           int64 `json:"hot"`            // chunks that a stream brought: see Fill
+	Waits         int64 `json:"waits"`          // chunks that a read waited for, whoever brought them
+	Waiting       int64 `json:"waiting"`        // reads that wait now
 	Requests      int64 `json:"requests"`       // calls of Blob.ReadRange
 	FetchedBytes  int64 `json:"fetched_bytes"`  // bytes asked of Blob.ReadRange
 	CorruptChunks int64 `json:"corrupt_chunks"` // chunks from a Blob that did not verify
@@ -24,7 +27,10 @@ type Stats struct {
 
 // counters are the live Stats.
 type counters struct {
-	hits, verified, copied, misses, readAhead, hot, requests, fetchedBytes, corrupt, damaged, evicted, diskErrors atomic.Int64
+	hits, verified, copied, misses, readAhead, hot, waits, waiting, requests, fetchedBytes, corrupt, damaged, evicted, diskErrors atomic.Int64
+
+	opened time.Time
+	waited atomic.Int64 // when a read has last ended to wait, nanoseconds after opened
 
 	// failing: the disk refused something, and has written and synced nothing since.
 	failing atomic.Bool
@@ -42,8 +48,26 @@ func (c *Cache) Stats() Stats {
 	s := &c.stats
 	return Stats{
 		Hits: s.hits.Load(), Verified: s.verified.Load(), Copied: s.copied.Load(), Misses: s.misses.Load(), ReadAhead: s.readAhead.Load(), Hot: s.hot.Load(),
-		Requests: s.requests.Load(), FetchedBytes: s.fetchedBytes.Load(),
+		Waits: s.waits.Load(), Waiting: s.waiting.Load(), Requests: s.requests.Load(), FetchedBytes: s.fetchedBytes.Load(),
 		CorruptChunks: s.corrupt.Load(), DamagedChunks: s.damaged.Load(), Evicted: s.evicted.Load(), DiskErrors: s.diskErrors.Load(),
+	}
+}
+
+// Waited returns when a read has last waited for a chunk: now, if one does. What nobody waits for is to make way for them.
+func (c *Cache) Waited() time.Time {
+	if c.stats.waiting.Load() > 0 {
+		return time.Now()
+	}
+	return c.stats.opened.Add(time.Duration(c.stats.waited.Load()))
+}
+
+// wait notes that a read waits, until done is called.
+func (c *counters) wait() (done func()) {
+	c.waits.Add(1)
+	c.waiting.Add(1)
+	return func() {
+		c.waited.Store(int64(time.Since(c.opened))) // before waiting: see Waited
+		c.waiting.Add(-1)
 	}
 }
 

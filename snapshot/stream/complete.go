@@ -17,7 +17,7 @@ import (
 const (
 	completedName = "completed" // in the image's directory: it is done
 
-	// quietShare is the part of Options.StartQuiet, about 2 s, in which nobody may have waited for the registry.
+	// quietShare is the part of Options.StartQuiet, about 2 s, in which no read may have waited.
 	quietShare = 16
 	// completeRetry is the pause after an image could not be completed: the registry is away, or the cache full.
 	completeRetry = 10 * time.Minute
@@ -111,14 +111,13 @@ func (s *Store) completeImage(ctx context.Context, id string) error {
 			continue
 		}
 		for {
-			misses, err := s.waitQuiet(ctx)
-			if err != nil {
+			if err := s.waitQuiet(ctx); err != nil {
 				return err
 			}
 			if s.forgotten(img) {
 				return nil
 			}
-			src := pacedBlob{blob{s.o.Registry, img.rec, i}, s, img, misses}
+			src := pacedBlob{blob{s.o.Registry, img.rec, i}, s, img}
 			if err = l.Complete(ctx, src); err == nil {
 				break
 			}
@@ -142,41 +141,41 @@ func (s *Store) forgotten(img *image) bool {
 	return s.images[img.id] != img
 }
 
-// waitQuiet waits until nobody has waited for the registry for a while, and returns the count of chunks that somebody has.
-func (s *Store) waitQuiet(ctx context.Context) (misses int64, err error) {
-	for before := int64(-1); before != misses; {
-		before = misses
+// waitQuiet waits until no read has waited for a while.
+func (s *Store) waitQuiet(ctx context.Context) error {
+	quiet := s.o.StartQuiet / quietShare
+	for wait := quiet; wait > 0; wait = quiet - time.Since(s.o.Cache.Waited()) {
 		select {
-		case <-time.After(s.o.StartQuiet / quietShare):
+		case <-time.After(wait):
 		case <-ctx.Done():
-			return 0, ctx.Err()
+			return ctx.Err()
 		}
-		misses = s.o.Cache.Stats().Misses
 	}
-	return misses, nil
+	return nil
 }
 
 // pacedBlob reads a layer blob with the bandwidth that there is for what nobody waits for, as long as nobody waits for something else.
 type pacedBlob struct {
 	cache.Blob
-	store  *Store
-	image  *image
-	misses int64
+	store *Store
+	image *image
 }
 
 func (b pacedBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+	asked := time.Now()
 	body, err := b.Blob.ReadRange(ctx, off, n, try)
 	if err != nil {
 		return nil, err
 	}
-	return &pacedBody{ReadCloser: body, ctx: ctx, blob: b, begun: time.Now()}, nil
+	return &pacedBody{ReadCloser: body, ctx: ctx, blob: b, asked: asked, begun: time.Now()}, nil
 }
 
 type pacedBody struct {
 	io.ReadCloser
 	ctx   context.Context // of the request: io.Reader has no place for it
 	blob  pacedBlob
-	begun time.Time
+	asked time.Time
+	begun time.Time // to come
 	read  int64
 }
 
@@ -190,7 +189,7 @@ func (r *pacedBody) Read(p []byte) (int, error) {
 			return 0, r.ctx.Err()
 		}
 	}
-	if s.o.Cache.Stats().Misses != r.blob.misses || s.forgotten(r.blob.image) {
+	if s.o.Cache.Waited().After(r.asked) || s.forgotten(r.blob.image) {
 		return 0, errBusy
 	}
 	n, err := r.ReadCloser.Read(p[:min(len(p), paceBurst)])
