@@ -64,6 +64,7 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // Blob reads ranges of a layer blob from wherever it is kept.
@@ -171,7 +172,12 @@ func (c *Cache) Layer(dgst digest.Digest, x *artifact.Index, blob Blob) (*Layer,
 	if err := dgst.Validate(); err != nil {
 		return nil, fmt.Errorf("open layer %q in the cache: %w", dgst, err)
 	}
-	s, err := c.acquire(dgst, x)
+	var id [32]byte
+	err := mapped.Guard(func() { id = identity(x) })
+	if err != nil {
+		return nil, fmt.Errorf("open layer %s in the cache: %w", dgst, err)
+	}
+	s, err := c.acquire(dgst, x, id)
 	if err != nil {
 		return nil, fmt.Errorf("open layer %s in the cache: %w", dgst, err)
 	}
@@ -193,8 +199,8 @@ func (c *Cache) Layer(dgst digest.Digest, x *artifact.Index, blob Blob) (*Layer,
 	return l, nil
 }
 
-// acquire returns the store of dgst with one more reference.
-func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index) (*store, error) {
+// acquire returns the store of dgst, whose index is x, of identity id, with one more reference.
+func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index, id [32]byte) (*store, error) {
 	c.mu.Lock()
 	if c.closed {
 		c.mu.Unlock()
@@ -206,7 +212,6 @@ func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index) (*store, error) {
 	sl.mu.Lock()
 	defer sl.mu.Unlock()
 	sl.removed = false
-	id := identity(x)
 	switch {
 	case sl.store == nil:
 		s := c.openStore(dgst, x, id)

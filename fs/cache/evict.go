@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // A cache with a limit gives back what was used least recently: chunks of layers that are open, by punching holes, and layers that nobody
@@ -193,8 +195,8 @@ func (c *Cache) giveBack(need int64) {
 		ages[ageOf(now, l.last)] += l.size
 	}
 	for _, s := range stores {
-		s.trim()
-		s.countAges(now, &ages)
+		mapped.Guard(s.trim) // what an index that is lost says is left alone; who reads the layer is told
+		mapped.Guard(func() { s.countAges(now, &ages) })
 	}
 	cut, some := ages.cut(need)
 	for _, l := range idle {
@@ -209,13 +211,15 @@ func (c *Cache) giveBack(need int64) {
 		}
 	}
 	for _, s := range stores {
-		s.evict(func(i int) bool {
-			age := ageOf(now, s.recent[i].Load())
-			if age == cut && some > 0 {
-				some -= s.index.Chunk(i).TarSize
-				return true
-			}
-			return age > cut
+		mapped.Guard(func() {
+			s.evict(func(i int) bool {
+				age := ageOf(now, s.recent[i].Load())
+				if age == cut && some > 0 {
+					some -= s.index.Chunk(i).TarSize
+					return true
+				}
+				return age > cut
+			})
 		})
 	}
 }
@@ -277,65 +281,60 @@ func (s *store) countAges(now uint32, ages *histogram) {
 
 // evict gives back the chunks that are on disk and that victim says, which it asks in the order of the tar, going on where it ended the last time.
 func (s *store) evict(victim func(i int) bool) {
-	s.flushMu.Lock() // the files stay open
-	defer s.flushMu.Unlock()
-	if s.closed {
-		return
-	}
-	s.mu.Lock()
-	var gone []int
-	for k := range s.n {
-		i := (s.hand + k) % s.n
-		if s.present.has(i) && s.flights[i] == nil && s.writing[i] == 0 && victim(i) {
-			s.verified.clear(i)
-			s.present.clear(i)
-			gone = append(gone, i)
+	s.punch(func() (gone []int) {
+		for k := range s.n {
+			i := (s.hand + k) % s.n
+			if s.present.has(i) && s.flights[i] == nil && s.writing[i] == 0 && victim(i) {
+				gone = append(gone, i)
+			}
 		}
-	}
-	if len(gone) > 0 {
-		s.hand = gone[len(gone)-1] + 1
-		s.dirty = true
-		s.cache.stats.evicted.Add(int64(len(gone)))
-	}
-	s.punch(gone)
+		if len(gone) > 0 {
+			s.hand = gone[len(gone)-1] + 1
+		}
+		return gone
+	})
 }
 
 // trim gives back what s has on disk and does not claim.
 func (s *store) trim() {
-	s.flushMu.Lock()
-	defer s.flushMu.Unlock()
 	usage, err := dirUsage(s.cache.layerDir(s.dgst))
 	if err != nil {
 		s.cache.stats.diskError(err)
 		return
 	}
-	s.mu.Lock()
-	claimed := onDisk(mapSize(s.n)) + onDisk(4*s.n)
-	var gone []int
-	for i := range s.n {
-		if s.present.has(i) || s.writing[i] > 0 {
-			claimed += onDisk(int(s.index.Chunk(i).TarSize))
-		} else {
-			gone = append(gone, i)
+	s.punch(func() (gone []int) {
+		claimed := onDisk(mapSize(s.n)) + onDisk(4*s.n)
+		for i := range s.n {
+			if s.present.has(i) || s.writing[i] > 0 {
+				claimed += onDisk(int(s.index.Chunk(i).TarSize))
+			} else {
+				gone = append(gone, i)
+			}
 		}
-	}
-	if usage < claimed+leakBytes {
-		gone = nil
-	}
-	s.punch(gone)
+		if usage < claimed+leakBytes {
+			return nil
+		}
+		return gone
+	})
 }
 
-// punch makes the map durable and then gives back the blocks of chunks gone, which are absent. The caller holds flushMu and mu; punch unlocks mu.
-func (s *store) punch(gone []int) {
-	if len(gone) == 0 || s.closed || s.data == nil {
-		s.mu.Unlock()
+// punch makes the chunks that choose names absent, which it calls with flushMu and mu held, makes the map durable and gives back their blocks. The index may
+// fault on the way: then less is given back.
+func (s *store) punch(choose func() (gone []int)) {
+	s.flushMu.Lock() // the files stay open
+	defer s.flushMu.Unlock()
+	if s.closed || s.data == nil {
 		return
 	}
-	s.evictions.Add(1)
-	slices.Sort(gone)
-	holes := s.holes(gone)
-	s.mu.Unlock()
-
+	defer func() {
+		s.mu.Lock()
+		clear(s.punching)
+		s.mu.Unlock()
+	}()
+	holes := s.forgo(choose)
+	if len(holes) == 0 {
+		return
+	}
 	err := s.flushLocked()
 	for _, h := range holes {
 		if err == nil {
@@ -344,9 +343,27 @@ func (s *store) punch(gone []int) {
 			}
 		}
 	}
+}
+
+// forgo makes the chunks that choose names absent, and returns what of the data file they leave.
+func (s *store) forgo(choose func() (gone []int)) []hole {
 	s.mu.Lock()
-	clear(s.punching)
-	s.mu.Unlock()
+	defer s.mu.Unlock()
+	gone := choose()
+	if len(gone) == 0 {
+		return nil
+	}
+	for _, i := range gone {
+		if s.present.has(i) {
+			s.verified.clear(i)
+			s.present.clear(i)
+			s.dirty = true
+			s.cache.stats.evicted.Add(1)
+		}
+	}
+	s.evictions.Add(1)
+	slices.Sort(gone)
+	return s.holes(gone)
 }
 
 // hole is a part of the data file.

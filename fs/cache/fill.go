@@ -22,6 +22,7 @@ type flight struct {
 	fill  *fill
 	done  chan struct{} // closed when buf or err is set
 	buf   *buffer       // the chunk's verified bytes
+	off   int64         // of buf, in the tar
 	err   error
 
 	taken bool // by a pass or a stream, which delivers it; guarded by store.mu
@@ -32,9 +33,11 @@ type flight struct {
 type fill struct {
 	layer   *Layer // whose blob is asked
 	flights []*flight
-	onDisk  bool // the map claims them: read and verify first
-	ahead   bool // read-ahead: goes on without waiters
-	open    bool // has not begun: misses beside its own join it, see readahead.go; guarded by store.mu
+	onDisk  bool  // the map claims them: read and verify first
+	ahead   bool  // read-ahead: goes on without waiters
+	open    bool  // has not begun: misses beside its own join it, see readahead.go; guarded by store.mu
+	off     int64 // where its flights begin in the tar, and end; for those that may join
+	end     int64
 	hot     *hot // the stream that brings them, if it is one; flights is empty then
 	cancel  context.CancelFunc
 
@@ -46,6 +49,12 @@ type fill struct {
 func (l *Layer) claim(lo, hi int) []*flight {
 	s := l.store
 	flights := make([]*flight, hi-lo)
+	ends := make([]int64, hi-lo+1) // of the chunks, and of the one before: the index may fault, which must not leave flights that nobody brings
+	ends[0] = s.index.Chunk(lo).TarOffset
+	for i := lo; i < hi; i++ {
+		c := s.index.Chunk(i)
+		ends[i-lo+1] = c.TarOffset + c.TarSize
+	}
 	var fills []*fill
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -59,14 +68,16 @@ func (l *Layer) claim(lo, hi int) []*flight {
 		if fl != nil {
 			run = nil
 		} else {
+			off, end := ends[i-lo], ends[i-lo+1]
 			if run == nil || run.onDisk != s.present.has(i) {
 				onDisk := s.present.has(i)
-				if run = l.neighbour(i); run == nil || onDisk {
-					run = &fill{layer: l, onDisk: onDisk, open: !onDisk}
+				if run = l.neighbour(i, off, end); run == nil || onDisk {
+					run = &fill{layer: l, onDisk: onDisk, open: !onDisk, off: off}
 					fills = append(fills, run)
 				}
 			}
 			fl = run.add(s, i)
+			run.off, run.end = min(run.off, off), max(run.end, end)
 		}
 		fl.refs++
 		fl.fill.waiters++
@@ -186,7 +197,7 @@ func (f *fill) load(ctx context.Context, flights []*flight) (damaged []*flight) 
 		} else if err = s.verify(fl.chunk, c.Digest, b); err == nil {
 			buf.b = b
 			s.cache.stats.verified.Add(1)
-			f.deliver(fl, buf, true)
+			f.deliver(fl, buf, c.TarOffset, true)
 			continue
 		}
 		if s.holds(fl.chunk) { // it was not given back meanwhile
@@ -277,7 +288,7 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 		} else {
 			s.cache.stats.misses.Add(1)
 		}
-		f.deliver(fl, buf, false)
+		f.deliver(fl, buf, c.TarOffset, false)
 	}
 	return again, why, nil
 }
@@ -298,12 +309,12 @@ func (s *store) decode(i int, frame []byte) (*buffer, error) {
 	return buf, nil
 }
 
-// deliver hands fl's verified bytes to its waiters, then to the disk unless they come from there.
-func (f *fill) deliver(fl *flight, buf *buffer, onDisk bool) {
+// deliver hands fl's verified bytes, which lie at off in the tar, to its waiters, then to the disk unless they come from there.
+func (f *fill) deliver(fl *flight, buf *buffer, off int64, onDisk bool) {
 	s := f.layer.store
-	fl.buf = buf
+	fl.buf, fl.off = buf, off
 	close(fl.done)
-	written := onDisk || s.write(fl.chunk, s.index.Chunk(fl.chunk).TarOffset, buf.b)
+	written := onDisk || s.write(fl.chunk, off, buf.b)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if onDisk && s.present.has(fl.chunk) {

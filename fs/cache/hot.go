@@ -230,6 +230,7 @@ func (s *store) absent(i int) bool {
 type hotJob struct {
 	flight *flight
 	frame  *buffer
+	off    int64 // of the chunk, in the tar
 }
 
 // stream reads a run of frames from one range of the blob, and hands over those that are still missing.
@@ -248,8 +249,8 @@ func (h *hot) stream(ctx context.Context, src Blob, run []hotItem, jobs chan<- h
 	defer body.Close()
 	for i := range run {
 		it := &run[i]
-		tarSize := int(it.Layer.store.index.Chunk(it.Chunk).TarSize)
-		if c.stats.suspended.Load() || !c.room(tarSize) {
+		chunk := it.Layer.store.index.Chunk(it.Chunk)
+		if c.stats.suspended.Load() || !c.room(int(chunk.TarSize)) {
 			return errors.New("the cache has no room")
 		}
 		frame := c.bufs.get(int(it.end - it.from))
@@ -268,7 +269,7 @@ func (h *hot) stream(ctx context.Context, src Blob, run []hotItem, jobs chan<- h
 			continue
 		}
 		select {
-		case jobs <- hotJob{fl, frame}:
+		case jobs <- hotJob{fl, frame, chunk.TarOffset}:
 		case <-ctx.Done():
 			fl.fill.fail([]*flight{fl}, errReturned)
 			c.bufs.put(frame)
@@ -326,7 +327,7 @@ func (h *hot) bring(j hotJob) (err error) {
 		var buf *buffer
 		if buf, err = f.layer.store.decode(j.flight.chunk, j.frame.b); err == nil {
 			h.cache.stats.hot.Add(1)
-			f.deliver(j.flight, buf, false)
+			f.deliver(j.flight, buf, j.off, false)
 		}
 	}); fault != nil {
 		err = fault

@@ -184,17 +184,15 @@ func (r *readAhead) ended() {
 	}
 }
 
-// neighbour returns a fill that has not begun and that chunk i, missing, continues at either end. The caller holds store.mu.
-func (l *Layer) neighbour(i int) *fill {
+// neighbour returns a fill that has not begun and that chunk i, at [off, end) of the tar and missing, continues at either end. The caller holds store.mu.
+func (l *Layer) neighbour(i int, off, end int64) *fill {
 	s := l.store
 	for _, fl := range []*flight{s.flights[i-1], s.flights[i+1]} {
 		if fl == nil || !fl.fill.open || fl.fill.layer != l {
 			continue
 		}
-		flights := fl.fill.flights
-		first, last := s.index.Chunk(min(i, flights[0].chunk)), s.index.Chunk(max(i, flights[len(flights)-1].chunk))
-		if last.TarOffset+last.TarSize-first.TarOffset <= joinBytes {
-			return fl.fill
+		if f := fl.fill; max(end, f.end)-min(off, f.off) <= joinBytes {
+			return f
 		}
 	}
 	return nil

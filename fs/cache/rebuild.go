@@ -7,6 +7,7 @@ import (
 	"io"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // maxPasses bounds how often a tar is read because it was wrong.
@@ -144,7 +145,14 @@ func (p *pass) run(ctx context.Context, s *store, src Rebuilder) {
 }
 
 // read goes through the tar once.
-func (p *pass) read(ctx context.Context, s *store, src Rebuilder, try int) error {
+func (p *pass) read(ctx context.Context, s *store, src Rebuilder, try int) (err error) {
+	if fault := mapped.Guard(func() { err = p.readTar(ctx, s, src, try) }); fault != nil { // of the index
+		return fault
+	}
+	return err
+}
+
+func (p *pass) readTar(ctx context.Context, s *store, src Rebuilder, try int) error {
 	body, err := src.Tar(ctx, try)
 	if err != nil {
 		return noEOF(err)
@@ -192,7 +200,7 @@ func (p *pass) pass(s *store, i int, c artifact.Chunk, buf *buffer) error {
 	s.mu.Unlock()
 	if fl != nil {
 		s.cache.stats.misses.Add(1)
-		fl.fill.deliver(fl, buf, false)
+		fl.fill.deliver(fl, buf, c.TarOffset, false)
 		return nil
 	}
 	s.write(i, c.TarOffset, buf.b)

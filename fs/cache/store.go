@@ -228,7 +228,7 @@ func (s *store) writeKept() {
 	s.kept = nil
 	s.mu.Unlock()
 	for _, fl := range kept {
-		written := s.write(fl.chunk, s.index.Chunk(fl.chunk).TarOffset, fl.buf.b)
+		written := s.write(fl.chunk, fl.off, fl.buf.b)
 		s.mu.Lock()
 		if written {
 			s.land(fl)

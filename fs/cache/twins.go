@@ -106,7 +106,7 @@ func (f *fill) copy(ctx context.Context, flights []*flight) (missing []*flight) 
 		if c.readTwin(ch, b) && s.check(fl.chunk, b) == nil {
 			buf.b = b
 			c.stats.copied.Add(1)
-			f.deliver(fl, buf, false)
+			f.deliver(fl, buf, ch.TarOffset, false)
 			continue
 		}
 		c.bufs.put(buf)
