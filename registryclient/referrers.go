@@ -18,109 +18,167 @@ import (
 )
 
 const (
-	maxReferrersPage  = 4 << 20 // bytes: the size registries allow a manifest
-	maxReferrersPages = 32
+	maxReferrersPage  = 4 << 20          // bytes: the size registries allow a manifest
 	maxReferrers      = 4096             // descriptors of the artifact types asked for
 	noAPIFor          = 15 * time.Minute // before a host without the referrers API is asked for it again
+	enoughPages       = 32               // that are read of a list which has what is looked for
+	maxReferrersPages = 1024             // that are read to find it: as many round trips, so time is up before
+	maxReferrersBytes = 32 << 20         // of all pages: 50,000 signatures
 )
 
 // Referrers lists the referrers of subject of the given artifact types: referrers API first, then the referrers tag schema.
 // None is an empty list, no error. One round trip; one more on first contact with a registry that has only the tag schema.
 //
-// A registry filters by one type at most, so the list of several types is taken out of the list of all.
+// The first type is what is looked for: the list is the first host's that has one, with what the hosts before have of the other types. The
+// registry's own answer is final; a mirror is believed only what it has. "None" is not remembered.
 //
-// The registry's own answer is final; a mirror is believed only what it has. "None" is not remembered.
+// A registry filters by one type at most, so the list of several types is taken out of the list of all, as long as that is one page.
 func (c *Client) Referrers(ctx context.Context, repo Repository, subject digest.Digest, artifactTypes ...string) ([]ocispec.Descriptor, error) {
-	found, err := c.referrers(ctx, repo, subject, artifactTypes)
+	l := &listing{subject: subject, types: artifactTypes, seen: map[digest.Digest]bool{}}
+	err := c.referrers(ctx, repo, l)
+	if err != nil && l.pages > 1 {
+		err = fmt.Errorf("%w (so far %s)", err, l)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("list referrers of %s@%s: %w", repo, subject, err)
 	}
-	return found, nil
+	return l.found, nil
 }
 
-func (c *Client) referrers(ctx context.Context, repo Repository, subject digest.Digest, artifactTypes []string) ([]ocispec.Descriptor, error) {
-	if err := subject.Validate(); err != nil {
-		return nil, err
+// listing is what was found, and what that took, at all hosts.
+type listing struct {
+	subject digest.Digest
+	types   []string // the first is what is looked for
+	found   []ocispec.Descriptor
+	seen    map[digest.Digest]bool
+	pages   int
+	bytes   int64 // of the pages
+	has     bool  // one of the first type
+}
+
+// add takes what is new out of a page of n bytes.
+func (l *listing) add(page []ocispec.Descriptor, n int) {
+	l.pages++
+	l.bytes += int64(n)
+	for _, d := range page {
+		if !l.seen[d.Digest] {
+			l.seen[d.Digest] = true
+			l.found = append(l.found, d)
+			l.has = l.has || d.ArtifactType == l.types[0]
+		}
+	}
+}
+
+func (l *listing) String() string {
+	s := fmt.Sprintf("%d pages with %d bytes of referrers", l.pages, l.bytes)
+	if !l.has {
+		s += " and no " + l.types[0] + " among them"
+	}
+	return s
+}
+
+func (c *Client) referrers(ctx context.Context, repo Repository, l *listing) error {
+	if err := l.subject.Validate(); err != nil {
+		return err
+	}
+	if len(l.types) == 0 {
+		return errors.New("of no type")
 	}
 	k, err := c.newCall(ctx, repo, canReferrers)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer k.end()
-	var found []ocispec.Descriptor
 	err = k.ask(func(h *host) error {
-		var err error
-		if found, err = k.referrersAt(h, subject, artifactTypes); err == nil && len(found) == 0 {
+		err := k.referrersAt(h, l)
+		if err == nil && !l.has {
 			err = ErrNotFound // so that the next host is asked
 		}
 		return err
 	})
 	if errors.Is(err, ErrNotFound) {
-		return nil, nil
+		return nil
 	}
-	return found, err
+	return err
 }
+
+// errNoAPI: the host does not have the referrers API.
+var errNoAPI = errors.New("no referrers API")
 
 // referrersAt asks one host. A host known to be without the API is asked for the tag first, and for the API only if there is no tag and this
 // repository was never asked: one host name may stand for several registries.
-func (k *call) referrersAt(h *host, subject digest.Digest, artifactTypes []string) ([]ocispec.Descriptor, error) {
+func (k *call) referrersAt(h *host, l *listing) error {
 	if h.lacksAPI("") {
-		found, err := k.byTag(h, subject, artifactTypes)
+		err := k.byTag(h, l)
 		if !errors.Is(err, ErrNotFound) || h.lacksAPI(k.name) {
-			return found, err
+			return err
 		}
-		if found, ok, err := k.byAPI(h, subject, artifactTypes); ok || err != nil {
-			return found, err
+		if err := k.byAPI(h, l); err != errNoAPI {
+			return err
 		}
-		return nil, ErrNotFound
+		return ErrNotFound
 	}
-	found, ok, err := k.byAPI(h, subject, artifactTypes)
-	if ok || err != nil {
-		return found, err
+	err := k.byAPI(h, l)
+	if err == errNoAPI {
+		err = k.byTag(h, l)
 	}
-	return k.byTag(h, subject, artifactTypes)
+	return err
 }
 
-// byAPI follows the referrers API's pages. ok is false if the host does not have the API.
-func (k *call) byAPI(h *host, subject digest.Digest, artifactTypes []string) (found []ocispec.Descriptor, ok bool, err error) {
-	q := question{path: "referrers/" + subject.String(), accept: ocispec.MediaTypeImageIndex}
-	if len(artifactTypes) == 1 {
-		q.query = url.Values{"artifactType": artifactTypes}.Encode()
+// byAPI asks the referrers API. An image may have thousands of signatures: what has more than a page is asked for one type at a time, which is the
+// same list again where the registry does not filter.
+func (k *call) byAPI(h *host, l *listing) error {
+	if len(l.types) > 1 {
+		if _, more, err := k.pages(h, l, "", true); err != nil || !more {
+			return err
+		}
 	}
-	for range maxReferrersPages {
+	for _, t := range l.types {
+		filtered, _, err := k.pages(h, l, url.Values{"artifactType": {t}}.Encode(), false)
+		if err != nil || !filtered {
+			return err
+		}
+	}
+	return nil
+}
+
+// pages reads a list of referrers page by page, or one of them, and reports whether the registry has filtered it and whether there is more.
+func (k *call) pages(h *host, l *listing, query string, one bool) (filtered, more bool, err error) {
+	q := question{path: "referrers/" + l.subject.String(), query: query, accept: ocispec.MediaTypeImageIndex}
+	for {
 		header, b, err := k.read(h, q, maxReferrersPage)
 		if lacks, certain := saysNoAPI(err); lacks {
 			if certain {
 				h.setLacksAPI(k.name)
 			}
-			return nil, false, nil
+			return false, false, errNoAPI
 		}
 		if err != nil {
-			return nil, false, err
+			return false, false, err
 		}
 		if t, _, err := mime.ParseMediaType(header.Get("Content-Type")); err != nil || t != ocispec.MediaTypeImageIndex {
-			return nil, false, nil // some front page with status 200
+			return false, false, errNoAPI // some front page with status 200
 		}
-		page, err := parseReferrers(b, artifactTypes)
+		page, err := parseReferrers(b, l.types)
 		if err != nil {
-			return nil, false, fmt.Errorf("host %s: %w", h.Host, err)
+			return false, false, fmt.Errorf("host %s: %w", h.Host, err)
 		}
-		found = append(found, page...)
+		l.add(page, len(b))
+		filtered = header.Get("OCI-Filters-Applied") != ""
 		next, more := nextPage(header)
-		if !more {
-			return found, true, nil
-		}
-		if len(found) > maxReferrers {
-			break
+		full := len(l.found) > maxReferrers
+		switch {
+		case !more:
+			return filtered, false, nil
+		case one, l.has && (full || l.pages >= enoughPages):
+			return filtered, true, nil
+		case full || l.pages >= maxReferrersPages || l.bytes > maxReferrersBytes || next == q.query:
+			// Not "none": that would be a guess.
+			return false, false, refused("host %s: the list of referrers does not end", h.Host)
 		}
 		// Only the query is taken: the page is the same host's and the same list's.
 		q.query = next
 	}
-	if len(found) > 0 {
-		return found, true, nil
-	}
-	// Not "none": that would be a guess.
-	return nil, false, refused("host %s: the list of referrers does not end after %d pages", h.Host, maxReferrersPages)
 }
 
 // saysNoAPI tells whether err means that there is no referrers API. It is not certain where the registry speaks of the repository or the manifest:
@@ -139,17 +197,18 @@ func saysNoAPI(err error) (lacks, certain bool) {
 }
 
 // byTag reads the index that the tag schema keeps under a tag made of the subject's digest.
-func (k *call) byTag(h *host, subject digest.Digest, artifactTypes []string) ([]ocispec.Descriptor, error) {
-	tag := subject.Algorithm().String() + "-" + subject.Encoded()
+func (k *call) byTag(h *host, l *listing) error {
+	tag := l.subject.Algorithm().String() + "-" + l.subject.Encoded()
 	_, b, err := k.read(h, question{path: "manifests/" + tag, accept: ocispec.MediaTypeImageIndex}, maxReferrersPage)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	found, err := parseReferrers(b, artifactTypes)
+	found, err := parseReferrers(b, l.types)
 	if err != nil {
-		return nil, fmt.Errorf("host %s: tag %s: %w", h.Host, tag, err)
+		return fmt.Errorf("host %s: tag %s: %w", h.Host, tag, err)
 	}
-	return found, nil
+	l.add(found, len(b))
+	return nil
 }
 
 // parseReferrers returns the entries of an index that have one of the artifact types; those that cannot be fetched by what they say are left out.

@@ -1,11 +1,13 @@
 package registryclient
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -105,20 +107,79 @@ func TestReferrersPages(t *testing.T) {
 	}
 	c := newClient(t, Options{})
 	wantReferrers(t, c, r, repoOf(r), subject, 3, want...)
+}
 
-	// Pages without end and without an entry are an error, not "none".
-	r.Reset()
-	r.Inject(registrytest.Referrers, -1, func(*registrytest.Registry, http.Handler) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
-			w.Header().Set("Link", `<?n=1>; rel="next"`)
-			w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
-			w.Write([]byte(`{"manifests":[]}`))
+// A list without end is an error, not "none", and has an end for us: in pages, in bytes, with the caller's time, and at once if a page links to itself.
+func TestReferrersWithoutEnd(t *testing.T) {
+	r := registrytest.Start(t, registrytest.Options{})
+	subject, _ := put(t, r, "application/vnd.example.other")
+	empty := `{"manifests":[]}`
+	var stop context.CancelFunc
+	for name, tc := range map[string]struct {
+		link  string // %d is the number of the next page
+		body  string
+		pages int
+		stop  int // the page with which the caller's time is up
+	}{
+		"to itself":  {`<?n=1>; rel="next"`, empty, 2, 0},
+		"pages":      {`<?n=%d>; rel="next"`, empty, maxReferrersPages, 0},
+		"bytes":      {`<?n=%d>; rel="next"`, empty + strings.Repeat(" ", maxReferrersPage-len(empty)), maxReferrersBytes/maxReferrersPage + 1, 0},
+		"time is up": {`<?n=%d>; rel="next"`, empty, 50, 50},
+	} {
+		pages := 0
+		remove := r.Inject(registrytest.Referrers, -1, func(*registrytest.Registry, http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+				if pages++; pages == tc.stop {
+					defer stop()
+				}
+				w.Header().Set("Link", strings.Replace(tc.link, "%d", fmt.Sprint(pages), 1))
+				w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
+				w.Write([]byte(tc.body))
+			})
 		})
-	})
-	if _, err := c.Referrers(t.Context(), repoOf(r), subject, artifactType); err == nil {
-		t.Error("a list without end: no error")
+		var ctx context.Context
+		ctx, stop = context.WithCancel(t.Context())
+		_, err := newClient(t, Options{Budget: time.Minute, Stall: 20 * time.Second}).Referrers(ctx, repoOf(r), subject, artifactType)
+		stop()
+		remove()
+		if err == nil || errors.Is(err, ErrNotFound) || !strings.Contains(err.Error(), "no "+artifactType+" among them") {
+			t.Errorf("%s: got error %v, want one that says what was looked for", name, err)
+		}
+		if pages != tc.pages {
+			t.Errorf("%s: %d pages, want %d", name, pages, tc.pages)
+		}
 	}
-	wantRequests(t, r, maxReferrersPages)
+}
+
+// What is looked for is found behind any number of signatures, and without reading those where the registry filters.
+func TestReferrersAmongSignatures(t *testing.T) {
+	const second, signature = "application/vnd.example.second", "application/vnd.example.signature"
+	for name, tc := range map[string]struct {
+		o        registrytest.Options
+		requests int
+	}{
+		"filtering":     {registrytest.Options{ReferrersPage: 2}, 3},                      // the first page and one list for each type
+		"not filtering": {registrytest.Options{ReferrersPage: 2, NoFilter: true}, 1 + 46}, // as far as the page that it is on
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := registrytest.Start(t, tc.o)
+			subject, _ := put(t, r, signature)
+			attach := func(kind string, i int) digest.Digest {
+				return r.PutManifest("team/app", "", ocispec.MediaTypeImageManifest, mustJSON(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest,
+					ArtifactType: kind, Config: ocispec.DescriptorEmptyJSON, Subject: &ocispec.Descriptor{Digest: subject}, Annotations: map[string]string{"i": fmt.Sprint(i)}}))
+			}
+			for i := range 99 {
+				attach(signature, i)
+			}
+			want := []digest.Digest{attach(artifactType, 3), attach(second, 0)} // the first comes late in the list, which is sorted by digest
+			r.Reset()
+			found, err := newClient(t, Options{Budget: time.Minute, Stall: 20 * time.Second}).Referrers(t.Context(), repoOf(r), subject, artifactType, second)
+			if err != nil || len(found) != 2 || !slices.Contains(want, found[0].Digest) || !slices.Contains(want, found[1].Digest) {
+				t.Errorf("got %v, %v, want %v", found, err, want)
+			}
+			wantRequests(t, r, tc.requests)
+		})
+	}
 }
 
 // The first contact with a registry that has only the tag schema costs a second request; whatever is asked later does not, but for
@@ -237,6 +298,21 @@ func TestReferrersOfMirrors(t *testing.T) {
 	const repo = domain + "/team/app"
 	// The mirror has none, which says nothing.
 	wantReferrers(t, c, origin, repo, subject, 1, artifact)
+	// The mirror has something else, which says nothing of what is looked for and is of use beside it.
+	const second = "application/vnd.example.second"
+	b := mustJSON(t, ocispec.Manifest{MediaType: ocispec.MediaTypeImageManifest, ArtifactType: second,
+		Config: ocispec.DescriptorEmptyJSON, Subject: &ocispec.Descriptor{Digest: subject}})
+	other := mirror.PutManifest("team/app", "", ocispec.MediaTypeImageManifest, b)
+	for _, at := range []*registrytest.Registry{mirror, origin} { // then the registry has both
+		found, err := c.Referrers(t.Context(), repo, subject, artifactType, second)
+		if err != nil || len(found) != 2 || found[0].Digest != other || found[1].Digest != artifact {
+			t.Errorf("got %v, %v, want %s and %s", found, err, other, artifact)
+		}
+		at.PutManifest("team/app", "", ocispec.MediaTypeImageManifest, b)
+	}
+	// The mirror has all that is looked for.
+	put(t, mirror, artifactType)
+	wantReferrers(t, c, origin, repo, subject, 0, artifact)
 	// The mirror is down; the registry itself has none, and that is the answer, at once.
 	mirror.Close()
 	start := time.Now()
