@@ -115,6 +115,9 @@ func (l *Layer) start(f *fill) {
 
 // release gives flights back, after they were waited for or not.
 func (s *store) release(flights []*flight) {
+	if len(flights) == 0 {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, fl := range flights {

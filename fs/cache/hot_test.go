@@ -193,6 +193,30 @@ func TestFillStandsStill(t *testing.T) {
 	}
 }
 
+// A read that waits in vain for a chunk of the stream keeps what it fetches itself meanwhile.
+func TestLateReadKeepsItsOwnFetches(t *testing.T) {
+	c := exactCache(t)
+	ly := newLayer(t, 4<<10, 300_000)
+	b := ly.serve()
+	b.gate = make(chan struct{})
+	l := openLayer(t, c, ly, b)
+	hot := &slowBlob{hotBlob: newHotBlob([]*layer{ly}, []*Layer{l}, func(_, i int) bool { return i == 10 })}
+	done := make(chan error, 1)
+	go func() { done <- c.Fill(t.Context(), hot, hot.head, hot.n, hot.frames, 50*time.Millisecond) }()
+	poll(t, "reservation", func() bool { return l.store.underWay() == 1 })
+	var reader sync.WaitGroup
+	from, to := ly.index.Chunk(10).TarOffset, ly.index.Chunk(12).TarOffset
+	reader.Go(func() { readRange(t, l, ly, make([]byte, to-from), from) })
+	poll(t, "both requests", func() bool { return b.requests.Load() >= 2 }) // of chunk 11, and then of chunk 10
+	close(b.gate)
+	reader.Wait()
+	hot.allowed.Store(hot.n)
+	must(t, <-done)
+	if n, cancelled := b.requests.Load(), b.cancelled.Load(); n != 2 || cancelled != 0 {
+		t.Errorf("%d requests, %d of them cancelled; want one for each of two chunks", n, cancelled)
+	}
+}
+
 func TestFillSkips(t *testing.T) {
 	c := exactCache(t)
 	big := newLayer(t, 64<<10, 8<<20)

@@ -48,8 +48,10 @@ func (l *Layer) ReadAt(ctx context.Context, p []byte, off int64) (n int, err err
 	defer l.running.Done()
 
 	lo, hi := l.store.index.Find(off), l.store.index.Find(off+int64(len(p))-1)+1
+	var flights []*flight // those of a round are held until the next has claimed its own: what this read has begun must not end between them
+	defer func() { l.store.release(flights) }()
 	for {
-		again, err := l.read(ctx, p, off, lo, hi)
+		again, err := l.read(ctx, p, off, lo, hi, &flights)
 		if err != nil {
 			return 0, fmt.Errorf("read layer %s at %d: %w", l.store.dgst, off, err)
 		}
@@ -72,8 +74,8 @@ func (l *Layer) enter() bool {
 }
 
 // read fills p, which lies in chunks [lo, hi). It says again if something that it counted on went away: the disk lost a chunk,
-// or another handle's fetch failed. The next round then has fewer to count on.
-func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int) (again bool, err error) {
+// or another handle's fetch failed. The next round then has fewer to count on. It releases claims, the flights of the last round, and leaves its own.
+func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int, claims *[]*flight) (again bool, err error) {
 	s := l.store
 	s.touch(lo, hi)
 	evictions := s.evictions.Load() // before looking at verified: see evict.go
@@ -86,7 +88,8 @@ func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int) (agai
 		return false, err
 	}
 	flights := l.claim(lo, hi)
-	defer s.release(flights)
+	s.release(*claims)
+	*claims = flights
 	l.ahead.read(off, off+int64(len(p)))
 
 	for i := lo; i < hi; {
