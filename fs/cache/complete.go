@@ -66,7 +66,7 @@ func (l *Layer) complete(ctx context.Context, src Blob) error {
 		if c := s.cache; c.limit > 0 && (c.used.Load()+missing > c.low() || missing > c.limit/hotShare) {
 			return ErrFull
 		}
-		if err := s.cache.Fill(ctx, src, first.BlobOffset, end-first.BlobOffset, frames, completePatience); err != nil {
+		if err := s.cache.Share().Fill(ctx, src, first.BlobOffset, end-first.BlobOffset, frames, completePatience); err != nil {
 			return err
 		}
 	}

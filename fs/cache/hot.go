@@ -30,7 +30,7 @@ const (
 	maxStandstills = 3
 	// Frames that are on disk already are read over up to so many bytes, which costs less than another request.
 	hotGap = 512 << 10
-	// hotShare is the part of a cache with a limit that one stream may fill.
+	// hotShare is the part of a cache with a limit that a Share is.
 	hotShare = 4
 	// maxDecoders is how many frames are decoded at once: 0.6 GB/s of tar each.
 	maxDecoders = 4
@@ -45,16 +45,29 @@ type Frame struct {
 	Chunk int
 }
 
+// Share is what streams may fill together of a cache with a limit: a quarter.
+type Share struct {
+	cache *Cache
+	left  atomic.Int64 // bytes; of no meaning without a limit
+}
+
+// Share returns a share that nothing has been taken of.
+func (c *Cache) Share() *Share {
+	s := &Share{cache: c}
+	s.left.Store(c.limit / hotShare)
+	return s
+}
+
 // Fill brings in chunks from a blob that has their frames, in this order, in its n bytes from off on. Chunks that are here, or asked for
 // by reads, are left out, and nothing is asked for if that is all. A read of a chunk that is about to come waits for it, at most for patience.
 //
 // It returns when the stream has ended. Errors cost nothing but what has not come: artifact.ErrInvalid for the first frame that is wrong and for frames that do
-// not add up to n, the Blob's, ctx's, os.ErrClosed when a layer is closed meanwhile. Of a cache with a limit it fills a quarter at most, and
-// no more than there is room for.
-func (c *Cache) Fill(ctx context.Context, src Blob, off, n int64, frames []Frame, patience time.Duration) error {
+// not add up to n, the Blob's, ctx's, os.ErrClosed when a layer is closed meanwhile. It fills what is left of
+// the share at most, copies from other layers included, and no more than there is room for.
+func (s *Share) Fill(ctx context.Context, src Blob, off, n int64, frames []Frame, patience time.Duration) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	h := &hot{cache: c, patience: patience, fills: make(map[*Layer]*fill)}
+	h := &hot{cache: s.cache, share: s, patience: patience, fills: make(map[*Layer]*fill)}
 	defer h.leave()
 	for _, f := range frames {
 		if h.fills[f.Layer] == nil && !h.enter(f.Layer, cancel) {
@@ -74,6 +87,7 @@ func (c *Cache) Fill(ctx context.Context, src Blob, off, n int64, frames []Frame
 // hot is a stream of frames.
 type hot struct {
 	cache    *Cache
+	share    *Share
 	patience time.Duration
 	fills    map[*Layer]*fill // what its flights belong to, one for each layer
 
@@ -179,23 +193,40 @@ func (h *hot) list(off, n int64, frames []Frame) ([]hotItem, error) {
 	return items, nil
 }
 
-// copy brings in the chunks that another layer on this node has.
+// copy brings in the chunks that another layer on this node has, as long as there is room for them.
 func (h *hot) copy(ctx context.Context, items []hotItem) {
 	if !h.cache.twins.ready.Load() {
 		return
 	}
 	for i := range items {
-		if fl := h.take(&items[i]); fl != nil {
+		it := &items[i]
+		if !it.Layer.store.absent(it.Chunk) {
+			continue
+		}
+		size := it.Layer.store.index.Chunk(it.Chunk).TarSize
+		if !h.room(size) || h.cache.limit > 0 && h.share.left.Load() < size {
+			return
+		}
+		if fl := h.take(it); fl != nil {
 			own := []*flight{fl}
-			fl.fill.guard(own, func() { fl.fill.fail(fl.fill.copy(ctx, own), errReturned) })
+			fl.fill.guard(own, func() {
+				left := fl.fill.copy(ctx, own)
+				fl.fill.fail(left, errReturned)
+				if len(left) == 0 {
+					h.share.left.Add(-size)
+				}
+			})
 		}
 	}
 }
 
-// missing returns runs of items, those that are not here and what lies between them, up to the share of the cache that they may fill.
+// room reports whether the disk takes n bytes more.
+func (h *hot) room(n int64) bool { return !h.cache.stats.suspended.Load() && h.cache.room(int(n)) }
+
+// missing returns runs of items, those that are not here and what lies between them, up to what is left of the share.
 func (h *hot) missing(items []hotItem) (runs [][]hotItem) {
 	start, last := -1, 0 // of the run
-	room := h.cache.limit / hotShare
+	room := h.share.left.Load()
 	for i := range items {
 		it := &items[i]
 		if !it.Layer.store.absent(it.Chunk) {
@@ -250,7 +281,7 @@ func (h *hot) stream(ctx context.Context, src Blob, run []hotItem, jobs chan<- h
 	for i := range run {
 		it := &run[i]
 		chunk := it.Layer.store.index.Chunk(it.Chunk)
-		if c.stats.suspended.Load() || !c.room(int(chunk.TarSize)) {
+		if !h.room(chunk.TarSize) {
 			return errors.New("the cache has no room")
 		}
 		frame := c.bufs.get(int(it.end - it.from))
@@ -327,6 +358,7 @@ func (h *hot) bring(j hotJob) (err error) {
 		var buf *buffer
 		if buf, err = f.layer.store.decode(j.flight.chunk, j.frame.b); err == nil {
 			h.cache.stats.hot.Add(1)
+			h.share.left.Add(-int64(len(buf.b)))
 			f.deliver(j.flight, buf, j.off, false)
 		}
 	}); fault != nil {

@@ -50,7 +50,7 @@ func newHotBlob(layers []*layer, handles []*Layer, pick func(layer, chunk int) b
 }
 
 func (b *hotBlob) fill(ctx context.Context, c *Cache, patience time.Duration) error {
-	return c.Fill(ctx, b, b.head, b.n, b.frames, patience)
+	return c.Share().Fill(ctx, b, b.head, b.n, b.frames, patience)
 }
 
 // slowBlob is a hotBlob that sends what it is allowed to.
@@ -145,7 +145,7 @@ func TestReadsJoinFill(t *testing.T) {
 	layers, blobs, handles := twoLayers(t, c)
 	hot := &slowBlob{hotBlob: newHotBlob(layers, handles, func(l, i int) bool { return true })}
 	done := make(chan error, 1)
-	go func() { done <- c.Fill(t.Context(), hot, hot.head, hot.n, hot.frames, patient) }()
+	go func() { done <- c.Share().Fill(t.Context(), hot, hot.head, hot.n, hot.frames, patient) }()
 	poll(t, "reservation of all", func() bool {
 		return handles[0].store.underWay()+handles[1].store.underWay() == len(hot.frames)
 	})
@@ -169,7 +169,7 @@ func TestFillStandsStill(t *testing.T) {
 	hot := &slowBlob{hotBlob: newHotBlob(layers, handles, func(l, i int) bool { return true })}
 	hot.allowed.Store(hot.n / 4)
 	done := make(chan error, 1)
-	go func() { done <- c.Fill(t.Context(), hot, hot.head, hot.n, hot.frames, 50*time.Millisecond) }()
+	go func() { done <- c.Share().Fill(t.Context(), hot, hot.head, hot.n, hot.frames, 50*time.Millisecond) }()
 	poll(t, "a quarter", func() bool { return hot.sent.Load() == hot.n/4 })
 	half := len(hot.frames) / 2
 	readFrames(t, layers, handles, hot.frames[half:half+1])
@@ -202,7 +202,7 @@ func TestLateReadKeepsItsOwnFetches(t *testing.T) {
 	l := openLayer(t, c, ly, b)
 	hot := &slowBlob{hotBlob: newHotBlob([]*layer{ly}, []*Layer{l}, func(_, i int) bool { return i == 10 })}
 	done := make(chan error, 1)
-	go func() { done <- c.Fill(t.Context(), hot, hot.head, hot.n, hot.frames, 50*time.Millisecond) }()
+	go func() { done <- c.Share().Fill(t.Context(), hot, hot.head, hot.n, hot.frames, 50*time.Millisecond) }()
 	poll(t, "reservation", func() bool { return l.store.underWay() == 1 })
 	var reader sync.WaitGroup
 	from, to := ly.index.Chunk(10).TarOffset, ly.index.Chunk(12).TarOffset
@@ -287,7 +287,7 @@ func TestFillEnds(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			done := make(chan error, 1)
-			go func() { done <- c.Fill(ctx, hot, hot.head, hot.n, hot.frames, patient) }()
+			go func() { done <- c.Share().Fill(ctx, hot, hot.head, hot.n, hot.frames, patient) }()
 			poll(t, "a third", func() bool { return hot.sent.Load() == hot.n/3 })
 			read := make(chan struct{})
 			go func() {
@@ -301,7 +301,7 @@ func TestFillEnds(t *testing.T) {
 			}
 			<-read // it has fetched the rest itself
 			if name == "closed" {
-				if err := c.Fill(t.Context(), hot, hot.head, hot.n, hot.frames, patient); !errors.Is(err, os.ErrClosed) {
+				if err := c.Share().Fill(t.Context(), hot, hot.head, hot.n, hot.frames, patient); !errors.Is(err, os.ErrClosed) {
 					t.Errorf("of a closed layer: error %v, want os.ErrClosed", err)
 				}
 			}
@@ -309,19 +309,34 @@ func TestFillEnds(t *testing.T) {
 	}
 }
 
-// A cache with a limit is filled by a quarter at most.
+// A cache with a limit is filled by a quarter at most, by all streams of a share and with what they copy.
 func TestFillHasALimit(t *testing.T) {
-	c, err := Open(t.TempDir(), Options{NoReadAhead: true, Limit: 2 << 20})
-	must(t, err)
-	t.Cleanup(func() { must(t, c.Close()) })
-	ly := newLayer(t, 16<<10, 1<<20)
-	l := openLayer(t, c, ly, ly.serve())
-	hot := newHotBlob([]*layer{ly}, []*Layer{l}, func(_, i int) bool { return true })
-	must(t, hot.fill(t.Context(), c, patient))
-	if n := c.Stats().Hot; n < 20 || n > 32 {
-		t.Errorf("%d chunks of 16 KiB in a cache of 2 MiB, want a quarter of it", n)
+	const limit = 4 << 20
+	ly := newLayer(t, 16<<10, 600_000, 1<<20)
+	other := encode(t, append(bytes.Clone(ly.tar[:512+600_064]), make([]byte, 1024)...), 16<<10) // the first file
+	for name, had := range map[string]bool{"streamed": false, "copied": true} {
+		t.Run(name, func(t *testing.T) {
+			c := openSharing(t, t.TempDir(), limit, ly, other)
+			if had {
+				o := openLayer(t, c, other, other.serve())
+				readAll(t, o, other, 100_000)
+				poll(t, "end of the fills", o.store.idle)
+			}
+			l := openLayer(t, c, ly, ly.serve())
+			hot := newHotBlob([]*layer{ly}, []*Layer{l}, func(_, i int) bool { return true })
+			share := c.Share()
+			for range 3 {
+				must(t, share.Fill(t.Context(), hot, hot.head, hot.n, hot.frames, patient))
+			}
+			if n := l.Present(); n < limit/4-64<<10 || n > limit/4 {
+				t.Errorf("%d bytes were brought of a cache of %d, want a quarter of it", n, limit)
+			}
+			if n := c.Stats().Copied; had != (n > 30) {
+				t.Errorf("%d chunks were copied", n)
+			}
+			readAll(t, l, ly, 100_000)
+		})
 	}
-	readAll(t, l, ly, 100_000)
 }
 
 // Streams, reads and closings in any order.
@@ -334,7 +349,7 @@ func TestFillsAtRandom(t *testing.T) {
 		var wg sync.WaitGroup
 		for range 3 {
 			ctx, cancel := context.WithCancel(t.Context())
-			wg.Go(func() { c.Fill(ctx, hot, hot.head, hot.n, hot.frames, time.Millisecond) })
+			wg.Go(func() { c.Share().Fill(ctx, hot, hot.head, hot.n, hot.frames, time.Millisecond) })
 			wg.Go(func() {
 				defer cancel()
 				readFrames(t, layers, handles, hot.frames)

@@ -46,7 +46,7 @@ func TestIndexLostInACopy(t *testing.T) {
 	}
 	c.learn()
 	must(t, os.Truncate(path, 4096))
-	if err := c.Fill(t.Context(), v2.serve(), 0, n, frames, 10*time.Millisecond); err == nil {
+	if err := c.Share().Fill(t.Context(), v2.serve(), 0, n, frames, 10*time.Millisecond); err == nil {
 		t.Error("the index was not lost")
 	}
 	if n := l2.store.underWay(); n != 0 {

@@ -149,9 +149,10 @@ func (h *hotFetch) run(ctx context.Context, s *Store, repo registryclient.Reposi
 		return use
 	}
 	known := sync.OnceValue(func() bool { return <-h.shares })
+	share := s.o.Cache.Share() // of all profiles: what one has brought is there when the next is tried
 	for _, p := range profiles[:min(len(profiles), maxProfiles)] {
 		begun := time.Now()
-		n, err := s.fillHot(ctx, repo, manifest, p.Digest, known, image)
+		n, err := s.fillHot(ctx, repo, manifest, p.Digest, share, known, image)
 		log := s.log.With("image", string(repo)+"@"+manifest.String(), "profile", p.Digest.String(), "source", p.Annotations[artifact.AnnotationProfileSource])
 		switch {
 		case ctx.Err() != nil:
@@ -176,7 +177,7 @@ func sourceRank(d ocispec.Descriptor) int {
 }
 
 // fillHot fetches the hot blob of profile dgst into the layers of the image, as soon as those are open. It returns how many chunks the profile lists.
-func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, shares func() bool, image func() *deviceUse) (int, error) {
+func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, share *cache.Share, shares func() bool, image func() *deviceUse) (int, error) {
 	raw, err := s.o.Registry.Manifest(ctx, repo, dgst, artifact.MaxManifestSize)
 	if err != nil {
 		return 0, err
@@ -221,7 +222,7 @@ func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, man
 	if first < b.size {
 		b.close() // and what of it is missing, is asked for
 	}
-	return len(frames), s.o.Cache.Fill(ctx, b, b.pos, b.size-b.pos, frames, patience)
+	return len(frames), share.Fill(ctx, b, b.pos, b.size-b.pos, frames, patience)
 }
 
 // frames finds the chunks of p in d's layers.
