@@ -191,26 +191,11 @@ func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, man
 	}
 	b := &hotBlob{store: s, repo: repo, dgst: m.Hot.Digest, size: m.Hot.Size}
 	defer b.close()
-	begun := time.Now()
-	first := b.size
-	if shares() {
-		first = min(first, hotHead)
-	}
-	if err := b.open(ctx, first); err != nil {
-		return 0, err
-	}
-	p, err := artifact.ReadProfile(b)
-	if errors.Is(err, io.ErrUnexpectedEOF) && first < b.size { // a longer list
-		b.close()
-		b.pos, first = 0, b.size
-		if err = b.open(ctx, first); err == nil {
-			p, err = artifact.ReadProfile(b)
-		}
-	}
+	p, err := b.list(ctx, shares)
 	if err != nil {
 		return 0, err
 	}
-	patience := min(max(patienceTrips*time.Since(begun), minPatience), maxPatience)
+	patience := min(max(patienceTrips*time.Since(b.asked), minPatience), maxPatience)
 	use := image()
 	if use == nil {
 		return 0, context.Canceled
@@ -218,9 +203,6 @@ func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, man
 	frames, err := use.frames(p)
 	if err != nil {
 		return 0, err
-	}
-	if first < b.size {
-		b.close() // and what of it is missing, is asked for
 	}
 	return len(frames), share.Fill(ctx, b, b.pos, b.size-b.pos, frames, patience)
 }
@@ -252,11 +234,32 @@ type hotBlob struct {
 	body   io.ReadCloser
 	cancel context.CancelFunc // of body
 	pos    int64              // of body
+	asked  time.Time          // when body was asked for
+}
+
+// list reads the list, and leaves open what follows it; of an image that shares layers nothing, of which much may be here.
+func (b *hotBlob) list(ctx context.Context, shares func() bool) (*artifact.Profile, error) {
+	if shares() && hotHead < b.size {
+		if err := b.open(ctx, hotHead); err != nil {
+			return nil, err
+		}
+		p, err := artifact.ReadProfile(b)
+		b.close()
+		if !errors.Is(err, io.ErrUnexpectedEOF) {
+			return p, err
+		}
+		b.pos = 0 // the list is longer
+	}
+	if err := b.open(ctx, b.size); err != nil {
+		return nil, err
+	}
+	return artifact.ReadProfile(b)
 }
 
 // open asks for the first n bytes.
 func (b *hotBlob) open(ctx context.Context, n int64) (err error) {
 	ctx, b.cancel = context.WithCancel(ctx)
+	b.asked = time.Now()
 	b.body, err = b.store.o.Registry.ReadRange(ctx, b.repo, b.dgst, 0, n, 0)
 	return err
 }
