@@ -140,6 +140,46 @@ func TestKilledWhileAway(t *testing.T) {
 	}
 }
 
+func wrong(body io.ReadCloser, off, n int64) { body.(interface{ Wrong(off, n int64) }).Wrong(off, n) }
+
+// Of a range that several hosts have served, the one whose bytes are wrong is told.
+func TestWrongBytesOfOneHost(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		off, n        int64 // that are wrong
+		mirror, other bool  // is told
+	}{
+		"the first's": {off: 100, n: 200, mirror: true},
+		"the last's":  {off: 300, n: 200, other: true},
+		"either's":    {off: 299, n: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			mirror, r := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
+			data := noise(1000)
+			mirror.PutBlob("team/app", data)
+			r.PutBlob("team/app", data)
+			mirror.Inject(registrytest.Any, -1, registrytest.Reset(200))
+			toml := fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", r.URL(), mirror.URL())
+			c1 := newClient(t, Options{HostsDir: hostsDir(t, r.Host(), toml)})
+			body, err := c1.ReadRange(t.Context(), repoOf(r), digest.FromBytes(data), 100, 900, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if b, err := io.ReadAll(body); err != nil || !bytes.Equal(b, data[100:]) {
+				t.Fatalf("read %d bytes, %v", len(b), err)
+			}
+			body.Close()
+			wrong(body, c.off, c.n)
+			for _, h := range c1.Hosts() {
+				want := h.Host == mirror.Host() && c.mirror || h.Host == r.Host() && c.other
+				if got := h.Wrong.After(time.Now()); got != want {
+					t.Errorf("%+v: told: %v, want %v", h, got, want)
+				}
+			}
+		})
+	}
+}
+
 // A mirror that gave wrong bytes is asked after the others for a while, for other blobs too.
 func TestWrongMirrorIsAskedLess(t *testing.T) {
 	t.Parallel()
@@ -162,9 +202,9 @@ func TestWrongMirrorIsAskedLess(t *testing.T) {
 	if err != nil || bytes.Equal(b, data) {
 		t.Fatalf("the mirror gave %d right bytes, %v", len(b), err)
 	}
-	body.(interface{ Wrong() }).Wrong()
-	body.(interface{ Wrong() }).Wrong()
 	body.Close()
+	wrong(body, 0, 1000)
+	wrong(body, 5, 1)
 	mirror.Reset()
 	if b, err := readRange(t.Context(), c, repoOf(r), digest.FromBytes(other), 0, 500, 0); err != nil || !bytes.Equal(b, other) {
 		t.Errorf("got %d bytes, %v", len(b), err)
@@ -196,7 +236,7 @@ func TestWrongBytesAreAskedForAgain(t *testing.T) {
 			t.Fatalf("try %d: %v", try, err)
 		}
 		if right = bytes.Equal(b, data); !right {
-			body.(interface{ Wrong() }).Wrong()
+			wrong(body, 0, 1000)
 		}
 		return right
 	}

@@ -98,6 +98,14 @@ type rangeReader struct {
 	from *host
 	body io.ReadCloser
 	err  error
+
+	answers []answer // so far, in order
+}
+
+// answer is what host gave, from off in the blob on.
+type answer struct {
+	host *host
+	off  int64
 }
 
 func (r *rangeReader) Read(p []byte) (int, error) {
@@ -170,6 +178,7 @@ func (r *rangeReader) accept(h *host, resp *http.Response) error {
 		return fmt.Errorf("host %s: %w", h.Host, err)
 	}
 	r.from, r.body = h, resp.Body
+	r.answers = append(r.answers, answer{h, r.off})
 	return nil
 }
 
@@ -210,10 +219,25 @@ func (r *rangeReader) check(resp *http.Response) error {
 	return mistaken("status %d in answer to a range", resp.StatusCode)
 }
 
-// Wrong says that what was read is not what the blob's digest stands for: its host is asked after the others for a while.
-func (r *rangeReader) Wrong() {
-	if r.from != nil {
-		r.from.wrong("it gave bytes that are not those of their digest")
+// Wrong says that the n bytes at off of the blob, which were read, are not what its digest stands for: the host that gave them is asked after the others
+// for a while. If several hosts did, nobody knows whose are wrong. It may be called after Close.
+func (r *rangeReader) Wrong(off, n int64) {
+	var of *host
+	for i, a := range r.answers {
+		end := r.off
+		if i+1 < len(r.answers) {
+			end = r.answers[i+1].off
+		}
+		if max(off, a.off) >= min(off+n, end) {
+			continue
+		}
+		if of != nil && of != a.host {
+			return
+		}
+		of = a.host
+	}
+	if of != nil {
+		of.wrong("it gave bytes that are not those of their digest")
 	}
 }
 

@@ -72,7 +72,8 @@ type Blob interface {
 	// ReadRange returns exactly n bytes at off, or an error: a reader that ends early fails with io.ErrUnexpectedEOF.
 	// It may be called from many goroutines. ctx ends the reads of what it returned, too.
 	// try counts from 0: a chunk whose bytes proved wrong is asked for again with try+1, and the Blob should then turn to another host, or wait
-	// before it asks the same one. When that has gone on for long enough it returns an error. If the reader has a method Wrong(), it is told.
+	// before it asks the same one. When that has gone on for long enough it returns an error. If the reader has a method
+	// Wrong(off, n int64), it is told which n bytes at off of the blob were wrong, once it is not read any more at the latest.
 	ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error)
 }
 

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -100,6 +101,55 @@ func TestAskedWhileTheBlobHasPatience(t *testing.T) {
 	readRange(t, l, ly, make([]byte, 10), 5000)
 }
 
+// tellingBlob notes what it is told is wrong.
+type tellingBlob struct {
+	Blob
+	mu   sync.Mutex
+	told [][2]int64
+}
+
+type tellingBody struct {
+	io.ReadCloser
+	blob *tellingBlob
+}
+
+func (b *tellingBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+	r, err := b.Blob.ReadRange(ctx, off, n, try)
+	return &tellingBody{r, b}, err
+}
+
+func (r *tellingBody) Wrong(off, n int64) {
+	r.blob.mu.Lock()
+	defer r.blob.mu.Unlock()
+	r.blob.told = append(r.blob.told, [2]int64{off, n})
+}
+
+// Who gave wrong bytes is told which, be it for a read or in a stream.
+func TestWrongBytesAreTold(t *testing.T) {
+	ly := newLayer(t, 4<<10, 100_000)
+	ch := ly.index.Chunk(5)
+	wrong := slices.Clone(ly.blob)
+	clear(wrong[ch.BlobOffset:][:ch.BlobSize])
+	want := [2]int64{ch.BlobOffset, ch.BlobSize}
+	for name, get := range map[string]func(l *Layer, b *tellingBlob){
+		"read": func(l *Layer, b *tellingBlob) { readAll(t, l, ly, 50_000) },
+		"stream": func(l *Layer, b *tellingBlob) {
+			if err := l.Complete(t.Context(), b); !errors.Is(err, artifact.ErrInvalid) {
+				t.Errorf("error %v, want ErrInvalid", err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := &tellingBlob{Blob: &memBlob{hosts: [][]byte{wrong, ly.blob}}}
+			l := openLayer(t, exactCache(t), ly, b)
+			get(l, b)
+			if len(b.told) != 1 || b.told[0] != want {
+				t.Errorf("told of %v, want %v", b.told, want)
+			}
+		})
+	}
+}
+
 // Runs of wrong chunks do not wait for one another: each may take as long as the blob has patience.
 func TestWrongRunsAreAskedForTogether(t *testing.T) {
 	ly := newLayer(t, 4<<10, 100_000)
@@ -160,9 +210,13 @@ func TestLyingIndexIsRefused(t *testing.T) {
 	must(t, err)
 	lie := &layer{tar: other, blob: truth.blob, dgst: truth.dgst, index: x}
 
-	l := openLayer(t, openCache(t, t.TempDir()), lie, truth.serve())
+	b := &tellingBlob{Blob: truth.serve()}
+	l := openLayer(t, openCache(t, t.TempDir()), lie, b)
 	if _, err := l.ReadAt(t.Context(), make([]byte, 1), 0); !errors.Is(err, artifact.ErrInvalid) {
 		t.Errorf("chunk with other headers: error %v, want ErrInvalid", err)
+	}
+	if len(b.told) > 0 {
+		t.Error("who gave the right bytes is told that they are wrong")
 	}
 	readRange(t, l, lie, make([]byte, 1000), 40_000) // a chunk without headers
 }

@@ -280,9 +280,7 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 		}
 		buf, err := s.decode(fl.chunk, b)
 		if err != nil {
-			if w, ok := body.(interface{ Wrong() }); ok {
-				w.Wrong()
-			}
+			tellWrong(body, c.BlobOffset, c.BlobSize, err)
 			again, why = append(again, fl), fmt.Errorf("chunk %d: %w", fl.chunk, err)
 			continue
 		}
@@ -296,11 +294,25 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 	return again, why, nil
 }
 
+// wrongBytes are not those of the chunk's digest. Of those that are, but are not what the index says otherwise, the index is wrong.
+type wrongBytes struct{ error }
+
+func (e wrongBytes) Unwrap() error { return e.error }
+
+// tellWrong tells body, whoever gave them, that the n bytes at off of the blob were wrong, if err says so.
+func tellWrong(body io.Reader, off, n int64, err error) {
+	if w, ok := body.(interface{ Wrong(off, n int64) }); ok && errors.As(err, new(wrongBytes)) {
+		w.Wrong(off, n)
+	}
+}
+
 // decode returns chunk i out of its frame, verified.
 func (s *store) decode(i int, frame []byte) (*buffer, error) {
 	buf := s.cache.bufs.get(int(s.index.Chunk(i).TarSize))
 	b, err := s.index.Decompress(i, frame, buf.mem[:0])
-	if err == nil {
+	if err != nil {
+		err = wrongBytes{err}
+	} else {
 		err = s.check(i, b)
 	}
 	if err != nil {

@@ -98,6 +98,7 @@ type hot struct {
 	items       []hotItem // not looked at for reservation yet
 	reserved    []reservation
 	standstills int
+	wrong       []func() // tells who gave wrong bytes, once nobody reads from him
 }
 
 // hotItem is a frame of the stream, at [from, end) of the blob.
@@ -169,6 +170,9 @@ func (h *hot) fill(ctx context.Context, src Blob, off, n int64, frames []Frame) 
 		})
 	}
 	err = g.Wait()
+	for _, tell := range h.wrong {
+		tell()
+	}
 	for j := range jobs {
 		j.flight.fill.fail([]*flight{j.flight}, errReturned)
 		h.cache.bufs.put(j.frame)
@@ -262,6 +266,8 @@ type hotJob struct {
 	flight *flight
 	frame  *buffer
 	off    int64 // of the chunk, in the tar
+	body   io.Reader
+	from   int64 // of the frame, in the blob
 }
 
 // stream reads a run of frames from one range of the blob, and hands over those that are still missing.
@@ -300,7 +306,7 @@ func (h *hot) stream(ctx context.Context, src Blob, run []hotItem, jobs chan<- h
 			continue
 		}
 		select {
-		case jobs <- hotJob{fl, frame, chunk.TarOffset}:
+		case jobs <- hotJob{fl, frame, chunk.TarOffset, body, it.from}:
 		case <-ctx.Done():
 			fl.fill.fail([]*flight{fl}, errReturned)
 			c.bufs.put(frame)
@@ -364,8 +370,12 @@ func (h *hot) bring(j hotJob) (err error) {
 	}); fault != nil {
 		err = fault
 	}
+	n := int64(len(j.frame.b))
 	h.cache.bufs.put(j.frame)
 	if err != nil {
+		h.mu.Lock()
+		h.wrong = append(h.wrong, func() { tellWrong(j.body, j.from, n, err) })
+		h.mu.Unlock()
 		err = fmt.Errorf("layer %s: chunk %d: %w", f.layer.store.dgst, j.flight.chunk, err)
 		f.fail([]*flight{j.flight}, err)
 	}

@@ -179,6 +179,9 @@ type pacedBody struct {
 	read  int64
 }
 
+// Wrong passes on what fs/cache.Blob's readers are told.
+func (r *pacedBody) Wrong(off, n int64) { tellWrong(r.ReadCloser, off, n) }
+
 func (r *pacedBody) Read(p []byte) (int, error) {
 	s := r.blob.store
 	due := time.Duration(float64(max(r.read-paceBurst, 0)) / float64(s.o.Background) * float64(time.Second))

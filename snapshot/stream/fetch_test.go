@@ -1,12 +1,16 @@
 package stream
 
 import (
+	"archive/tar"
 	"bytes"
 	"errors"
+	"fmt"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -34,7 +38,7 @@ func TestIndexComesInParts(t *testing.T) {
 		l := artifact.Layer{Digest: registry.PutBlob("app", blob), IndexOffset: before, IndexSize: int64(c.size), IndexDigest: digest.FromBytes(index)}
 		path := filepath.Join(t.TempDir(), "index")
 		registry.Reset()
-		if err := s.fetchIndex(t.Context(), repo, l, 0, path); err != nil {
+		if _, err := s.fetchIndex(t.Context(), repo, l, 0, path); err != nil {
 			t.Fatal(err)
 		}
 		if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, index) {
@@ -46,12 +50,68 @@ func TestIndexComesInParts(t *testing.T) {
 
 		remove := registry.Inject(registrytest.Blobs, 1, registrytest.Flip(0))
 		path = filepath.Join(t.TempDir(), "index")
-		if err := s.fetchIndex(t.Context(), repo, l, 0, path); !errors.Is(err, artifact.ErrInvalid) {
+		if _, err := s.fetchIndex(t.Context(), repo, l, 0, path); !errors.Is(err, artifact.ErrInvalid) {
 			t.Errorf("%d bytes, one of them wrong: %v", c.size, err)
 		}
 		remove()
 		if left, err := os.ReadDir(filepath.Dir(path)); err != nil || len(left) > 0 {
 			t.Errorf("it leaves %v, %v", left, err)
+		}
+	}
+}
+
+// Of the hosts that gave parts of a wrong index, the one is told whose part is another in a right one.
+func TestWrongIndexIsOneHosts(t *testing.T) {
+	mirror, registry := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
+	hosts := t.TempDir()
+	if err := os.Mkdir(filepath.Join(hosts, registry.Host()), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	toml := fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\"]\n", registry.URL(), mirror.URL())
+	if err := os.WriteFile(filepath.Join(hosts, registry.Host(), "hosts.toml"), []byte(toml), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	client, err := registryclient.New(registryclient.Options{HostsDir: hosts})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+
+	var tarred, blob bytes.Buffer
+	w := tar.NewWriter(&tarred)
+	for i := range 12_000 {
+		if err := w.WriteHeader(&tar.Header{Name: fmt.Sprintf("file-%d", i), Mode: 0o644}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.Close()
+	enc, err := artifact.EncodeLayer(t.Context(), &blob, &tarred, artifact.EncodeOptions{ChunkSize: 512})
+	if err != nil {
+		t.Fatal(err)
+	}
+	index := blob.Bytes()[enc.IndexOffset:]
+	if len(index) < 2*indexPart {
+		t.Fatalf("an index of %d bytes comes in one part", len(index))
+	}
+	for _, r := range []*registrytest.Registry{mirror, registry} {
+		r.PutBlob("app", blob.Bytes())
+	}
+	s := &Store{o: Options{Registry: client, Root: t.TempDir()}}
+	if err := os.Mkdir(filepath.Join(s.o.Root, "indexes"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	l := artifact.Layer{Digest: enc.Digest, IndexOffset: enc.IndexOffset, IndexSize: int64(len(index)), IndexDigest: digest.FromBytes(index)}
+	mirror.Inject(registrytest.Blobs, 1, registrytest.Status(http.StatusNotFound)) // the registry gives this part
+	mirror.Inject(registrytest.Blobs, 1, registrytest.Flip(7))
+	if _, err := s.openIndex(t.Context(), registryclient.Repository(registry.Host()+"/app"), l); err != nil {
+		t.Fatal(err)
+	}
+	if n, _ := registry.Count(registrytest.OfBlobs); n == 0 {
+		t.Fatal("all parts are the mirror's")
+	}
+	for _, h := range client.Hosts() {
+		if told := h.Wrong.After(time.Now()); told != (h.Host == mirror.Host()) {
+			t.Errorf("%+v: told %v", h, told)
 		}
 	}
 }

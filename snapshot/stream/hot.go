@@ -276,7 +276,7 @@ func (b *hotBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.Read
 		b.close()
 		return b.store.o.Registry.ReadRange(ctx, b.repo, b.dgst, off, n, try)
 	}
-	r := &hotRange{hotBlob: b, stop: context.AfterFunc(ctx, b.cancel)}
+	r := &hotRange{hotBlob: b, answer: b.body, stop: context.AfterFunc(ctx, b.cancel)}
 	if _, err := io.CopyN(io.Discard, b, off-b.pos); err != nil {
 		r.Close()
 		return nil, err
@@ -299,10 +299,14 @@ func (b *hotBlob) close() {
 type hotRange struct {
 	*hotBlob
 	io.Reader
-	stop func() bool
+	answer io.Reader
+	stop   func() bool
 }
 
 func (r *hotRange) Read(p []byte) (int, error) { return r.Reader.Read(p) }
+
+// Wrong passes on what fs/cache.Blob's readers are told.
+func (r *hotRange) Wrong(off, n int64) { tellWrong(r.answer, off, n) }
 
 // Close closes the hot blob, too: one range is read out of it.
 func (r *hotRange) Close() error {

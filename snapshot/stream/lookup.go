@@ -297,11 +297,18 @@ func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l
 		return x, nil
 	}
 	var errs []error
+	var before []part // of an index that was wrong
 	for try := 0; ; try++ {
-		err := s.fetchIndex(ctx, repo, l, try, path)
+		parts, err := s.fetchIndex(ctx, repo, l, try, path)
 		if err == nil {
+			for i, p := range before {
+				if p.sum != parts[i].sum {
+					tellWrong(p.answer, p.off, p.n)
+				}
+			}
 			return mapIndex(path, l)
 		}
+		before = parts
 		errs = append(errs, err)
 		// Wrong bytes may be one mirror's: the next host is asked. Anything else has been retried below. There is no third time, which would come
 		// after a pause: a pull waits.
@@ -311,28 +318,45 @@ func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l
 	}
 }
 
+// part is n bytes at off of a layer blob, as answer has given them.
+type part struct {
+	off, n int64
+	answer io.Reader
+	sum    [sha256.Size]byte
+}
+
+// tellWrong tells answer, if it can be told, that the n bytes at off of the blob that it gave are wrong.
+func tellWrong(answer io.Reader, off, n int64) {
+	if w, ok := answer.(interface{ Wrong(off, n int64) }); ok {
+		w.Wrong(off, n)
+	}
+}
+
 // fetchIndex fetches the index of layer l into the file at path, not into memory: an index may be large, and 128 of them are fetched at once. The
-// file can be fetched again, so it is not synced: what a crash leaves is verified when opened.
-func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer, try int, path string) error {
+// file can be fetched again, so it is not synced: what a crash leaves is verified when opened. If the digest is another, the parts are returned, too: a right index will tell which
+// of them is wrong.
+func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer, try int, path string) (parts []part, err error) {
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+tmpSuffix)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	part := max(indexPart, (l.IndexSize+indexParts-1)/indexParts)
-	wrong := make(chan func(), indexParts)
+	size := max(indexPart, (l.IndexSize+indexParts-1)/indexParts)
+	for off := int64(0); off < l.IndexSize; off += size {
+		parts = append(parts, part{off: l.IndexOffset + off, n: min(size, l.IndexSize-off)})
+	}
 	g, gctx := errgroup.WithContext(ctx)
-	for off := int64(0); off < l.IndexSize; off += part {
+	for i := range parts {
 		g.Go(func() error {
-			n := min(part, l.IndexSize-off)
-			r, err := s.o.Registry.ReadRange(gctx, repo, l.Digest, l.IndexOffset+off, n, try)
+			p := &parts[i]
+			r, err := s.o.Registry.ReadRange(gctx, repo, l.Digest, p.off, p.n, try)
 			if err != nil {
 				return err
 			}
 			defer r.Close()
-			if w, ok := r.(interface{ Wrong() }); ok {
-				wrong <- w.Wrong
-			}
-			_, err = io.Copy(io.NewOffsetWriter(f, off), io.LimitReader(r, n))
+			p.answer = r
+			hash := sha256.New()
+			_, err = io.Copy(io.MultiWriter(io.NewOffsetWriter(f, p.off-l.IndexOffset), hash), io.LimitReader(r, p.n))
+			hash.Sum(p.sum[:0])
 			return err
 		})
 	}
@@ -342,9 +366,6 @@ func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, 
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
 		if got := digest.NewDigest(digest.SHA256, hash); got != l.IndexDigest {
-			for close(wrong); len(wrong) > 0; {
-				(<-wrong)()
-			}
 			err = fmt.Errorf("%w: index hashes to %s, the artifact's manifest says %s", artifact.ErrInvalid, got, l.IndexDigest)
 		} else {
 			err = os.Rename(f.Name(), path)
@@ -353,5 +374,5 @@ func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, 
 	if err != nil {
 		os.Remove(f.Name())
 	}
-	return err
+	return parts, err
 }
