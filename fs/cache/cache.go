@@ -96,13 +96,13 @@ type Cache struct {
 	exact bool // no read-ahead
 	limit int64
 
-	now     atomic.Uint32 // Unix seconds at the last flush: the clock of recency
-	used    atomic.Int64  // bytes on disk when last measured, and what was written since
-	writing atomic.Int64  // of used: may not be on disk yet
-	unsaved atomic.Int64  // bytes written since the last flush
-	kick    chan struct{} // asks the flusher to flush now
-	stop    chan struct{} // closed by Close
-	done    chan struct{} // closed by the flusher
+	now     atomic.Uint32  // Unix seconds at the last flush: the clock of recency
+	used    atomic.Int64   // bytes on disk when last measured, and what was written since
+	writing atomic.Int64   // of used: may not be on disk yet
+	unsaved atomic.Int64   // bytes written since the last flush
+	kick    chan struct{}  // asks the flusher to flush now
+	stop    chan struct{}  // closed by Close
+	running sync.WaitGroup // the flusher and the learner
 
 	evictMu sync.Mutex  // one eviction at a time
 	stuck   atomic.Bool // the last eviction has not freed enough: not again before the next flush
@@ -151,15 +151,17 @@ func open(dir string, o Options, d disk) (*Cache, error) {
 	}
 	c := &Cache{
 		dir: dir, lock: lock, disk: d, exact: o.NoReadAhead, limit: o.Limit,
-		kick: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{}),
+		kick: make(chan struct{}, 1), stop: make(chan struct{}),
 		slots: make(map[digest.Digest]*slot), handles: make(map[*Layer]struct{}),
 	}
-	c.twins.index = o.Index
-	c.twins.generation.Store(1)
+	c.twins.index, c.twins.kick = o.Index, make(chan struct{}, 1)
 	c.stats.onDisk, c.stats.opened = o.OnDisk, time.Now()
 	c.now.Store(uint32(time.Now().Unix()))
 	c.measure()
-	go c.flusher()
+	c.running.Go(c.flusher)
+	if o.Index != nil {
+		c.running.Go(c.learner)
+	}
 	return c, nil
 }
 
@@ -216,7 +218,7 @@ func (c *Cache) acquire(dgst digest.Digest, x *artifact.Index, id [32]byte) (*st
 	switch {
 	case sl.store == nil:
 		s := c.openStore(dgst, x, id)
-		c.twins.generation.Add(1)
+		wake(c.twins.kick)
 		c.mu.Lock()
 		sl.store = s
 		c.mu.Unlock()
@@ -273,25 +275,20 @@ func (c *Cache) release(dgst digest.Digest) error {
 // wrote counts n bytes written to a data file, and asks for a flush when there are many.
 func (c *Cache) wrote(n int) {
 	if c.unsaved.Add(int64(n)) >= flushBytes {
-		c.wake()
+		wake(c.kick)
 	}
 }
 
-// wake asks for a flush now.
-func (c *Cache) wake() {
+// wake asks who listens to kick to begin now.
+func wake(kick chan<- struct{}) {
 	select {
-	case c.kick <- struct{}{}:
+	case kick <- struct{}{}:
 	default: // it is asked already
 	}
 }
 
 // flusher saves the layers from time to time until Close.
 func (c *Cache) flusher() {
-	defer close(c.done)
-	if c.twins.index != nil {
-		c.learn()
-		c.twins.ready.Store(true)
-	}
 	tick := time.NewTicker(flushEvery)
 	defer tick.Stop()
 	for {
@@ -338,7 +335,7 @@ func (c *Cache) Close() error {
 	c.mu.Unlock()
 
 	close(c.stop)
-	<-c.done
+	c.running.Wait()
 	var errs []error
 	for _, l := range c.openLayers() {
 		errs = append(errs, l.Close())

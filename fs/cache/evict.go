@@ -86,7 +86,7 @@ func onDisk(n int) int64 { return int64(n) + 2*blockSize }
 // press asks the flusher to evict, unless it could not help a moment ago.
 func (c *Cache) press() {
 	if !c.stuck.Load() {
-		c.wake()
+		wake(c.kick)
 	}
 }
 

@@ -199,7 +199,7 @@ func (h *hot) list(off, n int64, frames []Frame) ([]hotItem, error) {
 
 // copy brings in the chunks that another layer on this node has, as long as there is room for them.
 func (h *hot) copy(ctx context.Context, items []hotItem) {
-	if !h.cache.twins.ready.Load() {
+	if h.cache.twins.layers.Load() == nil {
 		return
 	}
 	for i := range items {

@@ -320,6 +320,7 @@ func TestFillHasALimit(t *testing.T) {
 			if had {
 				o := openLayer(t, c, other, other.serve())
 				readAll(t, o, other, 100_000)
+				pollKnown(t, c, other)
 				poll(t, "end of the fills", o.store.idle)
 			}
 			l := openLayer(t, c, ly, ly.serve())

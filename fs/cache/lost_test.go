@@ -44,7 +44,7 @@ func TestIndexLostInACopy(t *testing.T) {
 		frames = append(frames, Frame{l2, i})
 		n += v2.index.Chunk(i).BlobSize
 	}
-	c.learn()
+	pollKnown(t, c, v2)
 	must(t, os.Truncate(path, 4096))
 	if err := c.Share().Fill(t.Context(), v2.serve(), 0, n, frames, 10*time.Millisecond); err == nil {
 		t.Error("the index was not lost")

@@ -7,7 +7,6 @@ import (
 	"encoding/binary"
 	"os"
 	"slices"
-	"sync"
 	"sync/atomic"
 
 	"github.com/opencontainers/go-digest"
@@ -22,21 +21,27 @@ import (
 // the other.
 //
 // Which chunks there are is known by 16 bytes each: 4 MB for a hundred images of 300 MB.
+const (
+	// maxPlaces is how many chunks are known, 64 MiB of them: those of the layers used last. A layer of more than layerPlaces, whose index took 48 bytes
+	// of its publisher for each, is not known.
+	maxPlaces   = 4 << 20
+	layerPlaces = maxPlaces / 4
+	// maxTwins bounds the places where a chunk is looked for: some bytes, zeros above all, are everywhere.
+	maxTwins = 4
+)
 
-// maxTwins bounds the places where a chunk is looked for: some bytes, zeros above all, are everywhere.
-const maxTwins = 4
-
-// twins knows the chunks of all layers on disk by their bytes.
+// twins knows the chunks of the layers on disk by their bytes.
 type twins struct {
 	index func(dgst digest.Digest) (*artifact.Index, error) // of a layer on disk; nil: there is no copying
-	ready atomic.Bool                                       // the layers of former lives are known
+	kick  chan struct{}                                     // asks the learner to look which layers there are
 
-	// generation counts up when a layer is opened.
-	generation atomic.Int64
+	layers atomic.Pointer[map[digest.Digest]twin] // replaced, never changed; nil until those of former lives are known
+}
 
-	mu     sync.RWMutex
-	known  int64 // the generation of layers
-	layers map[digest.Digest][]place
+// twin is a layer on disk.
+type twin struct {
+	chunks int     // 0: its index could not be had
+	places []place // of its chunks, in the order of their keys; nil if they are not known
 }
 
 // place is where a layer's tar has the bytes of a digest.
@@ -48,54 +53,83 @@ type place struct {
 // key returns what places are sorted by.
 func key(sum [32]byte) uint64 { return binary.NativeEndian.Uint64(sum[:]) }
 
-// learn takes in the layers that came since the last time, and lets go of those that left.
-func (c *Cache) learn() {
-	t := &c.twins
-	now := t.generation.Load()
-	t.mu.RLock()
-	known := t.known
-	t.mu.RUnlock()
-	if known == now {
-		return
-	}
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	layers := make(map[digest.Digest][]place)
-	for _, dgst := range c.layersOnDisk() {
-		places, ok := t.layers[dgst]
-		if !ok {
-			if fault := mapped.Guard(func() { places = t.placesOf(dgst) }); fault != nil {
-				places = nil
-			}
+// learner keeps up with the layers on disk until Close. No read waits for it: what it does not know yet is fetched.
+func (c *Cache) learner() {
+	for {
+		stores := c.openStores()
+		slices.SortFunc(stores, func(a, b *store) int { return cmp.Compare(b.lastUse.Load(), a.lastUse.Load()) })
+		var layers []digest.Digest
+		for _, s := range stores {
+			layers = append(layers, s.dgst)
 		}
-		layers[dgst] = places
+		for _, l := range slices.Backward(c.idleLayers(stores)) {
+			layers = append(layers, l.dgst)
+		}
+		c.twins.learn(layers, maxPlaces, c.stop)
+		select {
+		case <-c.stop:
+			return
+		case <-c.twins.kick:
+		}
 	}
-	t.layers, t.known = layers, now
 }
 
-// placesOf lists the chunks of a layer; none if its index cannot be had.
-func (t *twins) placesOf(dgst digest.Digest) []place {
+// learn knows the first of layers from now on, up to so many places. It goes on with what it knows of them, and ends with stop.
+func (t *twins) learn(layers []digest.Digest, places int, stop <-chan struct{}) {
+	var known map[digest.Digest]twin
+	if p := t.layers.Load(); p != nil {
+		known = *p
+	}
+	now := make(map[digest.Digest]twin)
+	for _, dgst := range layers {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		most := min(places, layerPlaces)
+		tw := known[dgst]
+		switch {
+		case tw.chunks > most:
+			tw.places = nil
+		case tw.places == nil:
+			if fault := mapped.Guard(func() { tw = t.look(dgst, most) }); fault != nil {
+				tw = twin{}
+			}
+		}
+		places -= len(tw.places)
+		now[dgst] = tw
+	}
+	t.layers.Store(&now)
+}
+
+// look returns what the index of a layer says, if it can be had, and its places if they are not more than most.
+func (t *twins) look(dgst digest.Digest, most int) twin {
 	x, err := t.index(dgst)
 	if err != nil {
-		return nil
+		return twin{}
 	}
-	places := make([]place, x.NumChunks())
+	n := x.NumChunks()
+	if n > most {
+		return twin{chunks: n}
+	}
+	places := make([]place, n)
 	for i := range places {
 		ch := x.Chunk(i)
 		places[i] = place{key(ch.Digest), ch.TarOffset}
 	}
 	slices.SortFunc(places, func(a, b place) int { return cmp.Compare(a.key, b.key) })
-	return places
+	return twin{n, places}
 }
 
 // copy delivers those of flights whose bytes another place on this disk has, and returns the others.
 func (f *fill) copy(ctx context.Context, flights []*flight) (missing []*flight) {
 	s := f.layer.store
 	c := s.cache
-	if !c.twins.ready.Load() {
+	layers := c.twins.layers.Load()
+	if layers == nil {
 		return flights
 	}
-	c.learn()
 	for i, fl := range flights {
 		if ctx.Err() != nil {
 			return append(missing, flights[i:]...)
@@ -103,7 +137,7 @@ func (f *fill) copy(ctx context.Context, flights []*flight) (missing []*flight) 
 		ch := s.index.Chunk(fl.chunk)
 		buf := c.bufs.get(int(ch.TarSize))
 		b := buf.mem[:ch.TarSize]
-		if c.readTwin(ch, b) && s.check(fl.chunk, b) == nil {
+		if c.readTwin(*layers, ch, b) && s.check(fl.chunk, b) == nil {
 			buf.b = b
 			c.stats.copied.Add(1)
 			f.deliver(fl, buf, ch.TarOffset, false)
@@ -115,18 +149,14 @@ func (f *fill) copy(ctx context.Context, flights []*flight) (missing []*flight) 
 	return missing
 }
 
-// readTwin fills b with the bytes of ch if a place on this disk has them.
-func (c *Cache) readTwin(ch artifact.Chunk, b []byte) bool {
-	t := &c.twins
-	t.mu.RLock()
-	layers := t.layers // is replaced, never changed
-	t.mu.RUnlock()
+// readTwin fills b with the bytes of ch if one of layers has them on this disk.
+func (c *Cache) readTwin(layers map[digest.Digest]twin, ch artifact.Chunk, b []byte) bool {
 	want, tries := key(ch.Digest), 0
-	for dgst, places := range layers {
-		i, _ := slices.BinarySearchFunc(places, want, func(p place, k uint64) int { return cmp.Compare(p.key, k) })
-		for ; i < len(places) && places[i].key == want && tries < maxTwins; i++ {
+	for dgst, tw := range layers {
+		i, _ := slices.BinarySearchFunc(tw.places, want, func(p place, k uint64) int { return cmp.Compare(p.key, k) })
+		for ; i < len(tw.places) && tw.places[i].key == want && tries < maxTwins; i++ {
 			tries++ // a hole costs three system calls
-			if c.readPlace(dgst, places[i].off, b) && sha256.Sum256(b) == ch.Digest {
+			if c.readPlace(dgst, tw.places[i].off, b) && sha256.Sum256(b) == ch.Digest {
 				return true
 			}
 		}

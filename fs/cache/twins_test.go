@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -26,8 +27,14 @@ func openSharing(t *testing.T, dir string, limit int64, layers ...*layer) *Cache
 	}})
 	must(t, err)
 	t.Cleanup(func() { must(t, c.Close()) })
-	poll(t, "knowledge of the layers", c.twins.ready.Load)
+	poll(t, "knowledge of the layers", func() bool { return c.twins.layers.Load() != nil })
 	return c
+}
+
+// pollKnown waits until c knows the chunks of ly.
+func pollKnown(t *testing.T, c *Cache, ly *layer) {
+	t.Helper()
+	poll(t, "knowledge of a layer", func() bool { return (*c.twins.layers.Load())[ly.dgst].places != nil })
 }
 
 // versions returns two versions of a layer: the second has a file more before the others, so that everything moves.
@@ -49,6 +56,7 @@ func TestTheNextVersionIsCopied(t *testing.T) {
 	c := openSharing(t, dir, 0, v1, v2)
 	l := openLayer(t, c, v1, v1.serve())
 	readAll(t, l, v1, 5000)
+	pollKnown(t, c, v1)
 
 	for _, state := range []string{"open", "closed", "of a former life"} {
 		t.Run(state, func(t *testing.T) {
@@ -82,6 +90,7 @@ func TestADamagedTwinIsAMiss(t *testing.T) {
 	c := openSharing(t, t.TempDir(), 0, v1, v2)
 	l := openLayer(t, c, v1, v1.serve())
 	readAll(t, l, v1, 5000)
+	pollKnown(t, c, v1)
 	poll(t, "end of the fills", l.store.idle) // or a late write repairs the damage
 	f, err := os.OpenFile(c.dataPath(v1.dgst), os.O_WRONLY, 0)
 	must(t, err)
@@ -102,7 +111,9 @@ func TestEqualChunksOfALayer(t *testing.T) {
 	twice := encode(t, append(bytes.Clone(one.tar[:len(one.tar)-1024]), one.tar...), 8<<10)
 	c := openSharing(t, t.TempDir(), 0, twice)
 	b := twice.serve()
-	readAll(t, openLayer(t, c, twice, b), twice, 5000)
+	l := openLayer(t, c, twice, b)
+	pollKnown(t, c, twice)
+	readAll(t, l, twice, 5000)
 	if got := b.bytes.Load(); got > twice.index.FramesSize()*6/10 {
 		t.Errorf("%d bytes of %d were fetched", got, twice.index.FramesSize())
 	}
@@ -118,8 +129,9 @@ func TestLayersThatLeftAreForgotten(t *testing.T) {
 	b := v2.serve()
 	readAll(t, openLayer(t, c, v2, b), v2, 5000)
 	checkFetched(t, b, v2)
-	if len(c.twins.layers) != 1 {
-		t.Errorf("%d layers are remembered", len(c.twins.layers))
+	pollKnown(t, c, v2)
+	if n := len(*c.twins.layers.Load()); n != 1 {
+		t.Errorf("%d layers are remembered", n)
 	}
 }
 
@@ -142,4 +154,52 @@ func TestCancelledCopyLeavesNothingOut(t *testing.T) {
 	if got := (&fill{layer: l}).copy(ctx, flights); len(got) != len(flights) {
 		t.Errorf("%d of %d chunks are given back", len(got), len(flights))
 	}
+}
+
+// So many chunks are known and no more: those of the layers used last, and none of a layer that has too many.
+func TestKnownChunksAreBounded(t *testing.T) {
+	layers := make(map[digest.Digest]*layer)
+	var order []digest.Digest
+	for _, size := range []int{100_000, 50_000, 300_000, 60_000} {
+		ly := newLayer(t, 4<<10, size)
+		layers[ly.dgst], order = ly, append(order, ly.dgst)
+	}
+	opened := 0
+	tw := &twins{index: func(dgst digest.Digest) (*artifact.Index, error) {
+		opened++
+		return layers[dgst].index, nil
+	}}
+	known := func(i int) bool { return (*tw.layers.Load())[order[i]].places != nil }
+	n := func(i int) int { return layers[order[i]].index.NumChunks() }
+	tw.learn(order, n(0)+n(1)+n(3), nil)
+	if !known(0) || !known(1) || known(2) || !known(3) || opened != 4 {
+		t.Errorf("known: %v %v %v %v, want all but the third; %d indexes opened", known(0), known(1), known(2), known(3), opened)
+	}
+	slices.Reverse(order)
+	tw.learn(order, n(0)+n(1)+n(2), nil)
+	if !known(0) || !known(1) || !known(2) || known(3) || opened != 5 {
+		t.Errorf("known: %v %v %v %v, want all but the last; %d indexes opened", known(0), known(1), known(2), known(3), opened)
+	}
+	if n(3) > layerPlaces {
+		t.Fatal("a layer has more chunks than the test thinks")
+	}
+}
+
+// No read waits until the chunks of a layer are known, however long that takes.
+func TestReadsDoNotWaitForKnowledge(t *testing.T) {
+	ly := newLayer(t, 8<<10, 300_000)
+	gate := make(chan struct{})
+	c, err := Open(t.TempDir(), Options{Index: func(digest.Digest) (*artifact.Index, error) {
+		<-gate
+		return ly.index, nil
+	}})
+	must(t, err)
+	t.Cleanup(func() { must(t, c.Close()) })
+	defer close(gate)
+	poll(t, "knowledge of no layer", func() bool { return c.twins.layers.Load() != nil })
+	l := openLayer(t, c, ly, ly.serve())
+	ctx, cancel := context.WithTimeout(t.Context(), patient)
+	defer cancel()
+	_, err = l.ReadAt(ctx, make([]byte, 100_000), 0)
+	must(t, err)
 }
