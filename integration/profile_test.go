@@ -1,10 +1,15 @@
 package integration_test
 
 import (
+	"bufio"
+	"bytes"
 	"encoding/json"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -14,13 +19,33 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
-// TestProfileRecord records the start of an image on one node, and starts it on another, which asks the registry for nothing once the hot blob is there.
+// TestProfileRecord records the start of an image on a node that runs it already, whose daemon was killed meanwhile, and starts it on another, which asks the registry
+// for nothing once the hot blob is there.
 func TestProfileRecord(t *testing.T) {
 	registry := startRegistry(t, registrytest.Options{})
 	ref := registry.Host() + "/app:v1"
 	pushSmall(t, ref, 60)
 	run(t, "streamctl", "create", "--record", "", ref)
-	first := startNode(t, node.Options{Stream: []string{registry.Host() + "/*"}})
+	first := startNode(t, node.Options{Stream: []string{registry.Host() + "/*"}, Supervise: true})
+	pullStreamed(t, registry, first, ref)
+	if _, err := first.Run(t.Context(), ref, nil, "/guest", "sum", "/data"); err != nil {
+		t.Fatal(err)
+	}
+	for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) { // until the daemon's record is on disk
+		if saved, err := filepath.Glob(first.Dir + "/s/images/*/first-use.part"); err == nil && len(saved) == 1 {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("no record of the first start")
+		}
+	}
+	export := func() string {
+		return run(t, "streaming-snapshotter", "profile", "export", "--config", first.ConfigFile(), ref)
+	}
+	before := export()
+	if !first.KillSupervised() {
+		t.Fatal("there was no daemon to kill")
+	}
 	record := filepath.Join(tempDir(t), "record.json")
 	for _, until := range []string{"--until-log=/data/small", "--for=1m"} { // a line comes; it ends by itself, when it has read all
 		out := run(t, "streaming-snapshotter", "profile", "record", "--config", first.ConfigFile(), "--containerd", first.Socket(), until, ref, "--", "/guest", "sum", "/data/small")
@@ -31,8 +56,15 @@ func TestProfileRecord(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if out, err := first.Ctr(t.Context(), "--namespace", "streaming-profile", "images", "ls", "-q"); err != nil || strings.TrimSpace(out) != "" {
-		t.Errorf("the run left %q, %v", out, err)
+	interruptRecord(t, first, ref)
+	if out, err := first.Ctr(t.Context(), "namespaces", "ls", "-q"); err != nil || strings.Contains(out, "streaming-profile") {
+		t.Errorf("namespaces: %q, %v", out, err)
+	}
+	if left, err := filepath.Glob(first.Dir + "/s/record-*"); err != nil || len(left) > 0 {
+		t.Errorf("left in the daemon's directory: %q, %v", left, err)
+	}
+	if after := export(); after != before {
+		t.Errorf("profile export prints\n%s\nafterwards, before it was\n%s", after, before)
 	}
 	run(t, "streamctl", "profile", "push", "--source", "recorded", ref, record)
 
@@ -58,11 +90,38 @@ func TestProfileRecord(t *testing.T) {
 			t.Fatalf("of %d chunks in the profile %+v came", len(p.Chunks), status.Cache)
 		}
 	}
-	before, _ := registry.Count(registrytest.OfBlobs)
+	asked, _ := registry.Count(registrytest.OfBlobs)
 	if _, err := second.Run(t.Context(), ref, nil, "/guest", "sum", "/data/small"); err != nil {
 		t.Fatal(err)
 	}
-	if after, _ := registry.Count(registrytest.OfBlobs); after != before {
-		t.Errorf("the container asked the registry %d times", after-before)
+	if after, _ := registry.Count(registrytest.OfBlobs); after != asked {
+		t.Errorf("the container asked the registry %d times", after-asked)
+	}
+}
+
+// interruptRecord interrupts a `profile record` as a terminal does under a container that runs for ever: that is a way to say that it is ready.
+func interruptRecord(t *testing.T, n *node.Node, ref string) {
+	t.Helper()
+	c := exec.CommandContext(t.Context(), "streaming-snapshotter", "profile", "record", "--config", n.ConfigFile(), "--containerd", n.Socket(), ref, "--",
+		"/guest", "watch", "/data/small")
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	var out bytes.Buffer
+	c.Stdout = &out
+	said, err := c.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	for lines := bufio.NewScanner(said); !strings.HasPrefix(lines.Text(), "pass "); {
+		if !lines.Scan() {
+			t.Fatalf("the container says nothing: %v", c.Wait())
+		}
+	}
+	go io.Copy(io.Discard, said)
+	syscall.Kill(-c.Process.Pid, syscall.SIGINT)
+	if err := c.Wait(); err != nil || !strings.Contains(out.String(), `"chunks":[[`) {
+		t.Errorf("interrupted: %q, %v", out.String(), err)
 	}
 }

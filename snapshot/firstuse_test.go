@@ -91,12 +91,22 @@ func TestFirstUsesCutShort(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.wantMounted(id, map[string]string{"hot0": files["hot0"]})
-	n.restart()
+	record := filepath.Join(n.root, "images", id, "first-use.json")
+	part := filepath.Join(filepath.Dir(record), "first-use.part")
+	var saved []byte
+	n.poll("record on disk", func() bool {
+		saved, _ = os.ReadFile(part)
+		return len(saved) > 0
+	})
+	n.stop()
+	if err := errors.Join(os.Remove(record), os.WriteFile(part, saved, 0o600)); err != nil { // as if it had been killed
+		t.Fatal(err)
+	}
+	n.start()
 	p, err := n.images.FirstUses(img.manifest)
 	if err != nil || len(p.Chunks) == 0 {
 		t.Fatalf("got %v, %v, want what was read", p, err)
 	}
-	record := filepath.Join(n.root, "images", id, "first-use.json")
 	if err := os.WriteFile(record, []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -36,13 +36,9 @@ func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store
 			return err
 		}
 	}
-	matcher := platforms.Default()
-	if o.platform != "" {
-		p, err := platforms.Parse(o.platform)
-		if err != nil {
-			return fmt.Errorf("--platform: %w", err)
-		}
-		matcher = platforms.Only(p)
+	matcher, err := platformMatcher(o.platform)
+	if err != nil {
+		return err
 	}
 	var remove func() error
 	if c.Root, remove, err = mountRoot(o.cache, st); err != nil {
@@ -64,6 +60,11 @@ func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
 
+	stopProfiles, err := n.serveProfiles(c.Root) // for "profile record"
+	if err != nil {
+		return err
+	}
+	defer stopProfiles()
 	// After newNode: it is what answers, if the directory is a predecessor's mount.
 	target, err := mountPoint(o.dir, n.mounts.Mounted)
 	if err != nil {

@@ -10,7 +10,6 @@ import (
 	"io"
 	"net"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/containerd/platforms"
@@ -20,12 +19,8 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
-// profilesSocket is the path of the third socket: who writes the digest of an image's platform manifest and a newline to it gets a profileAnswer. After
-// the word again, the record begins anew, and nothing is answered but an error.
+// profilesSocket is the path of the third socket: who writes the digest of an image's platform manifest and a newline to it gets a profileAnswer.
 func profilesSocket(root string) string { return filepath.Join(root, "profiles.sock") }
-
-// again, before a digest, asks for a new record.
-const again = "again "
 
 // profileAnswer is what the daemon has recorded of an image's first start, or why not.
 type profileAnswer struct {
@@ -43,9 +38,7 @@ func (n *node) serveProfiles(root string) (stop func(), err error) {
 		var a profileAnswer
 		if n.images == nil {
 			err = errors.New("the daemon is in safe mode")
-		} else if dgst, ok := strings.CutPrefix(line[:len(line)-1], again); ok {
-			err = n.images.RecordAgain(digest.Digest(dgst))
-		} else if p, perr := n.images.FirstUses(digest.Digest(dgst)); perr != nil {
+		} else if p, perr := n.images.FirstUses(digest.Digest(line[:len(line)-1])); perr != nil {
 			err = perr
 		} else {
 			a.Profile, err = json.Marshal(p)
@@ -98,7 +91,7 @@ func exportProfile(ctx context.Context, c config, ref, platform string) ([]byte,
 	var known error
 	if dgst != "" {
 		var b []byte
-		if b, known = askProfile(c.Root, "", dgst); known == nil {
+		if b, known = askProfile(c.Root, dgst); known == nil {
 			return b, nil
 		}
 	}
@@ -109,7 +102,7 @@ func exportProfile(ctx context.Context, c config, ref, platform string) ([]byte,
 	if manifest == dgst {
 		return nil, known
 	}
-	return askProfile(c.Root, "", manifest)
+	return askProfile(c.Root, manifest)
 }
 
 // manifestOf asks the registry for the digest of the platform manifest that ref names.
@@ -118,14 +111,19 @@ func manifestOf(ctx context.Context, c config, ref, platform string) (digest.Dig
 	if err != nil {
 		return "", err
 	}
-	reg, err := registryclient.New(registryclient.Options{
-		HostsDir: c.HostsDir, Credentials: registryclient.DockerCredentials(), UserAgent: "streaming-snapshotter/" + version(),
-	})
+	reg, err := newRegistry(c)
 	if err != nil {
 		return "", err
 	}
 	defer reg.Close()
 	return resolve(ctx, reg, mountOptions{ref: ref, platform: platform}, matcher)
+}
+
+// newRegistry returns a client for what a command asks of registries itself.
+func newRegistry(c config) (*registryclient.Client, error) {
+	return registryclient.New(registryclient.Options{
+		HostsDir: c.HostsDir, Credentials: registryclient.DockerCredentials(), UserAgent: "streaming-snapshotter/" + version(),
+	})
 }
 
 // platformMatcher matches a platform, this machine's if there is none given.
@@ -140,8 +138,8 @@ func platformMatcher(platform string) (platforms.MatchComparer, error) {
 	return platforms.Only(p), nil
 }
 
-// askProfile asks the daemon whose files are in root for the record of an image, or for a new one if what is again.
-func askProfile(root, what string, manifest digest.Digest) ([]byte, error) {
+// askProfile asks the process whose files are in root for the record of an image.
+func askProfile(root string, manifest digest.Digest) ([]byte, error) {
 	conn, err := dialDaemon(profilesSocket(root))
 	if err != nil {
 		return nil, err
@@ -149,7 +147,7 @@ func askProfile(root, what string, manifest digest.Digest) ([]byte, error) {
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(time.Minute))
 	var a profileAnswer
-	if _, err = fmt.Fprintf(conn, "%s%s\n", what, manifest); err == nil {
+	if _, err = fmt.Fprintf(conn, "%s\n", manifest); err == nil {
 		err = json.NewDecoder(conn).Decode(&a)
 	}
 	if err != nil {

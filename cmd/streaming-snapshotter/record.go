@@ -1,42 +1,49 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net"
 	"os"
+	"os/exec"
+	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"sync"
 	"time"
 
 	containerd "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/containerd/v2/core/remotes/docker"
-	dockerconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
-	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
-// recordNamespace is containerd's namespace of the runs for profiles: what they pull and make is theirs, and goes with them.
+// recordNamespace is containerd's namespace of the runs for profiles. It is there as long as one runs.
 const recordNamespace = "streaming-profile"
 
 type recordOptions struct {
-	ref, address, snapshotter string
-	args                      []string // of the container; none for the image's own
-	untilLog                  string   // regular expression
-	untilPort                 int
-	wait                      time.Duration
-	output                    io.Writer // of the container
+	ref, address string
+	args         []string // of the container; none for the image's own
+	untilLog     string   // regular expression
+	untilPort    int
+	wait         time.Duration
+	output       io.Writer // of the container
 }
 
 func newRecordCommand(configFile *string) *cobra.Command {
@@ -44,9 +51,9 @@ func newRecordCommand(configFile *string) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "record REF [-- COMMAND ...]",
 		Short: "Run a container of the image until it is ready, and print the record of what it read",
-		Long: `Pulls the image into a namespace of its own on this node's containerd, runs a container of it in the host's network until it is ready, and prints what it read in the form of
-"profile export", for "streamctl profile push --source recorded". The container's output goes to standard error. It is ready when one of the --until
-is met, when --for is over, when it ends, or at an interrupt. Afterwards container and image are removed.`,
+		Long: `Mounts the image as "mount" does, runs a container on it in the host's network until it is ready, with this node's containerd, and prints what it read in the form of
+"profile export", for "streamctl profile push --source recorded". The daemon has no part in it, and its record of the image stays. The container's output goes to
+standard error. It is ready when one of the --until is met, when --for is over, when it ends, or at an interrupt. Afterwards all is removed.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := loadConfig(*configFile)
@@ -54,7 +61,7 @@ is met, when --for is over, when it ends, or at an interrupt. Afterwards contain
 				return err
 			}
 			o.ref, o.args, o.output = args[0], args[1:], cmd.ErrOrStderr()
-			b, err := recordProfile(cmd.Context(), c, o)
+			b, err := recordProfile(cmd.Context(), c, *configFile, o)
 			if err != nil {
 				return fmt.Errorf("%s: %w", o.ref, err)
 			}
@@ -63,15 +70,15 @@ is met, when --for is over, when it ends, or at an interrupt. Afterwards contain
 		},
 	}
 	cmd.Flags().StringVar(&o.address, "containerd", "/run/containerd/containerd.sock", "containerd's socket")
-	cmd.Flags().StringVar(&o.snapshotter, "snapshotter", "streaming", "the daemon's name in containerd's proxy_plugins")
 	cmd.Flags().StringVar(&o.untilLog, "until-log", "", "ready when a line of the output matches this regular expression")
 	cmd.Flags().IntVar(&o.untilPort, "until-port", 0, "ready when this TCP port of the host takes connections")
 	cmd.Flags().DurationVar(&o.wait, "for", time.Minute, "ready after this time in any case")
 	return cmd
 }
 
-// recordProfile runs a container and returns the record of its start.
-func recordProfile(ctx context.Context, c config, o recordOptions) (record []byte, err error) {
+// recordProfile runs a container and returns the record of its start. The mount is its own: of another one of the image, the kernel may have read already what the
+// container reads.
+func recordProfile(ctx context.Context, c config, configFile string, o recordOptions) (record []byte, err error) {
 	match, err := regexp.Compile(o.untilLog)
 	if err != nil {
 		return nil, fmt.Errorf("--until-log: %w", err)
@@ -81,52 +88,160 @@ func recordProfile(ctx context.Context, c config, o recordOptions) (record []byt
 		return nil, fmt.Errorf("connect to containerd: %w", err)
 	}
 	defer client.Close()
-	manifest, err := manifestOf(ctx, c, o.ref, "")
+	image, err := imageToRecord(ctx, c, o.ref)
 	if err != nil {
 		return nil, err
 	}
-	image, err := pullForRecord(namespaces.WithNamespace(ctx, recordNamespace), client, c, o)
+	dir, err := os.MkdirTemp(existing(c.Root), "record-")
 	if err != nil {
 		return nil, err
 	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	rootfs, root, unmount, err := mountForRecord(ctx, dir, configFile, image.name)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, unmount()) }()
 	// What is made is removed also after an interrupt, which is a way to say that the container is ready.
 	own := namespaces.WithNamespace(context.WithoutCancel(ctx), recordNamespace)
-	defer func() {
-		err = errors.Join(err, client.ImageService().Delete(own, image.Name(), images.SynchronousDelete()))
+	err = runForRecord(ctx, own, client, image, rootfs, o, newReadiness(o, match))
+	if err = errors.Join(err, removeNamespace(own, client)); err != nil {
+		return nil, err
+	}
+	return askProfile(root, image.manifest)
+}
+
+// recordImage is an image to run, with its config. It is an oci.Image, with a content store that has nothing but the config.
+type recordImage struct {
+	content.Store
+	name     string // by digest
+	manifest digest.Digest
+	config   ocispec.Descriptor
+	bytes    []byte // of the config
+}
+
+func (i *recordImage) Config(context.Context) (ocispec.Descriptor, error) { return i.config, nil }
+
+func (i *recordImage) ContentStore() content.Store { return i }
+
+// ReaderAt reads the config.
+func (i *recordImage) ReaderAt(context.Context, ocispec.Descriptor) (content.ReaderAt, error) {
+	return configReader{bytes.NewReader(i.bytes)}, nil
+}
+
+type configReader struct{ *bytes.Reader }
+
+func (configReader) Close() error { return nil }
+
+// maxConfig bounds an image's config, bytes, as the daemon does.
+const maxConfig = 8 << 20
+
+// imageToRecord asks the registry for the image ref and its config.
+func imageToRecord(ctx context.Context, c config, ref string) (*recordImage, error) {
+	reg, err := newRegistry(c)
+	if err != nil {
+		return nil, err
+	}
+	defer reg.Close()
+	repo, _, _, err := registryclient.ParseReference(ref)
+	if err != nil {
+		return nil, err
+	}
+	i := &recordImage{}
+	if i.manifest, err = resolve(ctx, reg, mountOptions{ref: ref}, platforms.Default()); err != nil {
+		return nil, err
+	}
+	i.name = string(repo) + "@" + i.manifest.String()
+	b, err := reg.Manifest(ctx, repo, i.manifest, artifact.MaxManifestSize)
+	if err != nil {
+		return nil, err
+	}
+	m, err := artifact.UnmarshalManifest(b)
+	if err != nil {
+		return nil, err
+	}
+	i.config = m.Config
+	i.bytes, err = reg.Blob(ctx, repo, m.Config.Digest, maxConfig)
+	return i, err
+}
+
+// mountForRecord mounts the root file system for a container of an image in dir, until unmount. Another process serves the image, because none may use a mount that it
+// serves; root is where its files are.
+func mountForRecord(ctx context.Context, dir, configFile, image string) (rootfs, root string, unmount func() error, err error) {
+	at := func(name string) string { return filepath.Join(dir, name) }
+	for _, name := range []string{"image", "upper", "work", "rootfs"} { // the container's root has upper's mode
+		if err := errors.Join(os.Mkdir(at(name), 0o755), os.Chmod(at(name), 0o755)); err != nil {
+			return "", "", nil, err
+		}
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return "", "", nil, err
+	}
+	serve := exec.Command(program, "mount", "--config", configFile, "--cache", at("root"), image, at("image"))
+	if configFile == "" {
+		serve.Args = append(serve.Args[:2], serve.Args[4:]...)
+	}
+	serve.Stderr = os.Stderr
+	// What the terminal sends ends the container first.
+	serve.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGTERM}
+	out, err := serve.StdoutPipe()
+	if err != nil {
+		return "", "", nil, err
+	}
+	ended := make(chan error, 1)
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // Pdeathsig is about the thread
+		defer runtime.UnlockOSThread()
+		err := serve.Start()
+		started <- err
+		if err == nil {
+			ended <- serve.Wait()
+		}
 	}()
-	if _, err := askProfile(c.Root, again, manifest); err != nil {
-		return nil, err
+	if err := <-started; err != nil {
+		return "", "", nil, err
 	}
-	if err := runForRecord(ctx, own, client, image, o, newReadiness(o, match)); err != nil {
-		return nil, err
+	stop := func() error {
+		serve.Process.Signal(unix.SIGTERM) // fails if it has ended
+		return <-ended
 	}
-	return askProfile(c.Root, "", manifest)
+	defer context.AfterFunc(ctx, func() { serve.Process.Signal(unix.SIGTERM) })()
+	if _, err := bufio.NewReader(out).ReadString('\n'); err != nil {
+		return "", "", nil, cmp.Or(ctx.Err(), stop())
+	}
+	options := fmt.Sprintf("lowerdir=%s,upperdir=%s,workdir=%s", at("image"), at("upper"), at("work"))
+	if err := unix.Mount("overlay", at("rootfs"), "overlay", 0, options); err != nil {
+		return "", "", nil, errors.Join(fmt.Errorf("mount overlay at %s: %w", at("rootfs"), err), stop())
+	}
+	return at("rootfs"), at("root"), func() error { return errors.Join(unix.Unmount(at("rootfs"), 0), stop()) }, nil
 }
 
-func pullForRecord(ctx context.Context, client *containerd.Client, c config, o recordOptions) (containerd.Image, error) {
-	credentials := registryclient.DockerCredentials()
-	hosts := dockerconfig.HostOptions{
-		HostDir:     dockerconfig.HostDirFromRoot(c.HostsDir),
-		Credentials: func(host string) (string, string, error) { return credentials(ctx, host) },
+// removeNamespace removes the namespace, unless another run is in it.
+func removeNamespace(ctx context.Context, client *containerd.Client) error {
+	err := client.NamespaceService().Delete(ctx, recordNamespace)
+	if errdefs.IsNotFound(err) || errdefs.IsFailedPrecondition(err) {
+		err = nil
 	}
-	return client.Pull(ctx, o.ref, containerd.WithPullUnpack, containerd.WithPullSnapshotter(o.snapshotter),
-		containerd.WithImageHandlerWrapper(snapshotters.AppendInfoHandlerWrapper(o.ref)),
-		containerd.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: dockerconfig.ConfigureHosts(ctx, hosts)})))
+	return err
 }
 
-// runForRecord runs a container of image until it is ready. own is for what is done after ctx has ended.
-func runForRecord(ctx, own context.Context, client *containerd.Client, image containerd.Image, o recordOptions, ready *readiness) (err error) {
-	spec := []oci.SpecOpts{oci.WithImageConfigArgs(image, o.args), oci.WithHostNamespace("network"), oci.WithHostHostsFile, oci.WithHostResolvconf}
+// runForRecord runs a container of image on rootfs until it is ready. own is for what is done after ctx has ended.
+func runForRecord(ctx, own context.Context, client *containerd.Client, image oci.Image, rootfs string, o recordOptions, ready *readiness) (err error) {
+	id := "record-" + strconv.Itoa(os.Getpid())
+	spec := []oci.SpecOpts{
+		oci.WithCgroup("/" + id), // the default is in a directory of the namespace, which would stay
+		oci.WithRootFSPath(rootfs), oci.WithImageConfigArgs(image, o.args), oci.WithHostNamespace("network"), oci.WithHostHostsFile, oci.WithHostResolvconf,
+	}
 	if len(o.args) > 0 {
 		spec = append(spec, oci.WithProcessArgs(o.args...))
 	}
-	id := "record-" + strconv.Itoa(os.Getpid())
-	container, err := client.NewContainer(own, id, containerd.WithImage(image), containerd.WithSnapshotter(o.snapshotter),
-		containerd.WithNewSnapshot(id, image), containerd.WithNewSpec(spec...))
+	container, err := client.NewContainer(own, id, containerd.WithNewSpec(spec...))
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, container.Delete(own, containerd.WithSnapshotCleanup)) }()
+	defer func() { err = errors.Join(err, container.Delete(own)) }()
 	task, err := container.NewTask(own, cio.NewCreator(cio.WithStreams(nil, ready, ready)))
 	if err != nil {
 		return err

@@ -20,12 +20,16 @@ import (
 // waited for.
 const (
 	firstUseName = "first-use.json"
+	// firstUsePart is the record in the making: what is left of it when the daemon is killed is the record.
+	firstUsePart = "first-use.part"
 
 	// firstUseQuiet is how long nothing new is used once a start is over: a program that computes for longer is rare, and a server that waits for its first
 	// request has started.
 	firstUseQuiet = 30 * time.Second
 	// firstUseMax ends a record in any case: what an image's container reads after so long is its work and not its start.
-	firstUseMax    = 5 * time.Minute
+	firstUseMax = 5 * time.Minute
+	// firstUseSave is how often that is saved, at least: a mount goes on in the next life of the daemon, and is not recorded there.
+	firstUseSave   = 4 * time.Second
 	firstUseChunks = 1 << 16 // 8 GiB at 128 KiB a chunk
 )
 
@@ -97,12 +101,17 @@ func (s *Store) recordFirstUses(img *image) {
 	closed := s.closed
 	if !closed {
 		s.running.Go(func() {
-			s.waitFirstUses(img, u)
+			saved := 0 // chunks
+			s.waitFirstUses(img, u, func() {
+				if p := u.profile(use.device); len(p.Chunks) > saved {
+					saved = len(p.Chunks)
+					s.saveFirstUses(img, p, firstUsePart)
+				}
+			})
 			use.uses.Store(nil)
 			if p := u.profile(use.device); len(p.Chunks) > 0 {
-				if err := s.saveFirstUses(img, p); err != nil {
-					s.log.Warn("record of an image's first start", "image", img.id, "error", err)
-				}
+				s.saveFirstUses(img, p, firstUseName)
+				os.Remove(filepath.Join(s.imageDir(img.id), firstUsePart))
 				select {
 				case s.started <- struct{}{}:
 				default: // it is told already
@@ -118,9 +127,9 @@ func (s *Store) recordFirstUses(img *image) {
 	}
 }
 
-// waitFirstUses waits until the start of img is over.
-func (s *Store) waitFirstUses(img *image, u *firstUses) {
-	tick := time.NewTicker(s.o.StartQuiet / 8)
+// waitFirstUses waits until the start of img is over. It calls save meanwhile.
+func (s *Store) waitFirstUses(img *image, u *firstUses, save func()) {
+	tick := time.NewTicker(min(s.o.StartQuiet/8, firstUseSave))
 	defer tick.Stop()
 	end := time.After(firstUseMax)
 	for {
@@ -140,21 +149,21 @@ func (s *Store) waitFirstUses(img *image, u *firstUses) {
 		if over || gone {
 			return
 		}
+		save()
 	}
 }
 
-// saveFirstUses makes the record of img's first start durable, unless img was forgotten.
-func (s *Store) saveFirstUses(img *image, p *artifact.Profile) error {
+// saveFirstUses makes the record of img's first start durable under name, unless img was forgotten.
+func (s *Store) saveFirstUses(img *image, p *artifact.Profile, name string) {
 	b, err := json.Marshal(p)
-	if err != nil {
-		return err
-	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.images[img.id] != img {
-		return nil
+	if err == nil && s.images[img.id] == img {
+		err = writeDurable(s.imageDir(img.id), name, b)
 	}
-	return writeDurable(s.imageDir(img.id), firstUseName, b)
+	if err != nil {
+		s.log.Warn("record of an image's first start", "image", img.id, "error", err)
+	}
 }
 
 // FirstUses returns the record of the first start of the image with this platform manifest, or what there is of it yet. The error is ErrNoRecord if there is none.
@@ -170,29 +179,6 @@ func (s *Store) FirstUses(manifest digest.Digest) (*artifact.Profile, error) {
 		}
 	}
 	return nil, fmt.Errorf("%s: %w", manifest, ErrNoRecord)
-}
-
-// RecordAgain drops the record of the image with this platform manifest: its next mount begins a new one. The error is ErrNoRecord if the image is not here.
-func (s *Store) RecordAgain(manifest digest.Digest) error {
-	ids, err := s.withManifest(manifest)
-	if err != nil {
-		return err
-	}
-	if len(ids) == 0 {
-		return fmt.Errorf("%s: it is not streamed here: %w", manifest, ErrNoRecord)
-	}
-	for _, id := range ids {
-		if u, _ := s.recording(id); u != nil {
-			u.mu.Lock()
-			clear(u.seen)
-			u.chunks, u.last = nil, time.Now()
-			u.mu.Unlock()
-		}
-		if err := os.Remove(filepath.Join(s.imageDir(id), firstUseName)); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-	}
-	return nil
 }
 
 // withManifest lists the images with this platform manifest: one for each artifact.

@@ -11,7 +11,7 @@
 //
 //	images/<hex of the artifact manifest's digest>/
 //	    image.json         record: where the image came from, its chain IDs, the artifact's layers
-//	    first-use.json     record of the image's first start on this node, see firstuse.go: a profile in its JSON form
+//	    first-use.json     record of the image's first start on this node (.part: in the making), see firstuse.go: a profile in its JSON form
 //	    completed          all of the image was fetched, see complete.go
 //	    <n>.erofs          metadata image of the chain of the first n layers: of the whole chain made when the image is
 //	                       found, so that what cannot be mounted falls back, of others when they are first mounted
@@ -397,6 +397,7 @@ func (s *Store) sweep() error {
 			}
 			continue
 		}
+		os.Rename(filepath.Join(dir, firstUsePart), filepath.Join(dir, firstUseName)) // if it is there
 		tmp, _ := filepath.Glob(filepath.Join(dir, "*"+tmpSuffix))
 		for _, t := range tmp {
 			os.Remove(t)
