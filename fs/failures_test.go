@@ -12,17 +12,17 @@ import (
 func TestFailedReadsDoNotFillTheLog(t *testing.T) {
 	var b bytes.Buffer
 	l := slog.New(slog.NewTextHandler(&b, nil))
-	var f failures
+	var f LogLimit
 	begin := time.Now()
 	for i := range 1000 {
-		f.log(l, begin.Add(time.Duration(i)*time.Millisecond), "offset", i)
+		f.Log(l, begin.Add(time.Duration(i)*time.Millisecond), slog.LevelError, "read", "offset", i)
 	}
-	if n := strings.Count(b.String(), "\n"); n != maxFailures {
-		t.Errorf("%d lines in the first second, want %d", n, maxFailures)
+	if n := strings.Count(b.String(), "\n"); n != maxLines {
+		t.Errorf("%d lines in the first second, want %d", n, maxLines)
 	}
 	b.Reset()
 	for i := range 2 {
-		f.log(l, begin.Add(time.Hour), "offset", i)
+		f.Log(l, begin.Add(time.Hour), slog.LevelError, "read", "offset", i)
 	}
 	if s := b.String(); strings.Count(s, "\n") != 2 || strings.Count(s, "not_logged=990") != 1 {
 		t.Errorf("an hour later: %s", s)

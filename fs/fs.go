@@ -231,6 +231,20 @@ func (s *Server) newName() string {
 // Mode returns the mode in use, and, for ModeAuto, why the better ones were not taken.
 func (s *Server) Mode() (Mode, string) { return s.mode, s.reason }
 
+// Count returns how many images are mounted, by this Server or a predecessor of it, and at how many targets.
+func (s *Server) Count() (images, mounts int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	ids := map[string]bool{}
+	for _, m := range s.mounts {
+		if m.ready {
+			ids[m.id] = true
+			mounts++
+		}
+	}
+	return len(ids), mounts
+}
+
 // Mounted reports whether an image is mounted at target, by this Server or a predecessor of it.
 func (s *Server) Mounted(target string) bool {
 	s.mu.Lock()

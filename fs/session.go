@@ -80,7 +80,7 @@ type session struct {
 	keep    Keeper // nil if name is empty
 	name    string // that it is kept by
 	log     *slog.Logger
-	failed  failures          // READs
+	failed  LogLimit          // READs
 	memory  *memory           // shared by a Server's sessions
 	step    func(step string) // a test's: called where a process may die
 	ctx     context.Context   // ends when the connection does; the parent of the READs' contexts
@@ -381,7 +381,7 @@ func (s *session) read(r *reading) {
 	if err != nil {
 		status := errno(r.ctx, err)
 		if status == fuse.EIO && !s.frozen.Load() {
-			s.failed.log(s.log, time.Now(), "mount", s.target, "node", r.in.NodeId, "offset", r.in.Offset, "size", r.in.Size, "error", err)
+			s.failed.Log(s.log, time.Now(), slog.LevelError, "read", "mount", s.target, "node", r.in.NodeId, "offset", r.in.Offset, "size", r.in.Size, "error", err)
 		}
 		s.reply(r.in.Unique, status, nil)
 		return

@@ -4,6 +4,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -95,8 +96,11 @@ func (n *testNode) start() {
 	check(err)
 	n.images, err = stream.New(stream.Options{
 		Root: n.root, Registry: client, Cache: chunks, Mounter: mounts,
-		Allow: func(r registryclient.Repository) bool {
-			return r != registryclient.Repository(n.reg.Host()+"/unlisted")
+		Allow: func(r registryclient.Repository) error {
+			if r == registryclient.Repository(n.reg.Host()+"/unlisted") {
+				return errors.New("it is not listed")
+			}
+			return nil
 		},
 		Timeout:    5 * time.Second,
 		RetryAfter: n.retryAfter,

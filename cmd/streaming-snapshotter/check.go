@@ -27,12 +27,7 @@ func check(c config, w io.Writer) (err error) {
 	if why != "" {
 		fmt.Fprintf(w, "not taken: %s\n", why)
 	}
-	if len(c.Stream) == 0 {
-		fmt.Fprintln(w, "stream: nothing is listed in the configuration: every image is pulled in the normal way")
-	}
-	for _, p := range c.Stream {
-		fmt.Fprintf(w, "stream: %s\n", p)
-	}
+	fmt.Fprintf(w, "stream: %s\n", c.Stream)
 	return nil
 }
 

@@ -216,13 +216,22 @@ func (ps patterns) validate() error {
 	return nil
 }
 
-func (ps patterns) allow(repo registryclient.Repository) bool {
+// allow says why images of repo are not streamed; nil if they are.
+func (ps patterns) allow(repo registryclient.Repository) error {
 	for _, p := range ps {
 		if matchParts(strings.Split(p, "/"), strings.Split(string(repo), "/")) {
-			return true
+			return nil
 		}
 	}
-	return false
+	return fmt.Errorf("%s is not listed in `stream` in the configuration", repo)
+}
+
+// String says what is listed.
+func (ps patterns) String() string {
+	if len(ps) == 0 {
+		return "nothing is listed in the configuration: every image is pulled in the normal way"
+	}
+	return strings.Join(ps, " ")
 }
 
 func matchParts(pattern, parts []string) bool {

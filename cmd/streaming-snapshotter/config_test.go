@@ -117,11 +117,11 @@ func TestPatterns(t *testing.T) {
 		if err := p.validate(); err != nil {
 			t.Error(err)
 		}
-		if got := p.allow(registryclient.Repository(c.repo)); got != c.want {
+		if got := p.allow(registryclient.Repository(c.repo)) == nil; got != c.want {
 			t.Errorf("%s allows %s: got %v, want %v", c.pattern, c.repo, got, c.want)
 		}
 	}
-	if (patterns{}).allow("r.example/app") {
+	if (patterns{}).allow("r.example/app") == nil {
 		t.Error("an empty list allows a repository")
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"os/signal"
 	"runtime/debug"
@@ -23,7 +24,8 @@ const defaultConfig = "/etc/streaming-snapshotter/config.toml"
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	context.AfterFunc(ctx, stop) // a second signal kills, whatever the first is waiting for
+	context.AfterFunc(ctx, stop)                                   // a second signal kills, whatever the first is waiting for
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, nil))) // as the daemon's
 	if err := newCommand().ExecuteContext(ctx); err != nil {
 		if errors.Is(err, context.Canceled) && ctx.Err() != nil {
 			err = errors.New("interrupted")

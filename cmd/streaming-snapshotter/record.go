@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -30,7 +31,6 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
-	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
@@ -133,8 +133,8 @@ type configReader struct{ *bytes.Reader }
 
 func (configReader) Close() error { return nil }
 
-// maxConfig bounds an image's config, bytes, as the daemon does.
-const maxConfig = 8 << 20
+// maxDocument bounds an image's manifest and its config, bytes.
+const maxDocument = 8 << 20
 
 // imageToRecord asks the registry for the image ref and its config.
 func imageToRecord(ctx context.Context, c config, ref string) (*recordImage, error) {
@@ -152,16 +152,16 @@ func imageToRecord(ctx context.Context, c config, ref string) (*recordImage, err
 		return nil, err
 	}
 	i.name = string(repo) + "@" + i.manifest.String()
-	b, err := reg.Manifest(ctx, repo, i.manifest, artifact.MaxManifestSize)
+	b, err := reg.Manifest(ctx, repo, i.manifest, maxDocument)
 	if err != nil {
 		return nil, err
 	}
-	m, err := artifact.UnmarshalManifest(b)
-	if err != nil {
-		return nil, err
+	var m ocispec.Manifest
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, fmt.Errorf("manifest: %w", err)
 	}
 	i.config = m.Config
-	i.bytes, err = reg.Blob(ctx, repo, m.Config.Digest, maxConfig)
+	i.bytes, err = reg.Blob(ctx, repo, m.Config.Digest, maxDocument)
 	return i, err
 }
 

@@ -274,6 +274,13 @@ func streamed(t *testing.T, sn snapshots.Snapshotter, ref string) (root, manifes
 	if !errdefs.IsAlreadyExists(err) {
 		t.Fatalf("Prepare: got %v, want ErrAlreadyExists", err)
 	}
+	return container(t, sn, ref, "container"), manifest
+}
+
+// container mounts a container of ref, which was pulled.
+func container(t *testing.T, sn snapshots.Snapshotter, ref, name string) (root string) {
+	t.Helper()
+	ctx := context.Background()
 	top := ""
 	if err := sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
 		if info.Parent != "" && strings.Contains(info.Name, ref) {
@@ -283,7 +290,7 @@ func streamed(t *testing.T, sn snapshots.Snapshotter, ref string) (root, manifes
 	}); err != nil {
 		t.Fatal(err)
 	}
-	mounts, err := sn.Prepare(ctx, ref+" container", top)
+	mounts, err := sn.Prepare(ctx, ref+" "+name, top)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -292,7 +299,7 @@ func streamed(t *testing.T, sn snapshots.Snapshotter, ref string) (root, manifes
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { unix.Unmount(root, unix.MNT_DETACH) })
-	return root, manifest
+	return root
 }
 
 // A root on overlayfs, on which file-backed EROFS cannot be: serve and mount choose another way, and check says so.

@@ -117,12 +117,13 @@ func attempt[T any](f func() (T, error)) (v T, err error) {
 	return f()
 }
 
-// startSafe opens what can be opened. Nothing is streamed that is not there already.
-func startSafe(c config, keep nodefs.Keeper, log *slog.Logger) (*node, *snapshot.Snapshotter, error) {
+// startSafe opens what can be opened, in safe mode for reason. Nothing is streamed that is not there already.
+func startSafe(c config, reason string, keep nodefs.Keeper, log *slog.Logger) (*node, *snapshot.Snapshotter, error) {
+	safe := inSafeMode{reason}
 	n, err := attempt(func() (*node, error) {
-		return newNode(c, func(registryclient.Repository) bool { return false }, keep, false)
+		return newNode(c, func(registryclient.Repository) error { return safe }, keep, false)
 	})
-	var images snapshot.Images = noImages{}
+	var images snapshot.Images = noImages{safe}
 	if err != nil {
 		log.Error("streamed images cannot be used", "error", err)
 		n = &node{}
@@ -197,21 +198,21 @@ func setAside(root string) (string, error) {
 }
 
 // noImages is what the snapshotter has of streamed images when they cannot be used.
-type noImages struct{}
+type noImages struct{ why error }
 
-func (noImages) Find(context.Context, string, digest.Digest) (string, []digest.Digest, error) {
-	return "", nil, inSafeMode{}
+func (no noImages) Find(context.Context, string, digest.Digest) (string, []digest.Digest, error) {
+	return "", nil, no.why
 }
-func (noImages) Mount(context.Context, string, int, string) error  { return inSafeMode{} }
-func (noImages) Unmount(string) error                              { return nil }
-func (noImages) Mounted(string) bool                               { return true } // for all that is known: nothing is detached
-func (noImages) Forget(string) error                               { return nil }
-func (noImages) Retain(func(string) bool) error                    { return nil }
-func (noImages) Blobs(string, int) []digest.Digest                 { return nil }
-func (noImages) Usage(string, int, []digest.Digest) (int64, error) { return 0, nil }
+func (no noImages) Mount(context.Context, string, int, string) error { return no.why }
+func (noImages) Unmount(string) error                                { return nil }
+func (noImages) Mounted(string) bool                                 { return true } // for all that is known: nothing is detached
+func (noImages) Forget(string) error                                 { return nil }
+func (noImages) Retain(func(string) bool) error                      { return nil }
+func (noImages) Blobs(string, int) []digest.Digest                   { return nil }
+func (noImages) Usage(string, int, []digest.Digest) (int64, error)   { return 0, nil }
 
-type inSafeMode struct{}
+type inSafeMode struct{ reason string }
 
-func (inSafeMode) Error() string {
-	return "streamed images cannot be used in safe mode (`streaming-snapshotter status` says why)"
+func (s inSafeMode) Error() string {
+	return "the daemon is in safe mode, in which nothing new is streamed: " + s.reason
 }

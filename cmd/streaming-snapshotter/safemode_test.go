@@ -8,11 +8,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
@@ -58,6 +61,19 @@ func prepare(t *testing.T, address, key string) {
 	}
 	if info, err := sn.Stat(ctx, key+" committed"); err != nil || info.Kind != snapshots.KindCommitted {
 		t.Fatalf("stat: %+v, %v", info, err)
+	}
+}
+
+// pullListed begins to pull an image from a repository that is listed in good configurations of TestSafeMode, in the normal way.
+func pullListed(t *testing.T, address string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	dgst := digest.FromString("").String()
+	if _, err := connect(t, address).Prepare(ctx, "listed", "", snapshots.WithLabels(map[string]string{
+		snapshots.LabelSnapshotRef: dgst, snapshotters.TargetRefLabel: "127.0.0.1:1/app", snapshotters.TargetManifestDigestLabel: dgst,
+	})); err != nil {
+		t.Error(err)
 	}
 }
 
@@ -118,7 +134,7 @@ func TestSafeMode(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			good = append(good, "mount_mode = 'file'\n"...) // in which nothing else can be tried
+			good = append(good, "mount_mode = 'file'\nstream = ['127.0.0.1:1/*']\n"...) // in file mode nothing else can be tried
 			if err := os.WriteFile(config, good, 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -151,6 +167,7 @@ func TestSafeMode(t *testing.T) {
 				t.Errorf("%+v\n%s", got, &s.stderr)
 			}
 			prepare(t, address, "in safe mode")
+			pullListed(t, address)
 			checkKept(t, root, address, c.loses)
 
 			// Mended.
@@ -168,6 +185,9 @@ func TestSafeMode(t *testing.T) {
 			s.signal(unix.SIGTERM)
 			if err := s.wait(); err != nil {
 				t.Errorf("%v\n%s", err, &s.stderr)
+			}
+			if said := s.stderr.String(); !strings.Contains(said, "normal pull") || !strings.Contains(said, "is in safe mode, in which nothing new is streamed: "+strings.Trim(strconv.Quote(got.SafeMode), `"`)) {
+				t.Errorf("the log does not say why a pull was a normal one:\n%s", said)
 			}
 			if _, err := os.Stat(filepath.Join(root, "failed-starts")); !os.IsNotExist(err) {
 				t.Errorf("failures are still counted: %v", err)
@@ -261,9 +281,11 @@ func TestStatus(t *testing.T) {
 	if s.SafeMode != "" || s.Kept || s.StreamedCount != 0 || s.Since == "" {
 		t.Errorf("%+v", s)
 	}
-	text := start(t, "status", "--config", config)
-	if line, err := text.stdout.ReadString('\n'); err != nil || !strings.HasPrefix(line, "version: ") || text.wait() != nil {
-		t.Errorf("got %q, %v", line, err)
+	text := statusText(t, config)
+	for _, want := range []string{"version: ", "\nimages: 0 streamed, 0 of them mounted, at 0 places\n", "\nstream: nothing is listed in the configuration", "\ncache: 0 B of "} {
+		if !strings.Contains(text, want) {
+			t.Errorf("want %q in\n%s", want, text)
+		}
 	}
 	start(t, "status", "-o", "yaml").wantFailure("text or json")
 	p.signal(unix.SIGTERM)
@@ -321,11 +343,16 @@ func TestStatusOfTrouble(t *testing.T) {
 	if h := s.Hosts[0]; h.Since == "" || !strings.Contains(h.Error, "503") {
 		t.Errorf("got host %+v", h)
 	}
-	text := exec.Command(os.Args[0], "status", "--config", config)
-	text.Env = append(os.Environ(), asCommand+"=1")
-	out, err := text.Output()
-	if err != nil || !strings.Contains(string(out), "\nhost: "+reg.Host()+": away since ") || !strings.Contains(string(out), ", NOT CACHING: ") {
-		t.Errorf("got %s, %v", out, err)
+	text := statusText(t, config)
+	for _, want := range []string{"\nimages: 1 streamed, 1 of them mounted, at 1 places\n", "\nhost: " + reg.Host() + ": away since ", ", NOT CACHING: "} {
+		if !strings.Contains(text, want) {
+			t.Errorf("want %q in\n%s", want, text)
+		}
+	}
+	for _, what := range []string{"go on without caching", "host is away"} {
+		if strings.Count(text, what) != 1 {
+			t.Errorf("want one line that says %q in\n%s", what, text)
+		}
 	}
 
 	back()
@@ -339,15 +366,71 @@ func TestStatusOfTrouble(t *testing.T) {
 	if s.CacheError == "" || s.CacheBytes == 0 {
 		t.Errorf("after the repair: %+v", s)
 	}
-	told := map[string]int{}
-	for _, p := range s.Problems {
-		for _, what := range []string{"go on without caching", "host is away"} {
-			if strings.Contains(p, what) {
-				told[what]++
-			}
+	if len(s.Problems) > 0 {
+		t.Errorf("what is well again is still a problem:\n%s", strings.Join(s.Problems, "\n"))
+	}
+}
+
+// The status says that chunks on disk were damaged, and the log where.
+func TestStatusOfDamage(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	dir := t.TempDir()
+	root, address := filepath.Join(dir, "root"), filepath.Join(dir, "s.sock")
+	config := writeConfig(t, root, address)
+	addConfig(t, config, "stream = ['"+reg.Host()+"/*']\nbackground_bandwidth = '0'")
+	stop := func(p *process) {
+		p.signal(unix.SIGTERM)
+		if err := p.wait(); err != nil {
+			t.Errorf("%v\n%s", err, &p.stderr)
 		}
 	}
-	if told["go on without caching"] != 1 || told["host is away"] != 1 {
-		t.Errorf("want one line of each trouble:\n%s", strings.Join(s.Problems, "\n"))
+	ref := reg.Host() + "/app"
+	p := serving(t, config, address)
+	first, _ := streamed(t, connect(t, address), ref)
+	want := t.TempDir()
+	if err := os.CopyFS(want, os.DirFS(first)); err != nil {
+		t.Fatal(err)
 	}
+	unix.Unmount(first, 0)
+	stop(p)
+	files, err := filepath.Glob(filepath.Join(root, "cache", "*", "data"))
+	if err != nil || len(files) != 2 {
+		t.Fatalf("got %q, %v, want the files of two layers", files, err)
+	}
+	b, err := os.ReadFile(files[0])
+	if err == nil {
+		b[len(b)/2] ^= 1
+		err = os.WriteFile(files[0], b, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p = serving(t, config, address)
+	second := container(t, connect(t, address), ref, "second")
+	once, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := compareAgain(once, want, second); err != nil {
+		t.Error(err)
+	}
+	s := askStatus(t, config, func(s status) bool { return s.Cache.DamagedChunks == 1 })
+	if len(s.Problems) != 1 || !strings.Contains(s.Problems[0], files[0]) || !strings.Contains(s.Problems[0], "layer=") {
+		t.Errorf("problems: %q, want one that names %s", s.Problems, files[0])
+	}
+	if text := statusText(t, config); !strings.Contains(text, ", chunks found damaged on disk and fetched again: 1\n") {
+		t.Error(text)
+	}
+	unix.Unmount(second, 0)
+	stop(p)
+}
+
+// statusText is what status prints.
+func statusText(t *testing.T, config string) string {
+	t.Helper()
+	c := exec.Command(os.Args[0], "status", "--config", config)
+	c.Env = append(os.Environ(), asCommand+"=1")
+	out, err := c.Output()
+	if err != nil {
+		t.Error(err)
+	}
+	return string(out)
 }

@@ -34,7 +34,7 @@ type node struct {
 
 // newNode opens the node's parts with their files in root, which the caller has locked. allow is nil to stream from everywhere. keep is nil
 // if mounts end with the process. foreign is nodefs.Options.Foreign.
-func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.Keeper, foreign bool) (n *node, err error) {
+func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.Keeper, foreign bool) (n *node, err error) {
 	n = &node{keeps: keep != nil}
 	defer func() {
 		if err != nil {
@@ -64,7 +64,7 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 		return n, err
 	}
 	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{
-		NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root), OnDisk: logDisk,
+		NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root), OnDisk: logDisk, OnDamage: logDamage(),
 	}); err != nil {
 		return n, err
 	}
@@ -93,22 +93,32 @@ func newNode(c config, allow func(registryclient.Repository) bool, keep nodefs.K
 
 // logHost logs what happens to a registry's host.
 func logHost(h registryclient.HostStatus) {
+	ctx := about(h.Registry + " " + h.Host)
 	switch {
 	case h.Away:
-		slog.Warn("registry host is away: reads of what is not on the node wait", "registry", h.Registry, "host", h.Host, "error", h.Error)
+		slog.WarnContext(ctx, "registry host is away: reads of what is not on the node wait", "registry", h.Registry, "host", h.Host, "error", h.Error)
 	case h.Error != "":
 		slog.Warn("registry host is asked after the others", "registry", h.Registry, "host", h.Host, "error", h.Error, "until", h.Wrong.Format(time.RFC3339))
 	default:
-		slog.Info("registry host is back", "registry", h.Registry, "host", h.Host)
+		slog.InfoContext(ctx, "registry host is back", "registry", h.Registry, "host", h.Host)
 	}
 }
 
 // logDisk logs what happens to the cache's disk.
 func logDisk(failing bool, err error) {
+	ctx := about("the cache's disk")
 	if failing {
-		slog.Warn("the cache's disk fails: reads go on without caching", "error", err)
+		slog.WarnContext(ctx, "the cache's disk fails: reads go on without caching", "error", err)
 	} else {
-		slog.Info("the cache's disk works again")
+		slog.InfoContext(ctx, "the cache's disk works again")
+	}
+}
+
+// logDamage returns what logs damage of the chunk cache.
+func logDamage() func(cache.Damage) {
+	var lines nodefs.LogLimit
+	return func(d cache.Damage) {
+		lines.Log(slog.Default(), time.Now(), slog.LevelWarn, "damaged on this node's disk, and fetched again", "layer", d.Layer, "file", d.File, "offset", d.Offset, "bytes", d.Size)
 	}
 }
 
@@ -189,7 +199,7 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	ready := false
 	if err = configErr; err == nil {
 		if safe != "" {
-			n, sn, err = startSafe(c, keep, log)
+			n, sn, err = startSafe(c, safe, keep, log)
 		} else {
 			n, sn, err = startNormal(c, keep, log)
 		}

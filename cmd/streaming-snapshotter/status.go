@@ -11,12 +11,11 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/moby/sys/mountinfo"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
@@ -33,6 +32,7 @@ type status struct {
 	Kept          bool               `json:"kept"` // the mounts outlive the daemon
 	StreamedCount int                `json:"streamed_images"`
 	MountedCount  int                `json:"mounted_images"`
+	Mounts        int                `json:"mounts"`                // places where these are mounted, as a whole or in part
 	CacheBytes    int64              `json:"cache_bytes"`           // on disk
 	CacheLimit    int64              `json:"cache_limit"`           // 0 is none
 	NotCaching    bool               `json:"not_caching"`           // the cache's disk fails at the moment, for cache_error
@@ -100,11 +100,11 @@ func (s status) measure(root string, n *node, p *problems) status {
 			}
 		}
 	}
-	if mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(filepath.Join(root, "snapshots"))); err == nil {
-		s.MountedCount = len(mounts)
+	if n.mounts != nil {
+		s.MountedCount, s.Mounts = n.mounts.Count()
 	}
 	filepath.WalkDir(filepath.Join(root, "cache"), func(_ string, d fs.DirEntry, err error) error {
-		if err != nil {
+		if err != nil || d.IsDir() {
 			return nil // it is removed, or cannot be read: the cache says so itself
 		}
 		if fi, err := d.Info(); err == nil {
@@ -190,12 +190,12 @@ func printStatus(root string, asJSON bool, w io.Writer) error {
 	if s.NotTaken != "" {
 		fmt.Fprintf(w, "not taken: %s\n", s.NotTaken)
 	}
-	fmt.Fprintf(w, "images: %d streamed, %d mounted\nstream: %s\ncache: %s\n", s.StreamedCount, s.MountedCount, strings.Join(s.Stream, " "), s.cache())
+	fmt.Fprintf(w, "images: %d streamed, %d of them mounted, at %d places\nstream: %s\ncache: %s\n", s.StreamedCount, s.MountedCount, s.Mounts, s.Stream, s.cache())
 	for _, h := range s.Hosts {
 		fmt.Fprintf(w, "host: %s\n", h)
 	}
 	if b := s.Background; b != nil {
-		fmt.Fprintf(w, "in the background: %s, %.1f of %.1f MB\n", b.Image, float64(b.Done)/1e6, float64(b.Total)/1e6)
+		fmt.Fprintf(w, "in the background: %s, %s of %s\n", b.Image, bytesText(b.Done), bytesText(b.Total))
 	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "problem: %s\n", p)
@@ -203,11 +203,26 @@ func printStatus(root string, asJSON bool, w io.Writer) error {
 	return nil
 }
 
+// bytesText prints bytes as people read them.
+func bytesText(n int64) string {
+	f, unit := float64(n), "B"
+	for _, u := range []string{"kB", "MB", "GB", "TB"} {
+		if f < 999.95 {
+			break
+		}
+		f, unit = f/1000, u
+	}
+	return strings.TrimSuffix(fmt.Sprintf("%.1f", f), ".0") + " " + unit
+}
+
 // cache says in one line how the chunk cache is.
 func (s status) cache() string {
-	text := fmt.Sprintf("%.1f MB", float64(s.CacheBytes)/1e6)
+	text := bytesText(s.CacheBytes)
 	if s.CacheLimit > 0 {
-		text += fmt.Sprintf(" of %.1f MB", float64(s.CacheLimit)/1e6)
+		text += " of " + bytesText(s.CacheLimit)
+	}
+	if n := s.Cache.DamagedChunks; n > 0 {
+		text += fmt.Sprintf(", chunks found damaged on disk and fetched again: %d", n)
 	}
 	switch {
 	case s.NotCaching:
@@ -230,7 +245,17 @@ const maxProblems = 20
 
 type lastLines struct {
 	mu    sync.Mutex
-	lines []string
+	lines []problem
+}
+
+// problem is one line, and what it is about, "" for nothing that can be well again.
+type problem struct{ about, text string }
+
+type aboutKey struct{}
+
+// about is a context to log what happens to one thing with: a line below a warning says that it is well again, and ends the problems of before.
+func about(what string) context.Context {
+	return context.WithValue(context.Background(), aboutKey{}, what)
 }
 
 func newProblems(h slog.Handler) *problems { return &problems{Handler: h, last: &lastLines{}} }
@@ -238,11 +263,21 @@ func newProblems(h slog.Handler) *problems { return &problems{Handler: h, last: 
 func (p *problems) list() []string {
 	p.last.mu.Lock()
 	defer p.last.mu.Unlock()
-	return append([]string{}, p.last.lines...)
+	list := []string{}
+	for _, l := range p.last.lines {
+		list = append(list, l.text)
+	}
+	return list
+}
+
+// Enabled is slog's: what ends a problem is looked at, too.
+func (p *problems) Enabled(_ context.Context, l slog.Level) bool {
+	return l >= slog.LevelInfo || p.Handler.Enabled(context.Background(), l)
 }
 
 // Handle is slog's.
 func (p *problems) Handle(ctx context.Context, r slog.Record) error {
+	what, _ := ctx.Value(aboutKey{}).(string)
 	if r.Level >= slog.LevelWarn {
 		var b strings.Builder
 		fmt.Fprintf(&b, "%s %s: %s", r.Time.UTC().Format(time.RFC3339), r.Level, r.Message)
@@ -257,9 +292,16 @@ func (p *problems) Handle(ctx context.Context, r slog.Record) error {
 		}
 		r.Attrs(add)
 		p.last.mu.Lock()
-		p.last.lines = append(p.last.lines, b.String())
+		p.last.lines = append(p.last.lines, problem{what, b.String()})
 		p.last.lines = p.last.lines[max(0, len(p.last.lines)-maxProblems):]
 		p.last.mu.Unlock()
+	} else if what != "" {
+		p.last.mu.Lock()
+		p.last.lines = slices.DeleteFunc(p.last.lines, func(l problem) bool { return l.about == what })
+		p.last.mu.Unlock()
+	}
+	if !p.Handler.Enabled(ctx, r.Level) {
+		return nil
 	}
 	return p.Handler.Handle(ctx, r)
 }

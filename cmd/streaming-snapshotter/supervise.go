@@ -34,12 +34,13 @@ type supervisor struct {
 	socket  string
 	own     *fdstore.Store
 	ready   atomic.Bool // the command that runs now has said so
+	again   atomic.Bool // it is not the first
 	log     *slog.Logger
 }
 
 // supervise keeps descriptors for whoever comes to socket, and runs this program with args, if there are any, until ctx ends.
 func supervise(ctx context.Context, socket string, args []string) (err error) {
-	s := &supervisor{args: args, log: slog.New(slog.NewTextHandler(os.Stderr, nil))}
+	s := &supervisor{args: args, log: slog.Default()}
 	if s.own, err = fdstore.Open(); err != nil {
 		return err
 	}
@@ -93,6 +94,9 @@ func (s *supervisor) said(state string) {
 	for line := range strings.SplitSeq(state, "\n") {
 		if line == "READY=1" {
 			s.ready.Store(true)
+			if s.again.Load() {
+				s.log.Info("the command is ready again", "command", s.args)
+			}
 		}
 		if line == "READY=1" || strings.HasPrefix(line, "STATUS=") {
 			if err := s.own.Notify(line); err != nil {
@@ -126,6 +130,7 @@ func (s *supervisor) run(ctx context.Context) error {
 		if asked {
 			wait = 0
 		}
+		s.again.Store(true)
 		s.log.Warn("the command has ended and is run again", "command", s.args, "error", err, "wait", wait)
 		select {
 		case <-ctx.Done():

@@ -135,6 +135,9 @@ func TestSuperviseMount(t *testing.T) {
 			if strings.Contains(p.stderr.String(), "exit status") {
 				t.Errorf("a command failed\n%s", &p.stderr)
 			}
+			if n := strings.Count(p.stderr.String(), "is ready again"); n == 0 || n > kills+1 {
+				t.Errorf("it says %d times that it serves again\n%s", n, &p.stderr)
+			}
 			p.wantUnmounted(dir)
 		})
 	}

@@ -87,14 +87,15 @@ const (
 
 // Cache is a directory of layers.
 type Cache struct {
-	dir   string
-	lock  *os.File // holds the flock
-	disk  disk
-	bufs  buffers
-	stats counters
-	twins twins
-	exact bool // no read-ahead
-	limit int64
+	dir      string
+	lock     *os.File // holds the flock
+	disk     disk
+	bufs     buffers
+	stats    counters
+	twins    twins
+	exact    bool         // no read-ahead
+	onDamage func(Damage) // of Options
+	limit    int64
 
 	now     atomic.Uint32  // Unix seconds at the last flush: the clock of recency
 	used    atomic.Int64   // bytes on disk when last measured, and what was written since
@@ -130,6 +131,13 @@ func Open(dir string, o Options) (*Cache, error) {
 	return open(dir, o, osDisk{})
 }
 
+// Damage is a chunk on disk that does not verify: a miss.
+type Damage struct {
+	Layer        digest.Digest // as Cache.Layer has it
+	File         string
+	Offset, Size int64 // in the file, bytes
+}
+
 // Options of a Cache.
 type Options struct {
 	NoReadAhead bool  // fetch the chunks that reads touch and no others
@@ -139,6 +147,8 @@ type Options struct {
 	Index func(dgst digest.Digest) (*artifact.Index, error)
 	// OnDisk is told when the disk begins to fail, with the reason, and when it works again: once each. It must not block or call the Cache. Nil is nobody.
 	OnDisk func(failing bool, err error)
+	// OnDamage is told of each chunk on disk that did not verify. It must not block or call the Cache. Nil is nobody.
+	OnDamage func(Damage)
 }
 
 func open(dir string, o Options, d disk) (*Cache, error) {
@@ -156,6 +166,7 @@ func open(dir string, o Options, d disk) (*Cache, error) {
 	}
 	c.twins.index, c.twins.kick = o.Index, make(chan struct{}, 1)
 	c.stats.onDisk, c.stats.opened = o.OnDisk, time.Now()
+	c.onDamage = o.OnDamage
 	c.now.Store(uint32(time.Now().Unix()))
 	c.measure()
 	c.running.Go(c.flusher)

@@ -205,6 +205,9 @@ func (f *fill) load(ctx context.Context, flights []*flight) (damaged []*flight) 
 		}
 		if s.holds(fl.chunk) { // it was not given back meanwhile
 			s.cache.stats.damaged.Add(1)
+			if tell := s.cache.onDamage; tell != nil {
+				tell(Damage{s.dgst, s.cache.dataPath(s.dgst), c.TarOffset, c.TarSize})
+			}
 		}
 		s.cache.bufs.put(buf)
 		s.forget(fl.chunk, fl.chunk+1)

@@ -83,8 +83,8 @@ type Options struct {
 	Registry Registry
 	Cache    *cache.Cache
 	Mounter  Mounter
-	// Allow says whether images of a repository may be streamed. Nil allows all.
-	Allow func(repo registryclient.Repository) bool
+	// Allow says why images of a repository may not be streamed; nil if they may. Nil allows all.
+	Allow func(repo registryclient.Repository) error
 	// Timeout bounds a search for an artifact, so that a pull never waits long for what may not be there. 0 is 15 s.
 	Timeout time.Duration
 	// RetryAfter is how long a failed search stands, so that the layers of one normal pull do not ask again. One that took long stands for
@@ -220,8 +220,10 @@ func (s *Store) find(ctx context.Context, ref string, manifest digest.Digest) (*
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNotStreamable, err)
 	}
-	if s.o.Allow != nil && !s.o.Allow(repo) {
-		return nil, fmt.Errorf("%w: %s is not listed in `stream` in the configuration", ErrNotStreamable, repo)
+	if s.o.Allow != nil {
+		if err := s.o.Allow(repo); err != nil {
+			return nil, fmt.Errorf("%w: %w", ErrNotStreamable, err)
+		}
 	}
 	for {
 		q, err := s.join(ctx, searchKey{repo, manifest})
