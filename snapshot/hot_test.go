@@ -31,10 +31,12 @@ func noise(seed uint64, n int) string {
 }
 
 // pushHot pushes and converts an image of two layers with files of several chunks. Their names end in the layer's number.
-func pushHot(n *testNode) (testImage, map[string]string) {
+func pushHot(n *testNode) (testImage, map[string]string) { return pushHotTo(n, "app") }
+
+func pushHotTo(n *testNode, repo string) (testImage, map[string]string) {
 	n.t.Helper()
 	files := map[string]string{"hot0": noise(1, 700_000), "cold0": noise(2, 700_000), "hot1": noise(3, 500_000), "cold1": noise(4, 300_000)}
-	img := n.push("app",
+	img := n.push(repo,
 		tarOf(n.t, file{"hot0", files["hot0"]}, file{"cold0", files["cold0"]}),
 		tarOf(n.t, file{"cold1", files["cold1"]}, file{"hot1", files["hot1"]}))
 	n.convert(img)
@@ -290,17 +292,22 @@ func TestHotBlobStalls(t *testing.T) {
 	}
 }
 
-// An image that is forgotten while its hot blob comes leaves nothing.
+// An image that is forgotten while its hot blob comes, from two repositories, leaves nothing.
 func TestForgetEndsHotBlob(t *testing.T) {
 	n := newTestNode(t)
 	img, _ := pushHot(n)
+	other, _ := pushHotTo(n, "other")
 	hot := n.attachProfile(img, n.hotProfile(img), artifact.ProfileRecorded, time.Unix(1e9, 0))
+	n.attachProfile(other, n.hotProfile(img), artifact.ProfileRecorded, time.Unix(1e9, 0))
 	n.reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, hot.Hot.String()) }, -1, registrytest.Stall(400_000))
 	id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
 	if err != nil {
 		t.Fatal(err)
 	}
 	n.poll("some hot chunks", func() bool { return n.chunks.Stats().Hot > 0 })
+	if again, _, err := n.images.Find(testContext(), other.ref, other.manifest); err != nil || again != id {
+		t.Fatalf("found %s, %v, want %s", again, err, id)
+	}
 	if err := n.images.Forget(id); err != nil {
 		t.Fatal(err)
 	}

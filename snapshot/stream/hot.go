@@ -49,6 +49,7 @@ type hotFetch struct {
 	shares chan bool       // gets one value: whether the image shares layers with others on this node
 	opened chan *deviceUse // gets one value, nil if the search fails
 	given  bool            // by the search
+	image  *image          // that it was given; guarded by Store.mu
 	// observed: a profile is of runs, and not of the image's files alone, which say less.
 	observed bool
 }
@@ -110,7 +111,7 @@ func (h *hotFetch) give(ctx context.Context, img *image) error {
 		return err
 	}
 	img.store.mu.Lock()
-	img.hot = h
+	h.image, img.observed = img, img.observed || h.observed
 	img.store.mu.Unlock()
 	h.given = true
 	h.opened <- use
@@ -127,10 +128,12 @@ func (h *hotFetch) fail() {
 	}
 }
 
-// end ends h, which was given an image that is not needed any more.
-func (h *hotFetch) end() {
-	if h != nil {
-		h.cancel()
+// endHots ends what was given img, which is not needed any more: each search of a repository that has it brings one. The caller holds mu.
+func (s *Store) endHots(img *image) {
+	for h := range s.hots {
+		if img != nil && h.image == img {
+			h.cancel()
+		}
 	}
 }
 

@@ -38,7 +38,7 @@ type image struct {
 	mounts int     // targets mounted, and other uses
 	dev    *device // open while mounts > 0
 
-	hot *hotFetch // the last one; guarded by store.mu
+	observed bool // it was given the hot blob of a profile of runs; guarded by store.mu
 }
 
 func (img *image) mount(ctx context.Context, n int, target string) error {
@@ -51,7 +51,7 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	if err == nil {
 		i := fs.Image{ID: img.id, Metadata: meta, Device: img.dev}
 		img.store.mu.Lock()
-		if img.hot != nil && img.hot.observed {
+		if img.observed {
 			i.ReadAhead = hotReadAhead
 		}
 		img.store.mu.Unlock()

@@ -317,7 +317,7 @@ func (s *Store) add(rec *record) (img *image, isNew bool, err error) {
 func (s *Store) drop(img *image) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	img.hot.end()
+	s.endHots(img)
 	delete(s.images, img.id)
 	return os.RemoveAll(s.imageDir(img.id))
 }
@@ -352,9 +352,7 @@ func (s *Store) load(id string) (*image, error) {
 func (s *Store) Forget(id string) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if img := s.images[id]; img != nil {
-		img.hot.end()
-	}
+	s.endHots(s.images[id])
 	delete(s.images, id)
 	if err := os.RemoveAll(s.imageDir(id)); err != nil {
 		return err
