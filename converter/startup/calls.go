@@ -2,7 +2,6 @@ package startup
 
 import (
 	"encoding/binary"
-	"maps"
 	"slices"
 	"sort"
 	"strings"
@@ -17,6 +16,7 @@ const (
 const (
 	maxFunction  = 1 << 20 // bytes of code looked at in one
 	maxFunctions = 1 << 20 // of one object
+	maxNames     = 1 << 20 // symbols of the objects of one program: each takes some 200 bytes
 )
 
 // code is what is known of an object's code: where its functions begin, and which symbols its calls through the GOT lead to.
@@ -24,19 +24,14 @@ type code struct {
 	o       *object
 	starts  []uint64            // of the functions, sorted: from the table for unwinding
 	got     map[uint64]string   // slot -> symbol
-	exports map[string]uint64   // functions by name
-	reached map[uint64]struct{} // starts of functions
+	reached map[uint64]struct{} // starts of functions that were added
 }
 
-func newCode(o *object) *code {
-	c := &code{o: o, got: map[uint64]string{}, exports: map[string]uint64{}, reached: map[uint64]struct{}{}}
+func newCode(o *object, symbols []symbol) *code {
+	c := &code{o: o, got: map[uint64]string{}, reached: map[uint64]struct{}{}}
 	c.readStarts()
-	symbols := o.symbols()
 	names := make(map[uint32]string, len(symbols))
 	for _, s := range symbols {
-		if s.defined {
-			c.exports[s.name] = s.addr
-		}
 		names[s.index] = s.name
 	}
 	for _, t := range [][2]uint64{{dtJmpRel, dtPltRelSz}, {dtRela, dtRelaSz}} {
@@ -155,35 +150,50 @@ func (c *code) stub(addr uint64) string {
 
 // callGraph finds which functions of a program's libraries may run.
 type callGraph struct {
-	f     *finder
-	libs  []*lib
-	codes []*code
-	todo  []callee
+	f       *finder
+	libs    []*lib
+	codes   []*code
+	exports map[string]callee // the first library's that has the name
+	todo    []callee          // each function once
 }
 
+// callee is an address in a library's code.
 type callee struct {
 	lib  int
 	addr uint64
 }
 
 func (f *finder) newCallGraph(libs []*lib) *callGraph {
-	g := &callGraph{f: f, libs: libs}
-	for _, l := range libs {
-		if l.code == nil {
-			l.code = newCode(l.obj)
+	g := &callGraph{f: f, libs: libs, exports: map[string]callee{}}
+	left := maxNames
+	for i, l := range libs {
+		symbols := l.obj.symbols(left)
+		left -= len(symbols)
+		for _, s := range symbols {
+			if e, ok := g.exports[s.name]; s.defined && (!ok || e.lib == i) {
+				g.exports[s.name] = callee{i, s.addr}
+			}
 		}
-		g.codes = append(g.codes, l.code)
+		g.codes = append(g.codes, newCode(l.obj, symbols))
 	}
 	return g
 }
 
-// symbol adds the first function of the name that the libraries have.
+// add adds the function that an address is in.
+func (g *callGraph) add(at callee) {
+	c := g.codes[at.lib]
+	start, end, ok := c.function(at.addr)
+	if _, done := c.reached[start]; !ok || done || !g.f.step(int64(end-start)/64+1) {
+		return
+	}
+	c.reached[start] = struct{}{}
+	g.todo = append(g.todo, callee{at.lib, start})
+}
+
+// symbol adds the function of the name.
 func (g *callGraph) symbol(name string) {
-	for i, c := range g.codes {
-		if addr, ok := c.exports[name]; ok {
-			g.todo = append(g.todo, callee{i, addr})
-			return
-		}
+	if at, ok := g.exports[name]; ok {
+		g.add(at)
 	}
 }
 
@@ -193,11 +203,7 @@ func (g *callGraph) follow() {
 		at := g.todo[len(g.todo)-1]
 		g.todo = g.todo[:len(g.todo)-1]
 		l, c := g.libs[at.lib], g.codes[at.lib]
-		start, end, ok := c.function(at.addr)
-		if _, done := c.reached[start]; !ok || done || !g.f.step(int64(end-start)/64+1) {
-			continue
-		}
-		c.reached[start] = struct{}{}
+		start, end, _ := c.function(at.addr)
 		off := c.o.offset(start, end-start)
 		if off < 0 {
 			continue
@@ -209,7 +215,7 @@ func (g *callGraph) follow() {
 		g.f.take(l.n, off, int64(len(b)))
 		functions, symbols := c.calls(start, b)
 		for _, fn := range functions {
-			g.todo = append(g.todo, callee{at.lib, fn})
+			g.add(callee{at.lib, fn})
 		}
 		for _, name := range symbols {
 			g.symbol(name)
@@ -220,15 +226,19 @@ func (g *callGraph) follow() {
 // initializers adds what runs when library i is loaded: its constructors; and the functions whose names begin so.
 func (g *callGraph) initializers(i int, prefix string) {
 	for _, fn := range g.libs[i].obj.initFns {
-		g.todo = append(g.todo, callee{i, fn})
+		g.add(callee{i, fn})
 	}
 	if prefix == "" {
 		return
 	}
-	for _, name := range slices.Sorted(maps.Keys(g.codes[i].exports)) {
-		if strings.HasPrefix(name, prefix) {
-			g.todo = append(g.todo, callee{i, g.codes[i].exports[name]})
+	var names []string
+	for name, at := range g.exports {
+		if at.lib == i && strings.HasPrefix(name, prefix) {
+			names = append(names, name)
 		}
+	}
+	for slices.Sort(names); len(names) > 0; names = names[1:] {
+		g.symbol(names[0])
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"io"
 	"math"
 	"slices"
+	"strings"
 )
 
 const elfMagic = "\x7fELF"
@@ -328,29 +329,25 @@ type symbol struct {
 	defined    bool
 }
 
-// symbols reads the dynamic symbol table, whose end is where its names begin, as linkers lay it out.
-func (o *object) symbols() (list []symbol) {
-	size := 0 // of the names
+// symbols reads the dynamic symbol table, whose end is where its names begin, as linkers lay it out; at most so many entries of it. The names share
+// the memory of their table: they may overlap.
+func (o *object) symbols(most int) (list []symbol) {
 	at, names := o.dynamic[dtSymTab], o.dynamic[dtStrTab]
 	if at == 0 || names <= at {
 		return nil
 	}
-	strs := o.table(names, o.dynamic[dtStrSz], 32<<20)
-	b := o.table(at, (names-at)/symSize*symSize, maxSymbols*symSize)
+	strs := string(o.table(names, o.dynamic[dtStrSz], 32<<20))
+	b := o.table(at, (names-at)/symSize*symSize, uint64(min(most, maxSymbols))*symSize)
+	list = make([]symbol, 0, len(b)/symSize)
 	for index := uint32(0); len(b) > 0; index, b = index+1, b[symSize:] {
 		name := uint64(o.order.Uint32(b))
 		if name == 0 || name >= uint64(len(strs)) {
 			continue
 		}
 		s := strs[name:min(uint64(len(strs)), name+maxStrings)]
-		i := slices.Index(s, 0)
-		if i < 0 {
-			continue
+		if i := strings.IndexByte(s, 0); i >= 0 {
+			list = append(list, symbol{name: s[:i], index: index, addr: o.order.Uint64(b[8:]), size: o.order.Uint64(b[16:]), defined: o.order.Uint16(b[6:]) != 0})
 		}
-		if size += i; size > 64<<20 { // names may overlap
-			break
-		}
-		list = append(list, symbol{name: string(s[:i]), index: index, addr: o.order.Uint64(b[8:]), size: o.order.Uint64(b[16:]), defined: o.order.Uint16(b[6:]) != 0})
 	}
 	return list
 }

@@ -23,7 +23,6 @@ type lib struct {
 	at   string // its path, symlinks and all
 	obj  *object
 	from *lib // that needs it
-	code *code
 }
 
 // execute takes what the kernel and the dynamic linker read to run the program.
@@ -49,7 +48,7 @@ func (f *finder) execute(p *program) {
 	}
 	g := f.newCallGraph(libs)
 	for _, i := range whole {
-		for _, s := range libs[i].obj.symbols() {
+		for _, s := range libs[i].obj.symbols(maxSymbols) {
 			if !s.defined {
 				g.symbol(s.name)
 			}
@@ -251,7 +250,7 @@ func (f *finder) plugin(n *erofs.Inode, at, entry string) {
 	}
 	if entry == pythonEntry {
 		for _, fn := range g.codes[0].slots(pyModExec) {
-			g.todo = append(g.todo, callee{0, fn})
+			g.add(callee{0, fn})
 		}
 	}
 	g.follow()
