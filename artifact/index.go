@@ -20,6 +20,11 @@ const (
 	MaxManifestSize = 4 << 20   // bytes of an artifact's manifest
 	MaxLayers       = 4096
 
+	// Limits of an image, which who reads its artifact enforces, so that none can take all memory or disk. They are far from what images have: 100,000
+	// files have 50 MiB of headers, 2 to 5 MiB of indexes.
+	MaxImageIndexes = 512 << 20 // bytes of the indexes of all layers
+	MaxImageHeaders = 1 << 30   // bytes of their headers, uncompressed: 2 Mi files, whose merged tree takes 1.4 GiB while it is made
+
 	// maxBlobSize is more than a full chunk table can describe. It keeps sums over all layers far from overflow.
 	maxBlobSize = 1 << 46
 

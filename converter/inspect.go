@@ -117,3 +117,35 @@ func readIndex(ctx context.Context, p Place, l artifact.Layer) ([]byte, error) {
 	}
 	return io.ReadAll(v)
 }
+
+// indexedLayer is an artifact's layer with its index.
+type indexedLayer struct {
+	artifact.Layer
+	index *artifact.Index
+}
+
+// readIndexes fetches the indexes of layers, which are an image's, into memory. Those of an image that no node takes are ErrUnsupported.
+func readIndexes(ctx context.Context, p Place, layers []artifact.Layer) ([]indexedLayer, error) {
+	size, headers := int64(0), int64(0)
+	for _, l := range layers {
+		if size += l.IndexSize; size > artifact.MaxImageIndexes {
+			return nil, fmt.Errorf("%w: its indexes have more than %d MiB", artifact.ErrUnsupported, artifact.MaxImageIndexes>>20)
+		}
+	}
+	var list []indexedLayer
+	for _, l := range layers {
+		raw, err := readIndex(ctx, p, l)
+		if err != nil {
+			return nil, fmt.Errorf("fetch index of layer %s: %w", l.Digest, err)
+		}
+		x, err := l.Index(raw)
+		if err != nil {
+			return nil, err
+		}
+		if headers += x.HeadersSize; headers > artifact.MaxImageHeaders {
+			return nil, fmt.Errorf("%w: its headers have more than %d MiB", artifact.ErrUnsupported, artifact.MaxImageHeaders>>20)
+		}
+		list = append(list, indexedLayer{l, x})
+	}
+	return list, nil
+}

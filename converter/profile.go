@@ -205,31 +205,17 @@ func writeHot(ctx context.Context, p Place, a *artifact.Manifest, profile *artif
 	return d, nil
 }
 
-// indexedLayer is an artifact's layer with its index.
-type indexedLayer struct {
-	artifact.Layer
-	index *artifact.Index
-}
-
 // indexesOf fetches the indexes of the profile's layers, which are the artifact's.
 func indexesOf(ctx context.Context, p Place, a *artifact.Manifest, profile *artifact.Profile) ([]indexedLayer, error) {
-	var layers []indexedLayer
+	var layers []artifact.Layer
 	for _, dgst := range profile.Layers {
 		i := slices.IndexFunc(a.Layers, func(l artifact.Layer) bool { return l.IndexDigest == dgst })
 		if i < 0 {
 			return nil, fmt.Errorf("profile lists a layer with the index %s, which the artifact does not have: %w", dgst, artifact.ErrInvalid)
 		}
-		l := indexedLayer{Layer: a.Layers[i]}
-		raw, err := readIndex(ctx, p, l.Layer)
-		if err != nil {
-			return nil, fmt.Errorf("fetch index of layer %d, %s: %w", i, l.Digest, err)
-		}
-		if l.index, err = l.Index(raw); err != nil {
-			return nil, err
-		}
-		layers = append(layers, l)
+		layers = append(layers, a.Layers[i])
 	}
-	return layers, nil
+	return readIndexes(ctx, p, layers)
 }
 
 // copyFrames copies a run of frames, which lie one after the other in the layer's blob.

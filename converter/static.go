@@ -59,28 +59,22 @@ func (c *Created) tryStatic(ctx context.Context, p Place, img *image, a *artifac
 
 // findStatic returns the chunks that a start of the image reads, as far as its files tell.
 func findStatic(ctx context.Context, p Place, img *image, a *artifact.Manifest) (*artifact.Profile, error) {
-	d := &device{p: p, chunks: map[chunkID]*list.Element{}, recent: list.New()}
+	indexed, err := readIndexes(ctx, p, a.Layers)
+	if err != nil {
+		return nil, err
+	}
+	d := &device{p: p, layers: indexed, chunks: map[chunkID]*list.Element{}, recent: list.New()}
 	var layers []tree.Layer
 	profile := &artifact.Profile{}
 	seen := map[digest.Digest]int{}
 	numbers := make([]int, len(a.Layers)) // of the layers in the profile
 	end := int64(0)
-	for i, l := range a.Layers {
-		raw, err := readIndex(ctx, p, l)
-		if err != nil {
-			return nil, fmt.Errorf("fetch index of layer %d, %s: %w", i, l.Digest, err)
-		}
-		x, err := l.Index(raw)
-		if err != nil {
-			return nil, err
-		}
-		n := len(d.layers)
-		d.layers = append(d.layers, indexedLayer{l, x})
+	for i, l := range indexed {
 		d.bases = append(d.bases, end)
-		layers = append(layers, tree.Layer{Index: x, Base: end, ReadAt: func(ctx context.Context, p []byte, off int64) (int, error) {
-			return len(p), d.readLayer(ctx, n, p, off)
+		layers = append(layers, tree.Layer{Index: l.index, Base: end, ReadAt: func(ctx context.Context, p []byte, off int64) (int, error) {
+			return len(p), d.readLayer(ctx, i, p, off)
 		}})
-		end = (end + x.TarSize + blockSize - 1) / blockSize * blockSize
+		end = (end + l.index.TarSize + blockSize - 1) / blockSize * blockSize
 		if _, dup := seen[l.IndexDigest]; !dup {
 			seen[l.IndexDigest] = len(profile.Layers)
 			profile.Layers = append(profile.Layers, l.IndexDigest)

@@ -3,6 +3,8 @@ package converter
 import (
 	"archive/tar"
 	"bytes"
+	"encoding/binary"
+	"encoding/json"
 	"io"
 	"math/rand/v2"
 	"slices"
@@ -168,4 +170,58 @@ func TestNoStatic(t *testing.T) {
 	if n := len(referrers(t, p, d.Digest)); n != 1 {
 		t.Errorf("%d referrers", n)
 	}
+}
+
+// TestStaticOfHugeIndexes: the indexes of an artifact that somebody else has made are not read beyond what a node would take.
+func TestStaticOfHugeIndexes(t *testing.T) {
+	for name, layer := range map[string]func(t *testing.T, p Place) artifact.Layer{
+		"its indexes have more than 512 MiB": func(*testing.T, Place) artifact.Layer { // nor asked for: they are not there
+			return artifact.Layer{Digest: digest.FromString("blob"), IndexDigest: digest.FromString("index"), Size: 200<<20 + 1, IndexOffset: 1, IndexSize: 200 << 20}
+		},
+		"its headers have more than 1024 MiB": func(t *testing.T, p Place) artifact.Layer {
+			const chunks = 100
+			blob := append(make([]byte, chunks), emptyIndex(chunks, chunks*artifact.MaxChunkSize)...)
+			d := putBlob(t, p, artifact.LayerMediaType, blob)
+			return artifact.Layer{Digest: d.Digest, Size: d.Size, IndexOffset: chunks, IndexSize: d.Size - chunks, IndexDigest: digest.FromBytes(blob[chunks:])}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			image := places[0].open(t) + ":v1"
+			p, _ := open(t, image)
+			img := programImage(t)
+			img.layers = append(img.layers, img.layers[1])
+			d := img.put(t, p, "v1")
+			m := &artifact.Manifest{Subject: bare(d), Platform: *d.Platform, Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: d.Digest}}
+			for range img.layers {
+				l := layer(t, p)
+				l.Source = d.Digest
+				m.Layers = append(m.Layers, l)
+			}
+			raw, err := m.Encode()
+			if err != nil {
+				t.Fatal(err)
+			}
+			putManifest(t, p, ocispec.MediaTypeImageManifest, "", json.RawMessage(raw))
+			c := create(t, image, CreateOptions{Static: true})[0]
+			if c.Status != StatusExists || c.Profile != nil || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], name) {
+				t.Errorf("%+v", c)
+			}
+		})
+	}
+}
+
+// emptyIndex is an index of chunks that are as large as they may be, each with a frame of a byte, and of a tar that is said to be all headers.
+func emptyIndex(chunks int, tarSize uint64) []byte {
+	le := binary.LittleEndian
+	b := le.AppendUint32(nil, 0x184D2A5E)
+	b = le.AppendUint32(b, uint32(64+48*chunks))
+	b = le.AppendUint32(append(b, "tarindex"...), 1)
+	b = le.AppendUint32(b, uint32(chunks))
+	b = le.AppendUint64(le.AppendUint64(b, tarSize), tarSize)
+	b = append(b, make([]byte, 32)...)
+	for i := range uint64(chunks) {
+		b = le.AppendUint64(le.AppendUint64(b, (i+1)*artifact.MaxChunkSize), i+1)
+		b = append(b, make([]byte, 32)...)
+	}
+	return b
 }

@@ -177,8 +177,8 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
 		}
-		if headers += x.HeadersSize; headers > maxHeaders {
-			return nil, fmt.Errorf("layer %d: %w: the headers up to here have more than %d MiB", i, artifact.ErrUnsupported, maxHeaders>>20)
+		if headers += x.HeadersSize; headers > artifact.MaxImageHeaders {
+			return nil, fmt.Errorf("layer %d: %w: the headers up to here have more than %d MiB", i, artifact.ErrUnsupported, artifact.MaxImageHeaders>>20)
 		}
 		d.indexes, d.digests = append(d.indexes, x), append(d.digests, l.IndexDigest)
 		cl, err := img.store.o.Cache.Layer(l.IndexDigest, x, blob{img.store.o.Registry, img.rec, i})

@@ -35,15 +35,8 @@ const (
 	indexParts = 4         // at most: as many connections as are dialled beforehand
 )
 
-// Limits of an image, so that no artifact can take the node's disk or memory. They are far from what images have: 100,000 files have 50 MiB of
-// headers, 2 to 5 MiB of indexes.
-const (
-	maxIndexes = 512 << 20 // bytes of the indexes of all layers
-	maxHeaders = 1 << 30   // bytes of their headers, uncompressed: 2 Mi files, whose merged tree takes 1.4 GiB while it is made
-
-	// mergeHeaders bounds the headers of all images whose trees are made at once: the largest image leaves room for others.
-	mergeHeaders = maxHeaders + maxHeaders/2
-)
+// mergeHeaders bounds the headers of all images whose trees are made at once: the largest image leaves room for others.
+const mergeHeaders = artifact.MaxImageHeaders + artifact.MaxImageHeaders/2
 
 // maxReasons is of how many artifacts one log line tells why they cannot be used.
 const maxReasons = 4
@@ -252,8 +245,8 @@ func (rec *record) firsts() ([]int, error) {
 		if !again {
 			seen[l.Digest] = i
 			list = append(list, i)
-			if size += l.IndexSize; size > maxIndexes {
-				return nil, fmt.Errorf("%w: its indexes have more than %d MiB", artifact.ErrUnsupported, maxIndexes>>20)
+			if size += l.IndexSize; size > artifact.MaxImageIndexes {
+				return nil, fmt.Errorf("%w: its indexes have more than %d MiB", artifact.ErrUnsupported, artifact.MaxImageIndexes>>20)
 			}
 			continue
 		}
