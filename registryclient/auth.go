@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
 	"sync"
 	"time"
 
@@ -16,6 +17,7 @@ import (
 
 const (
 	maxTokenBody = 1 << 20
+	maxChallenge = 4 << 10 // bytes; containerd's parser takes the square of it
 	// A token whose life is not told lives 60 seconds, says the token specification.
 	defaultTokenLife = 60 * time.Second
 	clientID         = "streaming-snapshotter"
@@ -67,7 +69,9 @@ func (a *authorizer) known(ctx context.Context, name string) (string, error) {
 // renew returns what to send after the host has refused value, "" being nothing, with the challenge in header if there is one there. There
 // is nothing better if it returns "" or value.
 func (a *authorizer) renew(ctx context.Context, name, value string, header http.Header) (string, error) {
-	for _, c := range auth.ParseAuthHeader(header) { // bearer first
+	const key = "Www-Authenticate"
+	short := slices.DeleteFunc(slices.Clone(header[key]), func(s string) bool { return len(s) > maxChallenge })
+	for _, c := range auth.ParseAuthHeader(http.Header{key: short}) { // bearer first
 		if c.Scheme == auth.BearerAuth || c.Scheme == auth.BasicAuth {
 			return a.grant(ctx, name, &c, value)
 		}
@@ -153,7 +157,12 @@ func (a *authorizer) fetch(ctx context.Context, name string, c auth.Challenge) (
 	if (secret != "" || len(a.h.Header) > 0) && a.h.Scheme == "https" && realm.Scheme != "https" {
 		return "", time.Time{}, refused("host %s: its token server %s is not https, and credentials would be readable on the way", a.h.Host, redact(realm))
 	}
-	token, life, err := a.token(ctx, to)
+	fetching, cancel := context.WithTimeout(ctx, a.c.o.Stall) // or a token server that is silent would use up the time of other hosts
+	defer cancel()
+	token, life, err := a.token(fetching, to)
+	if err != nil && fetching.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("no token within %v", a.c.o.Stall)
+	}
 	if err != nil {
 		return "", time.Time{}, tokenError(realm, err)
 	}

@@ -52,16 +52,21 @@ func (e *StatusError) Temporary() bool {
 const (
 	maxErrorBody    = 8 << 10
 	maxErrorMessage = 200
+	maxErrorText    = 2000 // bytes of an error that shows what a host has sent
 )
 
-// newStatusError reads the beginning of the answer's body; it does not close it.
-func newStatusError(resp *http.Response, host, shown string) *StatusError {
+// newStatusError reads the beginning of the answer's body, and closes it after patience at the latest: who waits for a message would miss what other hosts
+// answer.
+func newStatusError(resp *http.Response, host, shown string, patience time.Duration) *StatusError {
 	e := &StatusError{StatusCode: resp.StatusCode, Host: host, URL: shown}
 	e.retryAfter = parseRetryAfter(resp.Header.Get("Retry-After"), time.Now())
 	var body struct {
 		Errors []struct{ Code, Message string }
 	}
+	late := time.AfterFunc(patience, func() { resp.Body.Close() })
 	b, _ := io.ReadAll(io.LimitReader(resp.Body, maxErrorBody)) // an error in an error adds nothing
+	late.Stop()
+	resp.Body.Close()
 	if json.Unmarshal(b, &body) == nil && len(body.Errors) > 0 {
 		e.code = body.Errors[0].Code
 		m := strings.Trim(e.code+": "+body.Errors[0].Message, ": ")
@@ -94,7 +99,15 @@ type refusedError struct{ msg string }
 
 func (e *refusedError) Error() string { return e.msg }
 
-func refused(format string, a ...any) error { return &refusedError{fmt.Sprintf(format, a...)} }
+func refused(format string, a ...any) error { return &refusedError{cut(fmt.Sprintf(format, a...))} }
+
+// cut bounds a text that ends up in logs and may show a megabyte of an answer.
+func cut(s string) string {
+	if len(s) > maxErrorText {
+		s = strings.ToValidUTF8(s[:maxErrorText], "") + "..."
+	}
+	return s
+}
 
 // mistakenError is an answer to something else than what was asked. Proxies give one now and then: asking the same host again may help.
 type mistakenError struct {
@@ -107,7 +120,7 @@ func (e *mistakenError) Unwrap() error { return e.why }
 
 func mistaken(format string, a ...any) error {
 	err := fmt.Errorf(format, a...)
-	return &mistakenError{err.Error(), errors.Unwrap(err)}
+	return &mistakenError{cut(err.Error()), errors.Unwrap(err)}
 }
 
 // errSilent is the cause of a request that was given up because nothing came.

@@ -28,7 +28,7 @@ func FuzzHeaders(f *testing.F) {
 			t.Errorf("Retry-After %q is %v", retryAfter, d)
 		}
 		resp := &http.Response{StatusCode: 403, Header: http.Header{"Retry-After": {retryAfter}}, Body: io.NopCloser(strings.NewReader(body))}
-		e := newStatusError(resp, "h", "u")
+		e := newStatusError(resp, "h", "u", time.Minute)
 		if len(e.Message) > maxErrorMessage+3 || strings.ContainsAny(e.Message, "\n\x00\x1b") {
 			t.Errorf("message %q of %q", e.Message, body)
 		}

@@ -9,7 +9,10 @@ import (
 	"strings"
 )
 
-const maxHops = 5 // redirects of one request; blob stores take one or two
+const (
+	maxHops    = 5        // redirects of one request; blob stores take one or two
+	maxAddress = 16 << 10 // bytes of where a redirect leads, which is remembered; signed ones have two or three thousand
+)
 
 // do sends q for repository name to h: authorized if it must be, and on along redirects. The answer is a success, or there is an error.
 func (h *host) do(ctx context.Context, c *Client, name string, q question) (*http.Response, error) {
@@ -38,8 +41,7 @@ func (h *host) do(ctx context.Context, c *Client, name string, q question) (*htt
 	// ECR says 403 when the password has run out. A bearer token that is refused so is not the right one, and a new one would not be.
 	denied := resp.StatusCode == http.StatusUnauthorized || (resp.StatusCode == http.StatusForbidden && strings.HasPrefix(token, "Basic "))
 	if denied && h.owns(at) {
-		refusal := newStatusError(resp, at.Host, h.show(at))
-		resp.Body.Close()
+		refusal := newStatusError(resp, at.Host, h.show(at), c.o.Stall)
 		better, err := h.auth.renew(ctx, name, token, resp.Header)
 		if err != nil {
 			return nil, err
@@ -53,9 +55,7 @@ func (h *host) do(ctx context.Context, c *Client, name string, q question) (*htt
 		}
 	}
 	if resp.StatusCode/100 != 2 {
-		err := newStatusError(resp, at.Host, h.show(at))
-		resp.Body.Close()
-		return nil, err
+		return nil, newStatusError(resp, at.Host, h.show(at), c.o.Stall)
 	}
 	if q.blob != "" && !h.owns(at) {
 		c.redirects.put(key, at)
@@ -91,6 +91,8 @@ func (h *host) follow(ctx context.Context, c *Client, name string, q question, t
 			return nil, nil, refused("GET %s: redirect to scheme %q", h.show(to), next.Scheme)
 		case to.Scheme == "https" && next.Scheme == "http":
 			return nil, nil, refused("GET %s: redirect from https to http", h.show(to))
+		case len(location) > maxAddress:
+			return nil, nil, refused("GET %s: redirect to an address of %d bytes", h.show(to), len(location))
 		case hops == maxHops:
 			return nil, nil, refused("GET %s: more than %d redirects", h.show(to), maxHops)
 		}

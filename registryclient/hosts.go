@@ -27,8 +27,9 @@ const (
 	handshake       = 10 * time.Second
 	idleTimeout     = 90 * time.Second
 	idleConns       = 16               // kept per host: about what a node's reads have in flight (twelve, measured)
+	maxIdleConns    = 256              // kept of a host and all places that it redirects to
 	maxConns        = 128              // per host and HTTP/1: a pull of 120 layers asks for 120 indexes at once, in one round trip
-	maxHeader       = 256 << 10        // bytes of response header
+	maxHeader       = 64 << 10         // bytes of response header
 	hostsCheckEvery = 5 * time.Second  // a changed certs.d is seen after this
 	maxDown         = 30 * time.Second // a host that failed is asked last for at most this
 )
@@ -197,7 +198,7 @@ func tune(t *http.Transport, stall time.Duration, first bool) {
 	t.TLSHandshakeTimeout = handshake
 	t.ResponseHeaderTimeout = stall
 	t.IdleConnTimeout = idleTimeout
-	t.MaxIdleConns = 0
+	t.MaxIdleConns = maxIdleConns
 	t.MaxIdleConnsPerHost = idleConns
 	t.MaxConnsPerHost = maxConns
 	t.MaxResponseHeaderBytes = maxHeader

@@ -317,7 +317,7 @@ func TestRedirectsRefused(t *testing.T) {
 	plain := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked = true }))
 	defer plain.Close()
 	c := newClient(t, Options{HostsDir: hostsDir(t, r.Host(), serverTOML(t, r, ""))})
-	for _, location := range []string{plain.URL + "/x", "file:///etc/passwd", "", "https://", "%zz", "gopher://x/y"} {
+	for _, location := range []string{plain.URL + "/x", "file:///etc/passwd", "", "https://", "%zz", "gopher://x/y", "/" + strings.Repeat("x", maxAddress)} {
 		r.Reset()
 		remove := r.Inject(registrytest.Blobs, -1, registrytest.Status(307, "Location", location))
 		if _, err := readRange(t.Context(), c, repoOf(r), blob, 0, 10, 0); err == nil {

@@ -269,12 +269,12 @@ func nextPage(h http.Header) (query string, ok bool) {
 			}
 			target, rest := v[open+1:end], v[end+1:]
 			params := rest
-			if comma := strings.Index(rest, ",<"); comma >= 0 {
-				params, v = rest[:comma], rest[comma+1:]
-			} else if comma := strings.Index(rest, ", <"); comma >= 0 {
-				params, v = rest[:comma], rest[comma+1:]
-			} else {
-				v = ""
+			v = ""
+			for i := range len(rest) {
+				if rest[i] == ',' && strings.HasPrefix(strings.TrimPrefix(rest[i+1:], " "), "<") {
+					params, v = rest[:i], rest[i+1:]
+					break
+				}
 			}
 			if !hasRelNext(params) {
 				continue
