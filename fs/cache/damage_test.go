@@ -336,6 +336,19 @@ func TestDataCutWhileOpen(t *testing.T) {
 	must(t, os.Truncate(c.dataPath(ly.dgst), 20_000))
 	readAll(t, l, ly, 3000)
 	readAll(t, l, ly, len(ly.tar))
+	// What is written behind the cut leaves zeros before it, which nobody may take for what was there, whether the cut is first seen by a read or a write.
+	for _, missing := range []bool{false, true} {
+		must(t, os.Truncate(c.dataPath(ly.dgst), 20_000))
+		if missing {
+			l.store.forget(l.store.n-1, l.store.n)
+		}
+		readRange(t, l, ly, make([]byte, 100), int64(len(ly.tar)-100))
+		poll(t, "end of the fills", l.store.idle)
+		readAll(t, l, ly, 3000)
+	}
+	if err := c.Err(); err != nil {
+		t.Errorf("the disk is said to fail: %v", err)
+	}
 }
 
 // blobFunc is a Blob.

@@ -196,7 +196,7 @@ func (f *fill) load(ctx context.Context, flights []*flight) (damaged []*flight) 
 		b := buf.mem[:c.TarSize]
 		n, err := s.data.ReadAt(b, c.TarOffset)
 		if n < len(b) {
-			s.cache.stats.readError(err)
+			s.short(err)
 		} else if err = s.verify(fl.chunk, c.Digest, b); err == nil {
 			buf.b = b
 			s.cache.stats.verified.Add(1)

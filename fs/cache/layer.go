@@ -131,7 +131,7 @@ func (l *Layer) pread(p []byte, off int64, lo, hi int, evictions uint64) bool {
 	if n == len(p) {
 		return l.store.evictions.Load() == evictions
 	}
-	l.store.cache.stats.readError(err)
+	l.store.short(err)
 	l.store.forget(lo, hi)
 	return false
 }

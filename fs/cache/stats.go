@@ -1,7 +1,6 @@
 package cache
 
 import (
-	"io"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -111,12 +110,5 @@ func (c *counters) diskWorks() {
 func (c *counters) turn(failing bool) {
 	if c.failing.Swap(failing) != failing && c.onDisk != nil {
 		c.onDisk(failing, c.err)
-	}
-}
-
-// readError notes why a read from disk was short. A file that was cut is damaged, but the disk is well.
-func (c *counters) readError(err error) {
-	if err != io.EOF {
-		c.diskError(err)
 	}
 }

@@ -3,6 +3,7 @@ package cache
 import (
 	"errors"
 	"fmt"
+	"io"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -143,10 +144,16 @@ func (s *store) write(i int, off int64, b []byte) bool {
 		s.mu.Unlock()
 		return false
 	}
+	size, err := s.data.size()
+	if err == nil && size < s.index.TarSize { // or the write would leave a hole that no read finds short
+		s.doubt()
+	}
 	s.writing[i]++
 	epoch := s.epoch
 	s.mu.Unlock()
-	_, err := s.data.WriteAt(b, off)
+	if err == nil {
+		_, err = s.data.WriteAt(b, off)
+	}
 	s.mu.Lock()
 	if s.writing[i]--; s.writing[i] == 0 {
 		delete(s.writing, i)
@@ -281,6 +288,26 @@ func (s *store) lost() {
 	s.present.clearAll()
 	s.epoch++
 	s.dirty = true
+}
+
+// short notes why a read of data was short.
+func (s *store) short(err error) {
+	if err != io.EOF {
+		s.cache.stats.diskError(err)
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.doubt()
+}
+
+// doubt has every chunk verified anew: somebody has cut data, and what is written next leaves zeros before it. The disk is well. The caller holds mu.
+func (s *store) doubt() {
+	s.verified.clearAll()
+	s.epoch++ // nor is what is being written there for sure
+	if err := s.data.truncate(s.index.TarSize); err != nil {
+		s.cache.stats.diskError(err)
+	}
 }
 
 // close flushes and closes the files. Nobody reads any more.
