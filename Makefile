@@ -8,7 +8,7 @@ FUZZTIME ?= 20s
 .PHONY: build demo test test-full soak lint bench bench-startup fuzz images clean .build/gotest
 
 build: .build/tools
-	CGO_ENABLED=0 go build -o $(BIN)/ ./cmd/...
+	CGO_ENABLED=0 go build -buildvcs=auto -o $(BIN)/ ./cmd/...
 
 # runc has C in it.
 .build/tools: tools/go.mod tools/go.sum

@@ -54,8 +54,13 @@ func Isolate() {
 // IsolateWithParent is Isolate for a program that is to end, as after SIGTERM, when the one that has started it dies.
 func IsolateWithParent() {
 	if os.Getenv(stageVariable) == "" {
+		parent := os.Getppid()
 		runtime.LockOSThread() // the setting is the thread's
-		if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0); err != nil {
+		err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0)
+		if err == nil && os.Getppid() != parent { // it died before
+			err = errors.New("who has started this has ended")
+		}
+		if err != nil {
 			fmt.Fprintln(os.Stderr, "isolate:", err)
 			os.Exit(1)
 		}
