@@ -43,6 +43,13 @@ func TestMountCommand(t *testing.T) {
 				t.Fatal(err)
 			}
 			line, err := bufio.NewReader(out).ReadString('\n')
+			defer func() {
+				for l := range strings.Lines(errs.String()) {
+					if !strings.HasPrefix(l, "time=") {
+						t.Errorf("a line of the log in another form: %q", l)
+					}
+				}
+			}()
 			if err != nil || !strings.Contains(line, "mounted") {
 				t.Fatalf("mount said %q, %v\n%s", line, err, errs.String())
 			}

@@ -2,9 +2,11 @@ package snapshot
 
 import (
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -163,4 +165,32 @@ func TestForgetEndsCompletion(t *testing.T) {
 		return err == nil && len(left) == 0
 	})
 	n.poll("end of completion", func() bool { return n.images.Background() == nil })
+}
+
+// An image whose registry does not answer does not hold up another's completion.
+func TestCompletionGoesOn(t *testing.T) {
+	n := newTestNode(t)
+	n.budget = 5 * time.Minute
+	n.stop()
+	n.start()
+	repos := map[string]string{} // by image
+	for _, repo := range []string{"app", "other"} {
+		files := map[string]string{"hot0": noise(1, 700_000), repo: noise(2, 700_000)} // of which the second is cold
+		img := n.push(repo, tarOf(t, file{"hot0", files["hot0"]}), tarOf(t, file{repo, files[repo]}))
+		n.convert(img)
+		repos[n.started(img, files)] = repo
+	}
+	n.poll("end of the starts", func() bool {
+		records, err := filepath.Glob(filepath.Join(n.root, "images", "*", "first-use.json"))
+		return err == nil && len(records) == 2
+	})
+	order := slices.Sorted(maps.Keys(repos))
+	n.reg.Inject(func(r *http.Request) bool {
+		return strings.HasPrefix(r.URL.Path, "/v2/"+repos[order[0]]+"/blobs/")
+	}, -1, registrytest.Stall(-1))
+	n.startWith(1 << 30)
+	n.poll("completion of the second", func() bool { return n.completed(order[1]) })
+	if n.completed(order[0]) {
+		t.Error("what has no registry is completed")
+	}
 }

@@ -49,6 +49,7 @@ type testNode struct {
 	// Of stream.Options:
 	retryAfter, quiet time.Duration
 	background        int64
+	budget            time.Duration // of registryclient.Options
 }
 
 // logBuffer counts the lines that operators would see.
@@ -72,7 +73,7 @@ func (l *logBuffer) lines() int {
 func newTestNode(t testing.TB) *testNode { return newTestNodeMode(t, fs.ModeFile) }
 
 func newTestNodeMode(t testing.TB, mode fs.Mode) *testNode {
-	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}, retryAfter: time.Nanosecond, quiet: time.Second}
+	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}, retryAfter: time.Nanosecond, quiet: time.Second, budget: 2 * time.Second}
 	n.start()
 	t.Cleanup(func() { n.stop() })
 	return n
@@ -92,7 +93,7 @@ func (n *testNode) start() {
 	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{})
 	check(err)
 	n.chunks = chunks
-	client, err := registryclient.New(registryclient.Options{Budget: 2 * time.Second})
+	client, err := registryclient.New(registryclient.Options{Budget: n.budget})
 	check(err)
 	n.images, err = stream.New(stream.Options{
 		Root: n.root, Registry: client, Cache: chunks, Mounter: mounts,

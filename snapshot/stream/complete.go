@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -21,6 +22,8 @@ const (
 	quietShare = 16
 	// completeRetry is the pause after an image could not be completed: the registry is away, or the cache full.
 	completeRetry = 10 * time.Minute
+	// completeWait is how long one request may wait for its answer: while one image's registry is away, the next image is completed.
+	completeWait = 5 * time.Second
 	// paceBurst is how much comes at once before the bandwidth is kept, bytes.
 	paceBurst = 64 << 10
 )
@@ -163,24 +166,37 @@ type pacedBlob struct {
 
 func (b pacedBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
 	asked := time.Now()
+	ctx, cancel := context.WithCancel(ctx)
+	late := time.AfterFunc(completeWait, cancel)
 	body, err := b.Blob.ReadRange(ctx, off, n, try)
+	if !late.Stop() && err != nil {
+		err = fmt.Errorf("no answer from the registry in %v: %w", completeWait, err)
+	}
 	if err != nil {
+		cancel()
 		return nil, err
 	}
-	return &pacedBody{ReadCloser: body, ctx: ctx, blob: b, asked: asked, begun: time.Now()}, nil
+	return &pacedBody{ReadCloser: body, ctx: ctx, cancel: cancel, blob: b, asked: asked, begun: time.Now()}, nil
 }
 
 type pacedBody struct {
 	io.ReadCloser
-	ctx   context.Context // of the request: io.Reader has no place for it
-	blob  pacedBlob
-	asked time.Time
-	begun time.Time // to come
-	read  int64
+	ctx    context.Context // of the request: io.Reader has no place for it
+	cancel context.CancelFunc
+	blob   pacedBlob
+	asked  time.Time
+	begun  time.Time // to come
+	read   int64
 }
 
 // Wrong passes on what fs/cache.Blob's readers are told.
 func (r *pacedBody) Wrong(off, n int64) { tellWrong(r.ReadCloser, off, n) }
+
+// Close ends the request.
+func (r *pacedBody) Close() error {
+	defer r.cancel()
+	return r.ReadCloser.Close()
+}
 
 func (r *pacedBody) Read(p []byte) (int, error) {
 	s := r.blob.store
