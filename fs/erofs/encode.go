@@ -21,7 +21,9 @@ func (p *plan) encode(w io.Writer, super []byte) error {
 	e := &encoder{plan: p, w: w, buf: make([]byte, 0, 1<<16)}
 	e.pad(superOffset)
 	e.write(super)
-	binary.LittleEndian.PutUint32(e.next(deviceSize)[64:], uint32(e.deviceSize>>e.blockBits))
+	for i, at := range e.parts {
+		binary.LittleEndian.PutUint32(e.next(deviceSize)[64:], uint32((e.partEnd(i)-at)>>e.blockBits))
+	}
 	for i := range p.nodes {
 		e.inode(i)
 	}
@@ -128,8 +130,9 @@ func (e *encoder) chunkIndexes(n *node) {
 		}
 		b, block := e.next(indexSize), uint32(nullBlock)
 		if len(rest) > 0 && rest[0].FileOffset <= off {
-			binary.LittleEndian.PutUint16(b[2:], 1) // device
-			block = uint32((rest[0].DeviceOffset + off - rest[0].FileOffset) >> e.blockBits)
+			part := e.part(rest[0].DeviceOffset)
+			binary.LittleEndian.PutUint16(b[2:], uint16(part+1)) // device
+			block = uint32((rest[0].DeviceOffset - e.parts[part] + off - rest[0].FileOffset) >> e.blockBits)
 		}
 		binary.LittleEndian.PutUint32(b[4:], block)
 	}

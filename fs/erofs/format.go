@@ -1,14 +1,14 @@
 // Package erofs writes the metadata image of a merged tree and reads it back by inode number (nid). A metadata image is an
-// EROFS file system whose regular files' data lies in one extra device (the data device), except for data that extents
-// cannot express.
+// EROFS file system whose regular files' data lies in one extra device (the data device), or in several that are its parts, except for data
+// that extents cannot express.
 //
 // The format's source is the kernel's fs/erofs/erofs_fs.h. All integers are little-endian. This package writes one shape of it:
 //
 //	offset  what
 //	0       zeros
 //	1024    superblock, 128 bytes
-//	1152    device slot of the data device, 128 bytes
-//	1280    the root directory's inode, then all others: the entries of a directory one after the other in the order of their
+//	1152    device slots, 128 bytes each: of the data device, or of its parts
+//	1280    (or behind the last device slot) the root directory's inode, then all others: the entries of a directory one after the other in the order of their
 //	        names, directories in depth-first order. An inode is at a multiple of 32 and has nid offset/32; it is 64 bytes
 //	        ("extended"), its extended attributes follow, then what belongs to it: the chunk indexes of a regular file (8-byte
 //	        aligned), or the last part of a directory, of a symlink's target or of embedded data if that saves space. Such a
@@ -36,7 +36,7 @@ const (
 	superUUID    = 48 // offset in the superblock
 	deviceOffset = superOffset + superSize
 	deviceSize   = 128
-	rootOffset   = deviceOffset + deviceSize // of the root inode: its nid has only 16 bits in the superblock
+	maxParts     = 4096 // of the data device: the nid of the root, which comes behind their slots, has only 16 bits in the superblock
 
 	superMagic      = 0xe0f5e1e2
 	compatChecksum  = 0x1 // the superblock's checksum is set

@@ -19,6 +19,9 @@ func FuzzOpen(f *testing.F) {
 		images = append(images, write(f, m.Tree(10*seed), blockSize))
 		f.Add(byte(seed), uint16(0), []byte{0, 5, 0, 0xff, 0xff, 0, 5, 8, 0xff, 0x7f})
 	}
+	root, parts := treeOfParts(512)
+	images = append(images, writeParts(f, root, 512, parts))
+	f.Add(byte(len(images)-1), uint16(0), []byte{0, 4, 0xb8, 0, 0})
 	f.Fuzz(func(t *testing.T, which byte, cut uint16, patches []byte) {
 		image := bytes.Clone(images[int(which)%len(images)])
 		image = image[:max(0, len(image)-int(cut))]

@@ -17,6 +17,7 @@ const maxIndexes = 1 << 24
 type plan struct {
 	blockBits  int
 	deviceSize int64
+	parts      []int64 // where the extra devices begin in the data device
 
 	nodes  []node // in the order of their offsets
 	index  map[*Inode]int32
@@ -50,6 +51,39 @@ type dirent struct {
 }
 
 func (p *plan) blockSize() int64 { return 1 << p.blockBits }
+
+// divide makes an extra device of each part.
+func (p *plan) divide(parts []int64) error {
+	if p.parts = parts; parts == nil {
+		p.parts = []int64{0}
+	}
+	if len(p.parts) == 0 || len(p.parts) > maxParts {
+		return fmt.Errorf("a data device of %d parts", len(p.parts))
+	}
+	for i, at := range p.parts {
+		if at&(p.blockSize()-1) != 0 || i == 0 && at != 0 || i > 0 && at <= p.parts[i-1] || at > p.deviceSize {
+			return fmt.Errorf("a data device of %d bytes cannot have its %d parts at %d", p.deviceSize, len(p.parts), parts)
+		}
+	}
+	return nil
+}
+
+// part returns the part that has offset off of the data device, from 0.
+func (p *plan) part(off int64) int {
+	i, found := slices.BinarySearch(p.parts, off)
+	if !found {
+		i--
+	}
+	return i
+}
+
+// partEnd returns where part i ends.
+func (p *plan) partEnd(i int) int64 {
+	if i+1 < len(p.parts) {
+		return p.parts[i+1]
+	}
+	return p.deviceSize
+}
 
 // discover lists the inodes under root.
 func (p *plan) discover(root *Inode) error {
@@ -167,7 +201,7 @@ func (p *plan) path(i int32) string {
 
 // place decides where all inodes and blocks go.
 func (p *plan) place() error {
-	p.pos = rootOffset
+	p.pos = deviceOffset + int64(len(p.parts))*deviceSize
 	for i := range p.nodes {
 		if err := p.placeNode(&p.nodes[i]); err != nil {
 			return fmt.Errorf("%s: %w", p.path(int32(i)), err)
@@ -259,7 +293,8 @@ func (p *plan) checkExtents(ino *Inode) error {
 	end := int64(0)
 	for _, x := range ino.Extents {
 		aligned := (x.FileOffset|x.DeviceOffset)&(p.blockSize()-1) == 0 && (x.Size&(p.blockSize()-1) == 0 || x.Size == ino.Size-x.FileOffset)
-		if !aligned || x.FileOffset < end || x.Size <= 0 || x.Size > ino.Size-x.FileOffset || x.DeviceOffset < 0 || x.Size > p.deviceSize-x.DeviceOffset {
+		if !aligned || x.FileOffset < end || x.Size <= 0 || x.Size > ino.Size-x.FileOffset || x.DeviceOffset < 0 || x.Size > p.deviceSize-x.DeviceOffset ||
+			p.part(x.DeviceOffset) != p.part(ino.Extents[0].DeviceOffset) || x.Size > p.partEnd(p.part(x.DeviceOffset))-x.DeviceOffset {
 			return fmt.Errorf("extent %+v cannot be part of a file of %d bytes with blocks of %d on a device of %d", x, ino.Size, p.blockSize(), p.deviceSize)
 		}
 		end = x.FileOffset + x.Size

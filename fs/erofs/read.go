@@ -15,14 +15,14 @@ var ErrCorrupt = errors.New("corrupt metadata image")
 // Image reads a metadata image, usually a memory map. It keeps no state per inode and allocates nothing for a lookup. It does not trust the image: damage gives errors, never a panic.
 // Errors are ErrCorrupt, or of the argument: something that is no directory is looked up in, and so on. All methods may be called from many goroutines.
 type Image struct {
-	b            []byte
-	blockBits    uint
-	root         uint64
-	inodes       int64
-	plain        bool // no inode has attributes
-	metaOff      uint64
-	xattrOff     uint64
-	deviceBlocks uint64
+	b         []byte
+	blockBits uint
+	root      uint64
+	inodes    int64
+	plain     bool // no inode has attributes
+	metaOff   uint64
+	xattrOff  uint64
+	parts     []uint64 // the block of the data device at which each extra device ends
 }
 
 // Open checks the superblock of the image b.
@@ -40,7 +40,7 @@ func Open(b []byte) (*Image, error) {
 	m.xattrOff = uint64(le.Uint32(super[44:])) << (m.blockBits & 31)
 	m.plain = string(super[64:64+len(volumePlain)+1]) == volumePlain+"\x00"
 	const compat, incompat = compatChecksum | compatMtime, incompatChunked | incompatDevices
-	if m.blockBits != 9 && m.blockBits != 12 || le.Uint32(super[8:]) != compat || le.Uint32(super[80:]) != incompat || le.Uint16(super[86:]) != 1 || super[90] != 0 {
+	if m.blockBits != 9 && m.blockBits != 12 || le.Uint32(super[8:]) != compat || le.Uint32(super[80:]) != incompat || super[90] != 0 {
 		return nil, fmt.Errorf("%w: its superblock is of a kind that is not written here", ErrCorrupt)
 	}
 	block, err := m.bytes(superOffset, max(uint64(1)<<m.blockBits, superOffset+512)-superOffset)
@@ -54,11 +54,16 @@ func Open(b []byte) (*Image, error) {
 	if ^crc != le.Uint32(super[4:]) {
 		return nil, fmt.Errorf("%w: the superblock's checksum is wrong", ErrCorrupt)
 	}
-	device, err := m.bytes(uint64(le.Uint16(super[88:]))*deviceSize, deviceSize)
-	if err != nil {
-		return nil, err
+	n := uint64(le.Uint16(super[86:]))
+	slots, err := m.bytes(uint64(le.Uint16(super[88:]))*deviceSize, n*deviceSize)
+	if err != nil || n == 0 || n > maxParts {
+		return nil, fmt.Errorf("%w: %d extra devices", ErrCorrupt, n)
 	}
-	m.deviceBlocks = uint64(le.Uint32(device[64:]))
+	end := uint64(0)
+	for ; len(slots) > 0; slots = slots[deviceSize:] {
+		end += uint64(le.Uint32(slots[64:]))
+		m.parts = append(m.parts, end)
+	}
 	root, err := m.inode(m.root)
 	if err != nil || root.mode&typeMask != typeDir {
 		return nil, fmt.Errorf("%w: no root directory", ErrCorrupt)
@@ -232,21 +237,28 @@ func (m *Image) Map(nid uint64, off int64) (data []byte, dev int64, hole bool, n
 	if n = int64(stop) - off; block == nullBlock {
 		return nil, 0, true, n, nil
 	}
-	if last := block + (stop-1-chunk<<shift)>>m.blockBits; last >= m.deviceBlocks {
+	if last := block + (stop-1-chunk<<shift)>>m.blockBits; last >= m.parts[len(m.parts)-1] {
 		return nil, 0, false, 0, ErrCorrupt
 	}
 	return nil, int64(block<<m.blockBits) + off - int64(chunk<<shift), false, n, nil
 }
 
-// chunk returns the device block at which chunk number n of a file begins, or nullBlock.
+// chunk returns the block of the data device at which chunk number n of a file begins, or nullBlock.
 func (m *Image) chunk(i *inode, n uint64) (uint64, error) {
 	b, err := m.bytes((i.rest+indexSize-1)&^(indexSize-1)+n*indexSize, indexSize)
 	if err != nil {
 		return 0, err
 	}
 	block := uint64(binary.LittleEndian.Uint32(b[4:]))
-	if block != nullBlock && binary.LittleEndian.Uint16(b[2:]) != 1 {
+	if block == nullBlock {
+		return block, nil
+	}
+	part := int(binary.LittleEndian.Uint16(b[2:])) - 1
+	if part < 0 || part >= len(m.parts) {
 		return 0, ErrCorrupt
+	}
+	if part > 0 {
+		block += m.parts[part-1]
 	}
 	return block, nil
 }

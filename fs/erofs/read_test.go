@@ -217,7 +217,7 @@ func TestLargeFiles(t *testing.T) {
 	}
 	m := open(t, b.Bytes())
 	for _, loop := range []bool{false, true} {
-		dir := erofstest.Mount(t, b.Bytes(), device.Name(), loop)
+		dir := erofstest.Mount(t, b.Bytes(), loop, device.Name())
 		for name, ino := range files {
 			f, err := os.Open(filepath.Join(dir, name))
 			if err != nil {
@@ -271,11 +271,11 @@ func TestDeviceEnd(t *testing.T) {
 			erofs.Write(&none, &erofs.Inode{Mode: unix.S_IFDIR}, erofs.Options{BlockSize: 512})); err != nil {
 			t.Fatal(err)
 		}
-		got, err := os.ReadFile(filepath.Join(erofstest.Mount(t, b.Bytes(), device, loop), "f"))
+		got, err := os.ReadFile(filepath.Join(erofstest.Mount(t, b.Bytes(), loop, device), "f"))
 		if err != nil || !bytes.Equal(got, content[1024:1124]) {
 			t.Errorf("loop %v: %q, %v", loop, got, err)
 		}
-		if _, err := erofstest.Walk(erofstest.Mount(t, none.Bytes(), empty, loop), erofstest.Options{}); err != nil {
+		if _, err := erofstest.Walk(erofstest.Mount(t, none.Bytes(), loop, empty), erofstest.Options{}); err != nil {
 			t.Errorf("empty device, loop %v: %v", loop, err)
 		}
 	}
@@ -288,7 +288,7 @@ func TestInodeNumbers(t *testing.T) {
 	}
 	image := write(t, special(512), 512)
 	m := open(t, image)
-	dir := erofstest.Mount(t, image, erofstest.Device(t, deviceSize).Name(), false)
+	dir := erofstest.Mount(t, image, false, erofstest.Device(t, deviceSize).Name())
 	for _, names := range [][]string{nil, {"links"}, {"links", "f"}, {"sizes", "dir-0"}, {"symlinks", "1"}, {"devices", "null"}} {
 		var st unix.Stat_t
 		if err := unix.Lstat(filepath.Join(append([]string{dir}, names...)...), &st); err != nil {

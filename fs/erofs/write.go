@@ -16,6 +16,9 @@ import (
 type Options struct {
 	BlockSize  int   // 512 or 4096; extents are multiples of it
 	DeviceSize int64 // of the data device, bytes; rounded up to blocks. So must be the device itself: Linux fails reads of a last block that is not whole
+	// Parts are where the parts of the data device begin, in order, each a multiple of BlockSize and the first 0: each part is an extra device of its own then,
+	// up to where the next begins. A file's extents lie in one part. Nil: the data device is one.
+	Parts []int64
 }
 
 // ErrUnsupported: a metadata image cannot express the tree. A normal pull is the answer.
@@ -33,6 +36,9 @@ func Write(w io.Writer, root *Inode, o Options) error {
 	p := &plan{blockBits: bits.TrailingZeros(uint(o.BlockSize)), deviceSize: roundUp(max(o.DeviceSize, 0), int64(o.BlockSize))}
 	if o.DeviceSize < 0 || p.deviceSize>>p.blockBits >= nullBlock {
 		return fmt.Errorf("tree %w: a data device of %d bytes is beyond 32-bit block addresses", ErrUnsupported, o.DeviceSize)
+	}
+	if err := p.divide(o.Parts); err != nil {
+		return fmt.Errorf("write metadata image: %w", err)
 	}
 	if err := p.discover(root); err != nil {
 		return fmt.Errorf("tree %w: %w", ErrUnsupported, err)
@@ -88,7 +94,7 @@ func (p *plan) superblock(id [16]byte) []byte {
 		copy(b[64:], volumePlain)
 	}
 	le.PutUint32(b[80:], incompatChunked|incompatDevices)
-	le.PutUint16(b[86:], 1) // extra devices
+	le.PutUint16(b[86:], uint16(len(p.parts))) // extra devices
 	le.PutUint16(b[88:], deviceOffset/deviceSize)
 	return b
 }

@@ -73,9 +73,20 @@ func TestWriteErrors(t *testing.T) {
 		}
 	}
 	root := &erofs.Inode{Mode: unix.S_IFDIR}
-	for _, o := range []erofs.Options{{}, {BlockSize: 1024}, {BlockSize: 512, DeviceSize: -1}, {BlockSize: 512, DeviceSize: 1 << 41}} {
+	for _, o := range []erofs.Options{
+		{}, {BlockSize: 1024}, {BlockSize: 512, DeviceSize: -1}, {BlockSize: 512, DeviceSize: 1 << 41},
+		{BlockSize: 512, DeviceSize: deviceSize, Parts: []int64{}}, {BlockSize: 512, DeviceSize: deviceSize, Parts: []int64{512}},
+		{BlockSize: 512, DeviceSize: deviceSize, Parts: []int64{0, 0}}, {BlockSize: 512, DeviceSize: deviceSize, Parts: []int64{0, 100}},
+		{BlockSize: 512, DeviceSize: deviceSize, Parts: []int64{0, 2 * deviceSize}}, {BlockSize: 512, DeviceSize: deviceSize, Parts: make([]int64, 5000)},
+	} {
 		if err := erofs.Write(io.Discard, root, o); err == nil {
 			t.Errorf("options %+v are accepted", o)
+		}
+	}
+	two := &erofs.Inode{Mode: unix.S_IFDIR, Entries: []erofs.Dirent{{Name: "bad", Inode: file(erofs.Extent{Size: 1024}, erofs.Extent{FileOffset: 1024, DeviceOffset: 1024, Size: 512})}}}
+	for _, at := range []int64{512, 1024} {
+		if err := erofs.Write(io.Discard, two, erofs.Options{BlockSize: 512, DeviceSize: deviceSize, Parts: []int64{0, at}}); !errors.Is(err, erofs.ErrUnsupported) {
+			t.Errorf("a file in two parts, the second at %d: error %v", at, err)
 		}
 	}
 	if err := erofs.Write(io.Discard, file(), erofs.Options{BlockSize: 512}); err == nil {

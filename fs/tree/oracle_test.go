@@ -108,7 +108,7 @@ func (o *oracle) walkImage(t testing.TB, c chain, root *erofs.Inode) []erofstest
 	if err != nil {
 		t.Fatal(err)
 	}
-	return o.walkOverlay(t, erofstest.Mount(t, image.Bytes(), o.at("device"), false))
+	return o.walkOverlay(t, erofstest.Mount(t, image.Bytes(), false, o.at("device")))
 }
 
 // differ reports how got departs from what containerd shows. Times that containerd takes from the clock count as equal.

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -12,7 +14,7 @@ import (
 )
 
 // Mount mounts a metadata image with the kernel for the time of the test: from files, or from loop devices of them. The test must run as root.
-func Mount(tb testing.TB, image []byte, device string, loop bool) string {
+func Mount(tb testing.TB, image []byte, loop bool, devices ...string) string {
 	tb.Helper()
 	dir := tb.TempDir()
 	source, target := filepath.Join(dir, "image"), filepath.Join(dir, "mount")
@@ -21,7 +23,8 @@ func Mount(tb testing.TB, image []byte, device string, loop bool) string {
 	}
 	if loop {
 		// A loop device is detached with its last user: these descriptors now, the mount later.
-		for _, p := range []*string{&source, &device} {
+		devices = slices.Clone(devices)
+		for _, p := range append(pointers(devices), &source) {
 			f, err := attachLoop(*p)
 			if err != nil {
 				tb.Fatal(err)
@@ -30,8 +33,8 @@ func Mount(tb testing.TB, image []byte, device string, loop bool) string {
 			*p = f.Name()
 		}
 	}
-	if err := unix.Mount(source, target, "erofs", unix.MS_RDONLY, "device="+device); err != nil {
-		tb.Fatalf("mount %s with device %s: %v", source, device, err)
+	if err := unix.Mount(source, target, "erofs", unix.MS_RDONLY, "device="+strings.Join(devices, ",device=")); err != nil {
+		tb.Fatalf("mount %s with devices %s: %v", source, devices, err)
 	}
 	tb.Cleanup(func() {
 		if err := unix.Unmount(target, 0); err != nil {
@@ -40,6 +43,13 @@ func Mount(tb testing.TB, image []byte, device string, loop bool) string {
 		}
 	})
 	return target
+}
+
+func pointers(names []string) (p []*string) {
+	for i := range names {
+		p = append(p, &names[i])
+	}
+	return p
 }
 
 // attachLoop returns an open loop device, read-only, that goes when its last user does.
