@@ -26,6 +26,13 @@ func (b bitmap) clearAll() {
 	}
 }
 
+// setAll makes b the set of all n chunks.
+func (b bitmap) setAll(n int) {
+	for i := range n {
+		b.set(i)
+	}
+}
+
 // empty reports whether b has nothing.
 func (b bitmap) empty() bool {
 	for i := range b {

@@ -15,6 +15,7 @@
 //	DIR/
 //	  sha256-HEX/   a layer, named by the digest of its index (mode 0700)
 //	    data        the layer's tar, sparse: chunk i at its tar offset (mode 0600)
+//	    whole       instead of data: the layer's tar, complete, which others may read, see whole.go (mode 0600)
 //	    map         which chunks of data are present (mode 0600)
 //	    uses        when each chunk was used last, Unix seconds, 4 bytes each, little-endian (mode 0600); only the order of eviction
 //	                depends on it, so it is never synced, and one of another size says nothing
@@ -43,6 +44,8 @@
 // A chunk that another layer has, too, is copied: see twins.go.
 //
 // A stream may bring the chunks that are needed first of several layers, in the order of their use: see hot.go.
+//
+// A layer that is here as a whole may be read by others than this process: see whole.go.
 //
 // With a limit, chunks that were used least recently are given back, also of layers that are open: see evict.go.
 //
@@ -105,10 +108,11 @@ type Cache struct {
 	stop    chan struct{}  // closed by Close
 	running sync.WaitGroup // the flusher and the learner
 
+	wholeMu sync.Mutex  // one call of Whole at a time
 	evictMu sync.Mutex  // one eviction at a time
 	stuck   atomic.Bool // the last eviction has not freed enough: not again before the next flush
 
-	// LOCK ORDER: Cache.evictMu, slot.mu, Cache.mu, store.flushMu, readAhead.mu, hot.mu, store.mu. None is held while waiting for a Blob or a fill.
+	// LOCK ORDER: Cache.wholeMu, Cache.evictMu, slot.mu, Cache.mu, store.flushMu, readAhead.mu, hot.mu, store.mu. None is held while waiting for a Blob or a fill.
 	mu      sync.Mutex
 	slots   map[digest.Digest]*slot
 	handles map[*Layer]struct{}

@@ -19,6 +19,7 @@ type disk interface {
 	open(path string) (file, error)
 	// remove deletes the file at path, if there is one.
 	remove(path string) error
+	rename(from, to string) error // in one directory
 }
 
 // file is a file of a layer. Its methods may be called from many goroutines.
@@ -57,6 +58,8 @@ func (osDisk) remove(path string) error {
 	}
 	return nil
 }
+
+func (osDisk) rename(from, to string) error { return os.Rename(from, to) }
 
 type osFile struct{ *os.File }
 

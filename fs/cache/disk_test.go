@@ -61,6 +61,13 @@ func (d *faultyDisk) open(path string) (file, error) {
 	return &faultyFile{f, d}, err
 }
 
+func (d *faultyDisk) rename(from, to string) error {
+	if err := d.fault(nil); err != nil {
+		return err
+	}
+	return d.disk.rename(from, to)
+}
+
 func (d *faultyDisk) remove(path string) error {
 	if err := d.fault(nil); err != nil {
 		return err
@@ -180,6 +187,9 @@ func checkMap(t *testing.T, dir string, ly *layer) (claimed int) {
 		return 0
 	}
 	data, err := os.ReadFile(filepath.Join(dir, "data"))
+	if errors.Is(err, os.ErrNotExist) {
+		data, err = os.ReadFile(filepath.Join(dir, "whole"))
+	}
 	must(t, err)
 	for i := range ly.index.NumChunks() {
 		if !present.has(i) {

@@ -30,6 +30,8 @@ import (
 // A reader that sees one value of evictions before it looked at verified and after its pread has read no hole: step 3 of what it read has
 // not begun, or the chunk was written anew after it.
 //
+// Files that others may read are not given back by the chunk, but as a whole when nobody does: see whole.go.
+//
 // Chunks do not begin at file system blocks. A hole takes in the blocks that it shares with neighbours that are absent, too, and
 // leaves those of others; nothing is left behind when all is gone.
 
@@ -152,7 +154,7 @@ func (c *Cache) remove(dgst digest.Digest, later bool) error {
 
 // removeFiles deletes the files of a layer that is not open. Others' files stay.
 func (c *Cache) removeFiles(dgst digest.Digest) error {
-	for _, path := range []string{c.mapPath(dgst), c.usesPath(dgst), c.dataPath(dgst)} {
+	for _, path := range []string{c.mapPath(dgst), c.usesPath(dgst), c.dataPath(dgst), c.wholePath(dgst)} {
 		if err := c.disk.remove(path); err != nil {
 			return err
 		}
@@ -189,7 +191,7 @@ type idleLayer struct {
 func (c *Cache) giveBack(need int64) {
 	now := uint32(time.Now().Unix())
 	stores := c.openStores()
-	idle := c.idleLayers(stores)
+	idle := slices.DeleteFunc(c.idleLayers(stores), func(l idleLayer) bool { return c.inUse(l.dgst) })
 	var ages histogram
 	for _, l := range idle {
 		ages[ageOf(now, l.last)] += l.size
@@ -272,7 +274,7 @@ func (h *histogram) cut(need int64) (age int, some int64) {
 func (s *store) countAges(now uint32, ages *histogram) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := range s.n {
+	for i := 0; i < s.n && !s.whole; i++ {
 		if s.present.has(i) {
 			ages[ageOf(now, s.recent[i].Load())] += s.index.Chunk(i).TarSize
 		}
@@ -323,7 +325,7 @@ func (s *store) trim() {
 func (s *store) punch(choose func() (gone []int)) {
 	s.flushMu.Lock() // the files stay open
 	defer s.flushMu.Unlock()
-	if s.closed || s.data == nil {
+	if s.closed || s.data == nil || s.whole {
 		return
 	}
 	defer func() {

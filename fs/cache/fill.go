@@ -331,13 +331,17 @@ func (s *store) decode(i int, frame []byte) (*buffer, error) {
 func (f *fill) deliver(fl *flight, buf *buffer, off int64, onDisk bool) {
 	s := f.layer.store
 	fl.buf, fl.off = buf, off
+	if onDisk {
+		s.mu.Lock()
+		if s.present.has(fl.chunk) {
+			s.verified.set(fl.chunk)
+		}
+		s.mu.Unlock()
+	}
 	close(fl.done)
 	written := onDisk || s.write(fl.chunk, off, buf.b)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if onDisk && s.present.has(fl.chunk) {
-		s.verified.set(fl.chunk)
-	}
 	if written {
 		s.land(fl)
 	} else if s.flights[fl.chunk] == fl {

@@ -84,7 +84,7 @@ func TestKilledAtEachOperation(t *testing.T) {
 	}
 }
 
-// evictingScenario is scenario with evictions, and the layer is removed at the end.
+// evictingScenario is scenario with evictions, and the layer is made whole and removed at the end.
 func evictingScenario(t *testing.T, c *Cache, ly *layer) {
 	t.Helper()
 	for k := range 2 {
@@ -96,6 +96,10 @@ func evictingScenario(t *testing.T, c *Cache, ly *layer) {
 			l.store.evict(func(i int) bool { return (i+k)%6 < 4 }) // runs, or no block would be free
 		}
 		readAll(t, l, ly, 10_000)
+		poll(t, "end of the fills", l.store.idle)
+		if k == 1 {
+			whole(t, l)
+		}
 		must(t, l.Close())
 	}
 	must(t, c.Retain(func(digest.Digest) bool { return false }))

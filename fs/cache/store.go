@@ -35,6 +35,7 @@ type store struct {
 
 	flushMu   sync.Mutex // held while the files are synced, punched or closed
 	closed    bool       // guarded by flushMu
+	whole     bool       // no hole may be punched in data: see whole.go; set under flushMu and mu
 	usesSaved uint32     // lastUse when uses were written; guarded by flushMu
 	hand      int        // where the last eviction has ended; guarded by flushMu
 
@@ -71,7 +72,7 @@ func (c *Cache) openStore(dgst digest.Digest, x *artifact.Index, id [32]byte) *s
 
 // openFiles opens data and map and takes in what the map claims, or makes both anew.
 func (s *store) openFiles(tarSize int64) (err error) {
-	data, err := s.cache.disk.open(s.cache.dataPath(s.dgst))
+	data, whole, err := s.openData(tarSize)
 	if err != nil {
 		return err
 	}
@@ -79,7 +80,13 @@ func (s *store) openFiles(tarSize int64) (err error) {
 	if err != nil {
 		return errors.Join(err, data.Close())
 	}
-	present, err := readFiles(data, table, tarSize, s.header, s.n)
+	var present bitmap
+	if whole {
+		present = newBitmap(s.n)
+		present.setAll(s.n)
+	} else {
+		present, err = readFiles(data, table, tarSize, s.header, s.n)
+	}
 	if err != nil {
 		if !errors.Is(err, errStale) {
 			s.cache.stats.diskError(err)
@@ -95,7 +102,7 @@ func (s *store) openFiles(tarSize int64) (err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.data, s.table, s.present = data, table, present
+	s.data, s.table, s.present, s.whole = data, table, present, whole
 	return nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"os"
 	"slices"
 	"sync/atomic"
@@ -168,6 +169,9 @@ func (c *Cache) readTwin(layers map[digest.Digest]twin, ch artifact.Chunk, b []b
 // whatever it is.
 func (c *Cache) readPlace(dgst digest.Digest, off int64, b []byte) bool {
 	f, err := os.Open(c.dataPath(dgst))
+	if errors.Is(err, os.ErrNotExist) {
+		f, err = os.Open(c.wholePath(dgst))
+	}
 	if err != nil {
 		return false
 	}

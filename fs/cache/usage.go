@@ -11,7 +11,7 @@ import (
 )
 
 // Usage returns the bytes on disk (blocks really allocated) that the cache holds of layers, named as Layer names them, be they open or
-// not. What it has nothing of counts nothing; one named twice counts once. It costs three lstat(2) per layer and takes no lock, so that it may be
+// not. What it has nothing of counts nothing; one named twice counts once. It costs four lstat(2) per layer and takes no lock, so that it may be
 // called for every snapshot.
 func (c *Cache) Usage(layers ...digest.Digest) (total int64, err error) {
 	seen := make(map[digest.Digest]bool, len(layers))
@@ -34,7 +34,7 @@ func (c *Cache) Usage(layers ...digest.Digest) (total int64, err error) {
 
 // dirUsage returns the bytes allocated of a layer's files in dir.
 func dirUsage(dir string) (total int64, err error) {
-	for _, name := range []string{"data", "map", "uses"} {
+	for _, name := range []string{"data", "whole", "map", "uses"} {
 		var st unix.Stat_t
 		err := unix.Lstat(filepath.Join(dir, name), &st)
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
