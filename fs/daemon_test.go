@@ -26,6 +26,7 @@ type daemonArgs struct {
 	Mode     Mode
 	Dir      string
 	Metadata string
+	Direct   *Direct
 	Targets  []string // where the image is mounted
 	NoResend bool
 	Step     string // of requests, at which it kills itself,
@@ -145,7 +146,7 @@ func runDaemon(arg string) error {
 		return err
 	}
 	for _, target := range a.Targets {
-		if err := s.Mount(context.Background(), Image{ID: "image", Metadata: a.Metadata, Device: m.dev}, target); err != nil {
+		if err := s.Mount(context.Background(), Image{ID: "image", Metadata: a.Metadata, Device: m.dev, Direct: a.Direct}, target); err != nil {
 			return err
 		}
 	}

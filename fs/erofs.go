@@ -12,14 +12,26 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// createFile creates the file system of img, file-backed, with the file device as its data device.
-func (s *Server) createFile(img Image, device string) (*fsContext, error) {
-	c, err := newErofs(img.Metadata, device)
+// create creates the file system of img with the files devices as its data device. They are local, or of a FUSE mount of this process.
+func (s *Server) create(img Image, devices []string, local bool) (*fsContext, error) {
+	aligned := true
+	for i := 0; i < len(devices) && local; i++ {
+		aligned = aligned && directAligned(devices[i])
+	}
+	if s.mode == ModeLoop {
+		return s.createLoop(img, devices, aligned)
+	}
+	return s.createFile(img, devices, aligned)
+}
+
+// createFile creates the file system of img, file-backed. Aligned says that devices can be read by direct I/O.
+func (s *Server) createFile(img Image, devices []string, aligned bool) (*fsContext, error) {
+	c, err := newErofs(img.Metadata, devices)
 	if err != nil {
 		return nil, err
 	}
 	// Without it EROFS reads synchronously, 16 pages at a time. Linux 6.12.0 has no such option, and reads slowly.
-	if directAligned(img.Metadata) {
+	if aligned && directAligned(img.Metadata) {
 		if err := unix.FsconfigSetFlag(c.fd, "directio"); err != nil {
 			s.log.Debug("EROFS without direct I/O", "error", err)
 		}
@@ -52,8 +64,8 @@ func directAligned(path string) bool {
 // The kernel names it by a counter (erofs-N) and does not tell which is whose, so it is the one that appears; if another process
 // mounts at the same moment there may be more.
 func (s *Server) createErofs(c *fsContext) ([]string, error) {
-	s.create.Lock()
-	defer s.create.Unlock()
+	s.creating.Lock()
+	defer s.creating.Unlock()
 	before := bdis()
 	if err := c.created(aside(c.fd, callCreate(0))); err != nil { // opens the file of the data device
 		return nil, err
@@ -91,13 +103,17 @@ func deviceBDI(dev uint64) []string {
 // fsContext is a file system being mounted, see fsopen(2). Unlike mount(2) it takes paths with commas and says what is wrong.
 type fsContext struct{ fd int }
 
-func newErofs(source, device string) (*fsContext, error) {
+func newErofs(source string, devices []string) (*fsContext, error) {
 	fd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("open EROFS: %w", err)
 	}
 	c := &fsContext{fd}
-	for _, kv := range [][2]string{{"source", source}, {"device", device}} {
+	options := [][2]string{{"source", source}}
+	for _, d := range devices {
+		options = append(options, [2]string{"device", d})
+	}
+	for _, kv := range options {
 		if err := unix.FsconfigSetString(fd, kv[0], kv[1]); err != nil {
 			err = c.explain(fmt.Errorf("configure EROFS with %s=%s: %w", kv[0], kv[1], err))
 			c.close()
@@ -119,8 +135,11 @@ func (c *fsContext) created(err error) error {
 	return nil
 }
 
-// attach mounts what was created at target with flags of mount(2), after record was called with its device number.
-func (c *fsContext) attach(target string, flags uintptr, record func(dev uint64) error) error {
+// moveBeneath is MOVE_MOUNT_BENEATH of move_mount(2).
+const moveBeneath = 0x200
+
+// attach mounts what was created at target with flags of mount(2), or beneath what is mounted there, after record was called with its device number.
+func (c *fsContext) attach(target string, flags uintptr, beneath bool, record func(dev uint64) error) error {
 	attr := unix.MOUNT_ATTR_RDONLY
 	if flags&unix.MS_NOSUID != 0 {
 		attr |= unix.MOUNT_ATTR_NOSUID
@@ -140,7 +159,11 @@ func (c *fsContext) attach(target string, flags uintptr, record func(dev uint64)
 	if err := record(unix.Mkdev(st.Dev_major, st.Dev_minor)); err != nil {
 		return err
 	}
-	if err := unix.MoveMount(m, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+	how := unix.MOVE_MOUNT_F_EMPTY_PATH
+	if beneath {
+		how |= moveBeneath
+	}
+	if err := unix.MoveMount(m, "", unix.AT_FDCWD, target, how); err != nil {
 		return fmt.Errorf("mount EROFS at %s: %w", target, err)
 	}
 	return nil

@@ -210,19 +210,24 @@ func (m *image) file(path string, content []byte) *erofs.Inode {
 // write writes the metadata image into a new directory, and returns what to mount.
 func (m *image) write(t testing.TB, id string) Image {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "metadata")
+	return Image{ID: id, Metadata: m.metadata(t, nil), Device: m.dev}
+}
+
+func (m *image) metadata(t testing.TB, parts []int64) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "metadata")
 	f, err := os.Create(path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if err := erofs.Write(f, m.root, erofs.Options{BlockSize: 512, DeviceSize: m.dev.Size()}); err != nil {
+	if err := erofs.Write(f, m.root, erofs.Options{BlockSize: 512, DeviceSize: m.dev.Size(), Parts: parts}); err != nil {
 		t.Fatal(err)
 	}
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
-	return Image{ID: id, Metadata: path, Device: m.dev}
+	return path
 }
 
 // mountImage mounts img at a new directory until the end of the test.

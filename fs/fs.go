@@ -56,6 +56,7 @@ type Image struct {
 	ID       string // file name of its data device: [a-z0-9]+, unique, and of the same bytes whenever it is used
 	Metadata string // path of the metadata image
 	Device   Device
+	Direct   *Direct // if not nil, another way to the same, which is taken if the mode allows it
 	// ReadAhead is this mount's read-ahead, see Options; 0 is the Server's.
 	ReadAhead int64
 }
@@ -97,7 +98,7 @@ type Options struct {
 
 // Server mounts images. Its methods may be called from many goroutines.
 //
-// LOCK ORDER: none. Nobody holds two of this package's locks at once, and only create is held across system calls.
+// LOCK ORDER: replacing before all others. Nobody holds two of these at once, and only replacing and creating are held across system calls.
 type Server struct {
 	dir       string
 	want      Mode // of Options
@@ -114,7 +115,8 @@ type Server struct {
 	former    []*devices     // of a predecessor, which have no new mounts
 	resumed   []*about       // the sessions that were resumed
 
-	create sync.Mutex // held while an EROFS superblock is created, to tell its bdi
+	creating  sync.Mutex // held while an EROFS superblock is created, to tell its bdi
+	replacing sync.Mutex // held by Replace
 
 	mu       sync.Mutex
 	closed   bool
@@ -126,11 +128,12 @@ type Server struct {
 
 // mount is a mounted image, or one being mounted or unmounted.
 type mount struct {
-	id      string
-	tree    *tree // mode tree, or
-	devices *devices
-	device  *device
-	record  int // in the state of devices' session
+	id       string
+	tree     *tree // mode tree, or
+	devices  *devices
+	device   *device // nil for a direct mount
+	record   int     // in the state of devices' session
+	metadata string  // path
 
 	ready   bool
 	resumed bool // mounted by a predecessor

@@ -11,19 +11,30 @@ import (
 // loopAttempts is how often a free loop device is asked for, of which others may be quicker to take possession.
 const loopAttempts = 64
 
-// createLoop creates the file system of img over loop devices, with the file device as its data device.
-func (s *Server) createLoop(img Image, device string) (*fsContext, error) {
+// createLoop creates the file system of img over loop devices. Aligned says that devices can be read by direct I/O.
+func (s *Server) createLoop(img Image, devices []string, aligned bool) (*fsContext, error) {
+	if len(devices) > maxLoops {
+		return nil, fmt.Errorf("%d loop devices for one mount, more than %d", len(devices), maxLoops)
+	}
 	meta, err := attachLoop(img.Metadata, unix.O_RDONLY)
 	if err != nil {
 		return nil, err
 	}
 	defer meta.Close()
-	data, err := attachLoop(device, unix.O_RDONLY|unix.O_DIRECT)
-	if err != nil {
-		return nil, err
+	flags := unix.O_RDONLY
+	if aligned {
+		flags |= unix.O_DIRECT
 	}
-	defer data.Close()
-	c, err := newErofs(meta.Name(), data.Name())
+	names := make([]string, len(devices))
+	for i, d := range devices {
+		data, err := attachLoop(d, flags)
+		if err != nil {
+			return nil, err
+		}
+		defer data.Close()
+		names[i] = data.Name()
+	}
+	c, err := newErofs(meta.Name(), names)
 	if err != nil {
 		return nil, err
 	}

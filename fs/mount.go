@@ -51,22 +51,20 @@ func (s *Server) reserve(target string, m *mount) (resumed bool, err error) {
 }
 
 func (s *Server) mountErofs(m *mount, img Image, target string) error {
+	if img.Direct != nil {
+		err := s.mountDirect(m, img, target, false)
+		if err == nil {
+			return nil
+		}
+		s.log.Debug("a mount cannot be of local files, and needs the daemon", "mount", target, "error", err)
+	}
 	dev, err := s.devices.acquire(img.ID, img.Device)
 	if err != nil {
 		return err
 	}
-	create := s.createFile
-	if s.mode == ModeLoop {
-		create = s.createLoop
-	}
-	c, err := create(img, filepath.Join(s.dir, img.ID))
+	c, err := s.create(img, []string{filepath.Join(s.dir, img.ID)}, false)
 	if err == nil {
-		err = c.attach(target, s.options.flags, func(number uint64) (err error) {
-			if s.keep != nil && img.ID != probeID {
-				m.record, err = s.devices.state.addRecord(mountRecord{ID: img.ID, Size: img.Device.Size(), Target: target, Dev: number})
-			}
-			return err
-		})
+		err = c.attach(target, s.options.flags, false, s.recorder(m, img, img.Metadata, target, false))
 		c.close()
 	}
 	if err != nil {
@@ -101,7 +99,9 @@ func (s *Server) Unmount(target string) error {
 }
 
 func (s *Server) unmount(target string) error {
+	s.replacing.Lock()
 	s.mu.Lock()
+	s.replacing.Unlock()
 	m := s.mounts[target]
 	if m != nil && !m.ready {
 		s.mu.Unlock()
@@ -134,6 +134,9 @@ func (s *Server) released(m *mount, target string) error {
 	var gone <-chan struct{}
 	if m.tree != nil {
 		gone = m.tree.session.done
+	} else if m.device == nil {
+		m.drop()
+		return nil
 	} else if m.devices.release(m.device, m.record) {
 		gone = m.device.idle
 	} else {

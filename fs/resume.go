@@ -304,12 +304,23 @@ func (s *Server) resumeDevices(p *kept) error {
 	var errs []error
 	adopted := map[string]*mount{}
 	err := p.state.loadRecords(func(i int, r mountRecord) {
+		m := &mount{id: r.ID, devices: d, record: i, metadata: r.Metadata, ready: true, resumed: true}
+		mounted := s.mounts[r.Target] == nil && adopted[r.Target] == nil && mountedAs(r.Target, r.Dev)
+		if r.Direct {
+			if mounted {
+				adopted[r.Target] = m
+			} else {
+				m.drop()
+			}
+			return
+		}
 		e, err := d.load(r, s.newLateDevice(r.ID, r.Size))
 		if err != nil {
 			errs = append(errs, err)
-		} else if s.mounts[r.Target] == nil && adopted[r.Target] == nil && mountedAs(r.Target, r.Dev) {
+		} else if mounted {
 			e.mounts++
-			adopted[r.Target] = &mount{id: r.ID, devices: d, device: e, record: i, ready: true, resumed: true}
+			m.device = e
+			adopted[r.Target] = m
 		} else {
 			e.records = append(e.records, i)
 		}

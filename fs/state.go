@@ -83,12 +83,15 @@ const (
 	kindTree    = "tree"
 )
 
-// mountRecord is a use of a data device.
+// mountRecord is a use of a data device, or a direct mount.
 type mountRecord struct {
 	ID     string
 	Size   int64  // of the Device
 	Target string // absolute; empty if the image is not mounted there any more, but in use
 	Dev    uint64 // device number of the mount
+	// Not there in records of older releases, which do not look at it either:
+	Metadata string // path of the metadata image
+	Direct   bool   // the mount needs no data device: see Direct
 }
 
 // errState: a session's state that this release does not understand.

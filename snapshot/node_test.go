@@ -41,6 +41,7 @@ type testNode struct {
 	root   string
 	mode   fs.Mode
 	images *stream.Store
+	mounts *fs.Server
 	chunks *cache.Cache
 	sn     *Snapshotter
 	log    *logBuffer
@@ -50,6 +51,7 @@ type testNode struct {
 	retryAfter, quiet time.Duration
 	background        int64
 	budget            time.Duration // of registryclient.Options
+	limit             int64         // of cache.Options
 }
 
 // logBuffer counts the lines that operators would see.
@@ -90,7 +92,8 @@ func (n *testNode) start() {
 	}
 	mounts, err := fs.New(fs.Options{Dir: filepath.Join(n.root, "devices"), Mode: n.mode})
 	check(err)
-	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{})
+	n.mounts = mounts
+	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{Limit: n.limit})
 	check(err)
 	n.chunks = chunks
 	client, err := registryclient.New(registryclient.Options{Budget: n.budget})

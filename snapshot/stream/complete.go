@@ -15,6 +15,7 @@ import (
 
 // What an image's container has not read at its start is fetched afterwards, so that the node needs the registry no more for it: image by image, layer by layer,
 // with a bandwidth of its own, and only while no container waits for the registry. An image is done once; what the cache gives back later is not fetched again.
+// What is here is then proven, see direct.go.
 const (
 	completedName = "completed" // in the image's directory: it is done
 
@@ -80,7 +81,15 @@ func (s *Store) complete(ctx context.Context) {
 	}
 }
 
-// incomplete lists the images that were started and are not completed.
+// wake has the background look what there is to do.
+func (s *Store) wake() {
+	select {
+	case s.started <- struct{}{}:
+	default: // it is told already
+	}
+}
+
+// incomplete lists the images that were started and are not completed, or are mounted through the daemon, which may not be needed.
 func (s *Store) incomplete() (ids []string) {
 	dirs, _ := os.ReadDir(filepath.Join(s.o.Root, "images"))
 	for _, d := range dirs {
@@ -88,7 +97,7 @@ func (s *Store) incomplete() (ids []string) {
 			_, err := os.Stat(filepath.Join(s.imageDir(d.Name()), name))
 			return err == nil
 		}
-		if has(firstUseName) && !has(completedName) {
+		if has(firstUseName) && (!has(completedName) || len(s.through(d.Name())) > 0) {
 			ids = append(ids, d.Name())
 		}
 	}
@@ -107,6 +116,16 @@ func (s *Store) completeImage(ctx context.Context, id string) error {
 		return err
 	}
 	defer use.Close()
+	if _, err := os.Stat(filepath.Join(s.imageDir(id), completedName)); err != nil {
+		if err := s.fetchRest(ctx, img, use); err != nil {
+			return err
+		}
+	}
+	return s.makeDirect(ctx, img, use)
+}
+
+// fetchRest fetches what is missing of img.
+func (s *Store) fetchRest(ctx context.Context, img *image, use *deviceUse) (err error) {
 	s.completing.Store(img)
 	defer s.completing.Store(nil)
 	for i, l := range use.layers {
@@ -131,11 +150,11 @@ func (s *Store) completeImage(ctx context.Context, id string) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.images[id] != img {
+	if s.images[img.id] != img {
 		return nil
 	}
 	// A crash that loses it costs a look.
-	return os.WriteFile(filepath.Join(s.imageDir(id), completedName), nil, 0o600)
+	return os.WriteFile(filepath.Join(s.imageDir(img.id), completedName), nil, 0o600)
 }
 
 func (s *Store) forgotten(img *image) bool {
@@ -176,17 +195,23 @@ func (b pacedBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.Rea
 		cancel()
 		return nil, err
 	}
-	return &pacedBody{ReadCloser: body, ctx: ctx, cancel: cancel, blob: b, asked: asked, begun: time.Now()}, nil
+	return &pacedBody{ReadCloser: body, ctx: ctx, cancel: cancel, pacer: pacer{store: b.store, image: b.image, asked: asked, begun: time.Now()}}, nil
 }
 
 type pacedBody struct {
 	io.ReadCloser
 	ctx    context.Context // of the request: io.Reader has no place for it
 	cancel context.CancelFunc
-	blob   pacedBlob
-	asked  time.Time
-	begun  time.Time // to come
-	read   int64
+	pacer  pacer
+}
+
+func (r *pacedBody) Read(p []byte) (int, error) {
+	if err := r.pacer.wait(r.ctx); err != nil {
+		return 0, err
+	}
+	n, err := r.ReadCloser.Read(p[:min(len(p), paceBurst)])
+	r.pacer.read += int64(n)
+	return n, err
 }
 
 // Wrong passes on what fs/cache.Blob's readers are told.
@@ -198,20 +223,28 @@ func (r *pacedBody) Close() error {
 	return r.ReadCloser.Close()
 }
 
-func (r *pacedBody) Read(p []byte) (int, error) {
-	s := r.blob.store
-	due := time.Duration(float64(max(r.read-paceBurst, 0)) / float64(s.o.Background) * float64(time.Second))
-	if wait := due - time.Since(r.begun); wait > 0 {
+// pacer keeps to the bandwidth of what nobody waits for.
+type pacer struct {
+	store *Store
+	image *image
+	asked time.Time
+	begun time.Time // to come
+	read  int64
+}
+
+// wait waits until more may be read. It returns errBusy once a read has waited since it was asked for, or the image was forgotten.
+func (p *pacer) wait(ctx context.Context) error {
+	s := p.store
+	due := time.Duration(float64(max(p.read-paceBurst, 0)) / float64(s.o.Background) * float64(time.Second))
+	if wait := due - time.Since(p.begun); wait > 0 {
 		select {
 		case <-time.After(wait):
-		case <-r.ctx.Done():
-			return 0, r.ctx.Err()
+		case <-ctx.Done():
+			return ctx.Err()
 		}
 	}
-	if s.o.Cache.Waited().After(r.asked) || s.forgotten(r.blob.image) {
-		return 0, errBusy
+	if s.o.Cache.Waited().After(p.asked) || s.forgotten(p.image) {
+		return errBusy
 	}
-	n, err := r.ReadCloser.Read(p[:min(len(p), paceBurst)])
-	r.read += int64(n)
-	return n, err
+	return nil
 }

@@ -112,10 +112,7 @@ func (s *Store) recordFirstUses(img *image) {
 			if p := u.profile(use.device); len(p.Chunks) > 0 {
 				s.saveFirstUses(img, p, firstUseName)
 				os.Remove(filepath.Join(s.imageDir(img.id), firstUsePart))
-				select {
-				case s.started <- struct{}{}:
-				default: // it is told already
-				}
+				s.wake()
 			}
 			use.Close()
 		})

@@ -27,6 +27,16 @@ import (
 // blockSize is that of metadata images, bytes: tar aligns file bodies to 512.
 const blockSize = 512
 
+// Mounter mounts metadata images. *fs.Server is one.
+type Mounter interface {
+	Mount(ctx context.Context, img fs.Image, target string) error
+	Unmount(target string) error
+	Mounted(target string) bool
+	// Through lists where a metadata image, by its path, is mounted and served by the process; Replace puts a direct mount in the place of such a one.
+	Through(metadata string) []string
+	Replace(img fs.Image, target string) (gone <-chan struct{}, err error)
+}
+
 // image is an image that can be streamed.
 type image struct {
 	store *Store
@@ -55,7 +65,13 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 			i.ReadAhead = hotReadAhead
 		}
 		img.store.mu.Unlock()
+		if n == len(img.rec.Layers) {
+			i.Direct = img.direct()
+		}
 		err = img.store.o.Mounter.Mount(ctx, i, target)
+		if i.Direct == nil {
+			img.store.wake() // in the background it may become one that could be
+		}
 	}
 	if err != nil {
 		img.release()
@@ -83,11 +99,11 @@ func (img *image) prepare(ctx context.Context) error {
 // Unmount undoes Mount. A target that is not mounted is no error. EBUSY says that nothing is mounted at target any more, but somebody
 // still uses what was.
 func (s *Store) Unmount(target string) error {
+	err := s.o.Mounter.Unmount(target)
+	busy := errors.Is(err, unix.EBUSY)
 	s.mu.Lock()
 	img := s.targets[target]
 	s.mu.Unlock()
-	err := s.o.Mounter.Unmount(target)
-	busy := errors.Is(err, unix.EBUSY)
 	if err != nil && !busy || img == nil {
 		return err
 	}
@@ -198,21 +214,30 @@ func (img *image) metadata(ctx context.Context, n int) (string, error) {
 	if err := img.ensureOpen(ctx); err != nil {
 		return "", err
 	}
-	path := filepath.Join(img.store.imageDir(img.id), fmt.Sprintf("%d.erofs", n))
+	path := img.metadataPath(n)
+	return path, img.makeMetadata(ctx, img.dev, path, n, nil)
+}
+
+func (img *image) metadataPath(n int) string {
+	return filepath.Join(img.store.imageDir(img.id), fmt.Sprintf("%d.erofs", n))
+}
+
+// makeMetadata makes the metadata image of the first n layers of dev at path, unless a good one is there. Parts are those of erofs.Options.
+func (img *image) makeMetadata(ctx context.Context, dev *device, path string, n int, parts []int64) error {
 	if verifyMetadata(path) == nil {
-		return path, nil
+		return nil
 	}
 	weight := int64(0)
-	for _, x := range img.dev.indexes[:n] {
+	for _, x := range dev.indexes[:n] {
 		weight += x.HeadersSize
 	}
 	if err := img.store.merges.Acquire(ctx, weight); err != nil {
-		return "", err
+		return err
 	}
 	defer img.store.merges.Release(weight)
 	layers := make([]tree.Layer, n)
 	for i := range layers {
-		layers[i] = tree.Layer{Index: img.dev.indexes[i], Base: img.dev.bases[i], ReadAt: img.dev.layers[i].ReadAt}
+		layers[i] = tree.Layer{Index: dev.indexes[i], Base: dev.bases[i], ReadAt: dev.layers[i].ReadAt}
 	}
 	var root *erofs.Inode
 	var err error
@@ -220,32 +245,32 @@ func (img *image) metadata(ctx context.Context, n int) (string, error) {
 		err = fault
 	}
 	if err != nil {
-		return "", err
+		return err
 	}
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+tmpSuffix)
 	if err != nil {
-		return "", err
+		return err
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
 	w := bufio.NewWriterSize(f, 1<<20)
-	if err := erofs.Write(w, root, erofs.Options{BlockSize: blockSize, DeviceSize: img.dev.size}); err != nil {
-		return "", err
+	if err := erofs.Write(w, root, erofs.Options{BlockSize: blockSize, DeviceSize: dev.size, Parts: parts}); err != nil {
+		return err
 	}
 	if err := w.Flush(); err != nil {
-		return "", err
+		return err
 	}
 	// The file is used as it is after a power loss, so its bytes are durable before its name is.
 	if err := f.Sync(); err != nil {
-		return "", err
+		return err
 	}
 	if err := os.Rename(f.Name(), path); err != nil {
-		return "", err
+		return err
 	}
 	// The tree of a large image is garbage by the megabyte now, in a daemon that is idle most of its life.
 	root = nil
 	debug.FreeOSMemory()
-	return path, syncDir(filepath.Dir(path))
+	return syncDir(filepath.Dir(path))
 }
 
 // device is an image's data device over the cache: the layers' tars end to end, each at a 512-aligned base, zeros between.

@@ -13,6 +13,7 @@
 //	    image.json         record: where the image came from, its chain IDs, the artifact's layers
 //	    first-use.json     record of the image's first start on this node (.part: in the making), see firstuse.go: a profile in its JSON form
 //	    completed          all of the image was fetched, see complete.go
+//	    direct.erofs       metadata image of the whole chain for the cache's files, see direct.go
 //	    <n>.erofs          metadata image of the chain of the first n layers: of the whole chain made when the image is
 //	                       found, so that what cannot be mounted falls back, of others when they are first mounted
 //	indexes/<hex of the index's digest>
@@ -45,7 +46,6 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/semaphore"
 
-	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
@@ -62,13 +62,6 @@ type Registry interface {
 	Blob(ctx context.Context, repo registryclient.Repository, dgst digest.Digest, max int64) ([]byte, error)
 	// ReadRange returns n unverified bytes at off of a blob; a higher try turns to another host.
 	ReadRange(ctx context.Context, repo registryclient.Repository, dgst digest.Digest, off, n int64, try int) (io.ReadCloser, error)
-}
-
-// Mounter mounts metadata images. *fs.Server is one.
-type Mounter interface {
-	Mount(ctx context.Context, img fs.Image, target string) error
-	Unmount(target string) error
-	Mounted(target string) bool
 }
 
 // Files are written under a name of their own with this at its end.
@@ -103,7 +96,7 @@ type Store struct {
 	log     *slog.Logger
 	closing chan struct{} // closed by EndSearches
 
-	started    chan struct{} // gets a value when an image's first start is over
+	started    chan struct{} // gets a value when an image's first start is over, or one is mounted: complete looks what there is to do
 	completing atomic.Pointer[image]
 	quit       context.CancelFunc // of complete
 

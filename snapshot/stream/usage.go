@@ -22,13 +22,16 @@ func (s *Store) Blobs(id string, n int) (blobs []digest.Digest) {
 	return blobs
 }
 
-// Usage returns the bytes on disk of blobs, chunks and indexes, and of the metadata image of the first n layers of image id.
+// Usage returns the bytes on disk of blobs, chunks and indexes, and of the metadata images of the first n layers of image id.
 func (s *Store) Usage(id string, n int, blobs []digest.Digest) (int64, error) {
 	total, err := s.o.Cache.Usage(blobs...)
 	if err != nil {
 		return 0, fmt.Errorf("usage of image %s: %w", id, err)
 	}
 	files := []string{filepath.Join(s.imageDir(id), fmt.Sprintf("%d.erofs", n))}
+	if img, err := s.load(id); err == nil && n == len(img.rec.Layers) {
+		files = append(files, filepath.Join(s.imageDir(id), directName))
+	}
 	for _, b := range blobs {
 		files = append(files, s.indexPath(b))
 	}
