@@ -65,6 +65,11 @@ func TestDirect(t *testing.T) {
 			checkSums(t, ctr(t, n, "tasks", "exec", "--exec-id", "again", n.ID("new"), "/guest", "sum", "/data"), seed)
 			sumIn(t, n, ref, seed, "/data")
 			eventually(t, "a mount of local files again", func() bool { return mountedDirectly(t, n) })
+			out, err := n.RunFlags(t.Context(), ref, idMaps(500_000))
+			if err != nil {
+				t.Fatalf("in a user namespace: %v", err)
+			}
+			checkSums(t, out, seed)
 			if err := n.Unmount(t.Context(), dir); err != nil {
 				t.Error(err)
 			}
