@@ -124,12 +124,12 @@ func checkEntries(t testing.TB, e *encoded, layout *Layout) {
 		}
 		end = got.DataOffset + got.DataSize
 		for _, off := range []int64{got.DataOffset - 1, got.DataOffset, end - 1, end} {
-			wantEnd := off
+			wantFrom, wantEnd := off, off
 			if off >= got.DataOffset && off < end {
-				wantEnd = end
+				wantFrom, wantEnd = got.DataOffset, end
 			}
-			if d := layout.DataEnd(off); d != wantEnd {
-				t.Fatalf("entry %q: data end of %d is %d, want %d", got.Name, off, d, wantEnd)
+			if from, to := layout.DataRun(off); from != wantFrom || to != wantEnd {
+				t.Fatalf("entry %q: data run of %d is %d to %d, want %d to %d", got.Name, off, from, to, wantFrom, wantEnd)
 			}
 		}
 		headers = append(headers[:got.DataOffset-removed], headers[end-removed:]...)

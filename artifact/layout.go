@@ -115,12 +115,12 @@ func (l *Layout) Check(i int, b []byte) error {
 	return nil
 }
 
-// DataEnd returns the end of the data run that holds tar offset off, or off if that is a header byte: how far read-ahead may go.
-func (l *Layout) DataEnd(off int64) int64 {
+// DataRun returns the tar offsets where the data run that holds off begins and ends, or off twice if that is a header byte.
+func (l *Layout) DataRun(off int64) (from, end int64) {
 	if r := l.runAt(off); r < len(l.runs) && l.runs[r].off <= off {
-		return l.runs[r].off + l.runs[r].n
+		return l.runs[r].off, l.runs[r].off + l.runs[r].n
 	}
-	return off
+	return off, off
 }
 
 // runAt returns the first run that ends after off.

@@ -212,7 +212,7 @@ func readThrough(b *testing.B, path string) {
 	}
 }
 
-// BenchmarkReadAhead shows what DefaultReadAhead is chosen by, over a link of 5 ms for each read of the device: the speed of reading a
+// BenchmarkReadAhead shows what the kernel's read-ahead does by itself, over a link of 5 ms for each read of the device: the speed of reading a
 // large file, and the bytes fetched and the time taken to start a program of which a part is needed, this test itself.
 func BenchmarkReadAhead(b *testing.B) {
 	program, err := os.ReadFile("/proc/self/exe")

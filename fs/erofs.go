@@ -19,13 +19,13 @@ func (s *Server) create(img Image, devices []string, local bool) (*fsContext, er
 		aligned = aligned && directAligned(devices[i])
 	}
 	if s.mode == ModeLoop {
-		return s.createLoop(img, devices, aligned)
+		return s.createLoop(img, devices, local, aligned)
 	}
-	return s.createFile(img, devices, aligned)
+	return s.createFile(img, devices, local, aligned)
 }
 
 // createFile creates the file system of img, file-backed. Aligned says that devices can be read by direct I/O.
-func (s *Server) createFile(img Image, devices []string, aligned bool) (*fsContext, error) {
+func (s *Server) createFile(img Image, devices []string, local, aligned bool) (*fsContext, error) {
 	c, err := newErofs(img.Metadata, devices)
 	if err != nil {
 		return nil, err
@@ -46,7 +46,7 @@ func (s *Server) createFile(img Image, devices []string, aligned bool) (*fsConte
 	if err != nil {
 		return nil, err
 	}
-	s.setReadAhead(img, bdi)
+	s.setReadAhead(bdi, local)
 	return c, nil
 }
 
@@ -78,11 +78,11 @@ func bdis() []string {
 	return all
 }
 
-// setReadAhead sets the read-ahead of bdis, which are img's. It decides the throughput, not the result, so it is no error if it fails.
-func (s *Server) setReadAhead(img Image, bdis []string) {
+// setReadAhead sets the read-ahead of bdis, whose data is local or not. It decides the throughput, not the result, so it is no error if it fails.
+func (s *Server) setReadAhead(bdis []string, local bool) {
 	bytes := s.readAhead
-	if img.ReadAhead != 0 {
-		bytes = min(bytes, img.ReadAhead)
+	if local {
+		bytes = localReadAhead
 	}
 	if len(bdis) == 0 {
 		s.log.Warn("no bdi found to set the read-ahead of a mount; cold reads of large files will be slow")

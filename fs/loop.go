@@ -12,7 +12,7 @@ import (
 const loopAttempts = 64
 
 // createLoop creates the file system of img over loop devices. Aligned says that devices can be read by direct I/O.
-func (s *Server) createLoop(img Image, devices []string, aligned bool) (*fsContext, error) {
+func (s *Server) createLoop(img Image, devices []string, local, aligned bool) (*fsContext, error) {
 	if len(devices) > maxLoops {
 		return nil, fmt.Errorf("%d loop devices for one mount, more than %d", len(devices), maxLoops)
 	}
@@ -48,7 +48,7 @@ func (s *Server) createLoop(img Image, devices []string, aligned bool) (*fsConte
 		c.close()
 		return nil, fmt.Errorf("stat %s: %w", meta.Name(), err)
 	}
-	s.setReadAhead(img, deviceBDI(st.Rdev))
+	s.setReadAhead(deviceBDI(st.Rdev), local)
 	return c, nil
 }
 

@@ -143,8 +143,7 @@ func TestCancelledReaderReturns(t *testing.T) {
 
 func TestCloseEndsReadsAndFetches(t *testing.T) {
 	ly := newLayer(t, 4<<10, 100_000)
-	dir := t.TempDir()
-	c := openCache(t, dir)
+	c := exactCache(t)
 	b := ly.serve()
 	b.gate = make(chan struct{})
 	before := runtime.NumGoroutine()
@@ -167,7 +166,7 @@ func TestCloseEndsReadsAndFetches(t *testing.T) {
 		t.Errorf("%d fetches cancelled when Close returned, want 4", n)
 	}
 	poll(t, "end of all goroutines", func() bool { return runtime.NumGoroutine() <= before })
-	if n := openFiles(t, dir); n != 1 {
+	if n := openFiles(t, c.dir); n != 1 {
 		t.Errorf("%d files open after Close, want 1", n)
 	}
 }

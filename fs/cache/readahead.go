@@ -18,11 +18,18 @@ import (
 // 72 requests, where one request per read would give 25 MB/s and 512; random reads fetch no byte more than the frames of
 // the chunks that they touch.
 //
-// The kernel's own read-ahead of 512 KiB comes as a READ for each 64 KiB or less (16 pages, in file-backed mode), microseconds apart. A miss beside a
+// A neighbourhood is the chunks around a miss. Programs start by touching many files of few directories, and much of few libraries, in no order: where
+// much was wanted, more will be. So a miss fetches around itself, the further the more of its neighbours was waited for before; and the first read of a chunk that was guessed
+// so does the same, before the reads get to the end of what was guessed. A profile's chunks do not count: what it left out around them, it left out for a reason. Inside a
+// large file it takes half of the neighbours, so that random reads of a data file stay small until they are not sparse any more.
+// Measured (simulated on the reads of a container that compiles a Go program, 863 chunks of 3,021, and of the four images of integration/images, all with a static profile; the
+// requests that a read waits for): 740 without, 281 with these constants, for 14 % of what it needs more; 173, 43, 57 and 72 without, 162, 43, 55 and 70 with, for 3, 0, 0 and 4 % more.
+// Inside large files, a threshold of 4 would make the first 187, 8 207 and 12 243; but random reads that touch half of a file's chunks would fetch 1.9 times that with 4, 1.8 with 8, 1.6 with
+// 12, 1.3 with 16. Two chunks for each that was wanted: 240, for 29 % more.
+//
+// Reads come as READs of 64 KiB or less (16 pages, in file-backed mode), microseconds apart. A miss beside a
 // chunk whose request has not begun joins that request; a request begins when the processors have let those run that are about to read, and
 // never waits for a timer: that would cost every miss what only one in four gains (Go's timers are good to 1 ms, a fifth of the round trip).
-// Measured (python-app, no profile, 5 ms, two busy cores): 983 requests instead of 1110, for the same bytes; all neighbours within 3 ms together
-// would be 772. Bridging gaps of up to 64 KiB would save 3 more, for 2 % more bytes.
 const (
 	// Streams that one layer follows. Random reads open one each and push out the one longest unused, so this is several
 	// times the number of concurrent readers that we want to see.
@@ -39,6 +46,15 @@ const (
 	// decoded on more cores.
 	aheadRequest  = 1 << 20
 	aheadRequests = 8
+	// Chunks on either side of a miss that are its neighbourhood, and how many of them must have been wanted for more to be fetched: between small files, and inside
+	// a file of more than largeFile bytes.
+	nearChunks = 16
+	nearFew    = 2
+	nearMany   = 16
+	largeFile  = 1 << 20
+	// Then one chunk for each that was wanted is fetched behind the miss, and one for each nearBack before it, within so many bytes of tar.
+	nearBack  = 8
+	nearBytes = 4 << 20
 	// Bytes of tar that misses of several reads may share a request for: the kernel's own read-ahead, and the rest of the chunks at its ends.
 	joinBytes = 768 << 10
 )
@@ -50,6 +66,9 @@ type readAhead struct {
 	mu      sync.Mutex
 	streams []*stream // most recently used last
 	running int       // requests in flight
+
+	wanted  bitmap // chunks that were waited for, or guessed and read; nil before the first miss
+	guessed bitmap // fetched for the neighbourhood's sake, and not read yet
 }
 
 // stream is an interval of the tar that was read.
@@ -60,8 +79,8 @@ type stream struct {
 	ahead      int64 // fetched or being fetched up to here
 }
 
-// read notes a read of [off, end) and fetches ahead if that continues a stream.
-func (r *readAhead) read(off, end int64) {
+// read notes a read of [off, end), which begins in chunk lo and waits for flights, and fetches ahead if that continues a stream, or around it.
+func (r *readAhead) read(off, end int64, lo int, flights []*flight) {
 	if r.layer.store.cache.exact {
 		return
 	}
@@ -70,6 +89,70 @@ func (r *readAhead) read(off, end int64) {
 	if st := r.note(off, end); st != nil {
 		r.pump(st)
 	}
+	r.around(lo, r.layer.store.index.Find(end-1)+1, flights)
+}
+
+// may reports whether there is room for what nobody has asked for.
+func (r *readAhead) may() bool {
+	c := r.layer.store.cache
+	return r.running < aheadRequests && !c.stats.suspended.Load() && c.room(aheadRequest)
+}
+
+// around fetches the neighbourhood of chunks [lo, hi), whose read waits for flights, as far as it was wanted before.
+func (r *readAhead) around(lo, hi int, flights []*flight) {
+	s := r.layer.store
+	if r.wanted == nil {
+		if flights == nil {
+			return
+		}
+		r.wanted, r.guessed = newBitmap(s.n), newBitmap(s.n)
+	}
+	first, missed := true, false
+	for i := lo; i < hi; i++ {
+		miss := flights != nil && flights[i-lo] != nil && flights[i-lo].fill.hot == nil && !flights[i-lo].fill.onDisk && !flights[i-lo].fill.ahead
+		if (miss || r.guessed.has(i)) && !r.wanted.has(i) {
+			r.wanted.set(i)
+			r.guessed.clear(i)
+			first, missed = false, missed || miss
+		}
+	}
+	if first || !r.may() {
+		return
+	}
+	near := 0
+	for i := max(0, lo-nearChunks); i < min(s.n, hi+nearChunks); i++ {
+		if (i < lo || i >= hi) && r.wanted.has(i) {
+			near++
+		}
+	}
+	if near < nearFew || near < nearMany && s.inLargeFile(lo) {
+		return
+	}
+	end := s.index.Chunk(lo).TarOffset + nearBytes
+	from, to := max(0, lo-near/nearBack), hi
+	missing := 0
+	for to < min(hi+near, s.n) && s.index.Chunk(to).TarOffset+s.index.Chunk(to).TarSize <= end {
+		to++
+	}
+	for i := from; i < to; i++ {
+		if !s.present.has(i) && !r.guessed.has(i) && !r.wanted.has(i) {
+			missing++
+		}
+	}
+	if missing == 0 || !missed && missing < near/2 {
+		return // not worth a request yet
+	}
+	r.running += r.layer.prefetch(from, to, r.guessed.set)
+}
+
+// inLargeFile reports whether chunk i begins in the data run of a large file.
+func (s *store) inLargeFile(i int) bool {
+	layout, err := s.layout()
+	if err != nil {
+		return false
+	}
+	off, end := layout.DataRun(s.index.Chunk(i).TarOffset)
+	return end-off > largeFile
 }
 
 // note extends the stream that [off, end) touches, or opens one. It returns it if it has moved forward.
@@ -103,7 +186,7 @@ func (r *readAhead) note(off, end int64) *stream {
 func (r *readAhead) pump(st *stream) {
 	l, s := r.layer, r.layer.store
 	length := st.next - st.from
-	if st.reads < streamReads || length < streamBytes || s.cache.stats.suspended.Load() || !s.cache.room(aheadRequest) {
+	if st.reads < streamReads || length < streamBytes || !r.may() {
 		return
 	}
 	if st.end < st.next { // the first time, or the stream has gone on into another body
@@ -111,7 +194,7 @@ func (r *readAhead) pump(st *stream) {
 		if err != nil {
 			return
 		}
-		st.end = layout.DataEnd(st.next - 1)
+		_, st.end = layout.DataRun(st.next - 1)
 	}
 	window := min(length/windowShare, maxWindow)
 	target := min(st.next+window, st.end)
@@ -120,7 +203,7 @@ func (r *readAhead) pump(st *stream) {
 		if n == 0 || n < min(window/2, aheadRequest) && target < st.end {
 			return // not worth a request yet
 		}
-		r.running += l.prefetch(lo, hi)
+		r.running += l.prefetch(lo, hi, nil)
 		last := s.index.Chunk(hi - 1)
 		st.ahead = last.TarOffset + last.TarSize
 	}
@@ -147,8 +230,8 @@ func (s *store) within(off, target int64, whole bool) (lo, hi int, n int64) {
 	return lo, hi, n
 }
 
-// prefetch fetches those of chunks [lo, hi) that are neither on disk nor under way. It returns how many requests that takes.
-func (l *Layer) prefetch(lo, hi int) (requests int) {
+// prefetch fetches those of chunks [lo, hi) that are neither on disk nor under way, and tells each to note, if that is not nil. It returns how many requests that takes.
+func (l *Layer) prefetch(lo, hi int, note func(i int)) (requests int) {
 	s := l.store
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -167,6 +250,9 @@ func (l *Layer) prefetch(lo, hi int) (requests int) {
 			fills = append(fills, run)
 		}
 		run.add(s, i)
+		if note != nil {
+			note(i)
+		}
 	}
 	for _, f := range fills {
 		l.start(f)

@@ -85,18 +85,18 @@ func TestConcurrentStreams(t *testing.T) {
 	}
 }
 
-// Reads that are no stream fetch what they touch and nothing else.
+// Reads that are no stream and not dense fetch what they touch and nothing else.
 func TestOtherReadsAreExact(t *testing.T) {
-	ly := aheadLayer(t)
+	ly := newLayer(t, 16<<10, 6<<20)
 	off, end := body(ly, 0)
 	rnd := rand.New(rand.NewPCG(1, 2))
 	for name, next := range map[string]func(i int) (off, n int64){
-		"random 4 KiB":        func(int) (int64, int64) { return off + rnd.Int64N(end-off-4096), 4096 },
-		"random 128 KiB":      func(int) (int64, int64) { return off + rnd.Int64N(end-off-128<<10), 128 << 10 },
-		"backwards":           func(i int) (int64, int64) { return end - int64(i+1)*32<<10, 32 << 10 },
-		"every second 64 KiB": func(i int) (int64, int64) { return off + int64(i)*128<<10, 64 << 10 },
-		"one place":           func(int) (int64, int64) { return off, 300 << 10 },
-		"short streams":       func(i int) (int64, int64) { return off + int64(i/3)*512<<10 + int64(i%3)*64<<10, 64 << 10 },
+		"random 4 KiB":       func(int) (int64, int64) { return off + rnd.Int64N(end-off-4096), 4096 },
+		"random 16 KiB":      func(int) (int64, int64) { return off + rnd.Int64N(end-off-16<<10), 16 << 10 },
+		"backwards":          func(i int) (int64, int64) { return end - int64(i+1)*4<<10, 4 << 10 },
+		"every fifth 16 KiB": func(i int) (int64, int64) { return off + int64(i)*80<<10, 16 << 10 },
+		"one place":          func(int) (int64, int64) { return off, 300 << 10 },
+		"short streams":      func(i int) (int64, int64) { return off + int64(i/3)*512<<10 + int64(i%3)*16<<10, 16 << 10 },
 	} {
 		t.Run(name, func(t *testing.T) {
 			c := openCache(t, t.TempDir())
@@ -124,6 +124,57 @@ func TestOtherReadsAreExact(t *testing.T) {
 	}
 }
 
+// Around misses that others came before, more is fetched, and what nobody comes near is not.
+func TestNeighbourhood(t *testing.T) {
+	small := make([]int, 1200)
+	for i := range small {
+		small[i] = 5000
+	}
+	for name, c := range map[string]struct {
+		files []int
+		exact int // misses that fetch nothing else
+		dense int // chunks that are read, in any order
+		most  int64
+	}{
+		"small files": {small, 2, 120, 80},
+		"large file":  {[]int{6 << 20}, 16, 120, 118},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ly := newLayer(t, 16<<10, c.files...)
+			b := ly.serve()
+			cache := openCache(t, t.TempDir())
+			l := openLayer(t, cache, ly, b)
+			rnd := rand.New(rand.NewPCG(1, 2))
+			first := 20
+			read := func(i int) {
+				readRange(t, l, ly, make([]byte, 100), ly.index.Chunk(i).TarOffset+100)
+				poll(t, "end of the fills", l.store.idle)
+			}
+			for i := range c.exact {
+				read(first + i*4%c.dense)
+			}
+			read(ly.index.NumChunks() - 1)
+			if got := b.requests.Load(); got != int64(c.exact)+1 {
+				t.Fatalf("%d requests for the first %d chunks", got, c.exact+1)
+			}
+			for _, i := range rnd.Perm(c.dense) {
+				read(first + i)
+			}
+			if got := b.requests.Load(); got > c.most {
+				t.Errorf("%d requests for %d chunks, want at most %d", got, c.dense, c.most)
+			}
+			for i := range ly.index.NumChunks() - 1 {
+				if d := max(first-i, i-first-c.dense); d > 2*nearChunks && l.store.present.has(i) {
+					t.Errorf("chunk %d was fetched, %d from what was read", i, d)
+				}
+			}
+			if s := cache.Stats(); s.Misses+s.ReadAhead > int64(c.dense*3/2) {
+				t.Errorf("%d chunks were waited for and %d fetched ahead, of which %d were read", s.Misses, s.ReadAhead, c.dense)
+			}
+		})
+	}
+}
+
 // The READs of one read-ahead of the kernel come one by one, and each misses chunks of its own.
 func TestNeighboursShareARequest(t *testing.T) {
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1)) // all readers come before the request begins
@@ -140,7 +191,7 @@ func TestNeighboursShareARequest(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := ly.serve()
-			l := openLayer(t, openCache(t, t.TempDir()), ly, b)
+			l := openLayer(t, exactCache(t), ly, b)
 			var wg sync.WaitGroup
 			var want int64
 			for _, i := range c.chunks {
@@ -224,7 +275,7 @@ func TestReadAheadFails(t *testing.T) {
 	l := openLayer(t, openCache(t, t.TempDir()), ly, b)
 	off, _ := body(ly, 0)
 	for i := range int64(4) { // as four reads of a stream
-		l.ahead.read(off+i<<20, off+(i+1)<<20)
+		l.ahead.read(off+i<<20, off+(i+1)<<20, ly.index.Find(off+i<<20), nil)
 	}
 	poll(t, "read-ahead", func() bool { return b.requests.Load() >= 2 })
 	done := make(chan struct{})

@@ -32,10 +32,6 @@ const (
 	// maxHotSkip is how much of the open hot blob is dropped rather than asked around.
 	maxHotSkip = 256 << 10
 
-	// hotReadAhead is the kernel's read-ahead, bytes, of mounts whose start-up the profile of a run brings: what lies around it would be fetched in vain, in requests
-	// that the start-up waits for. Streams are seen by the cache, see its read-ahead.
-	hotReadAhead = 16 << 10
-
 	// A read waits for a chunk that the hot blob is about to bring for patienceTrips times what the first byte of the hot blob took, which is about what a request
 	// of its own takes; within bounds, for a busy machine and a slow registry.
 	patienceTrips = 4
@@ -50,8 +46,6 @@ type hotFetch struct {
 	opened chan *deviceUse // gets one value, nil if the search fails
 	given  bool            // by the search
 	image  *image          // that it was given; guarded by Store.mu
-	// observed: a profile is of runs, and not of the image's files alone, which say less.
-	observed bool
 }
 
 // fetchHot begins to fetch the hot blob of the best of an image's profiles. Without profiles it returns nil. The search calls give or fail.
@@ -61,10 +55,6 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), hotTimeout)
 	h := &hotFetch{cancel: cancel, shares: make(chan bool, 1), opened: make(chan *deviceUse, 1)}
-	h.observed = slices.ContainsFunc(profiles, func(p ocispec.Descriptor) bool {
-		source := p.Annotations[artifact.AnnotationProfileSource]
-		return source == artifact.ProfileRecorded || source == artifact.ProfileLearned
-	})
 	s.mu.Lock()
 	s.hots[h] = true
 	if s.closed {
@@ -111,7 +101,7 @@ func (h *hotFetch) give(ctx context.Context, img *image) error {
 		return err
 	}
 	img.store.mu.Lock()
-	h.image, img.observed = img, img.observed || h.observed
+	h.image = img
 	img.store.mu.Unlock()
 	h.given = true
 	h.opened <- use

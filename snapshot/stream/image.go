@@ -47,8 +47,6 @@ type image struct {
 	mu     sync.Mutex
 	mounts int     // targets mounted, and other uses
 	dev    *device // open while mounts > 0
-
-	observed bool // it was given the hot blob of a profile of runs; guarded by store.mu
 }
 
 func (img *image) mount(ctx context.Context, n int, target string) error {
@@ -60,11 +58,6 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	meta, err := img.metadata(ctx, n)
 	if err == nil {
 		i := fs.Image{ID: img.id, Metadata: meta, Device: img.dev}
-		img.store.mu.Lock()
-		if img.observed {
-			i.ReadAhead = hotReadAhead
-		}
-		img.store.mu.Unlock()
 		if n == len(img.rec.Layers) {
 			i.Direct = img.direct()
 		}
