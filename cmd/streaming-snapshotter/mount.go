@@ -117,7 +117,7 @@ func mountRoot(cache string, st *fdstore.Store) (root string, remove func() erro
 		root, err = os.Readlink(fmt.Sprintf("/proc/self/fd/%d", f.Fd()))
 		return root, nothing, err
 	}
-	if root, err = os.MkdirTemp("", "streaming-snapshotter-mount-"); err != nil {
+	if root, err = os.MkdirTemp("", "ss-mount-"); err != nil {
 		return "", nil, err
 	}
 	remove = func() error { return os.RemoveAll(root) }

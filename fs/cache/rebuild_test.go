@@ -210,7 +210,7 @@ func TestRebuildHandleCloses(t *testing.T) {
 		_, err := first.ReadAt(context.Background(), make([]byte, 10), 90_000)
 		ended <- err
 	}()
-	readRebuilt(t, first, ly, 0, 10) // the pass has begun
+	readRebuilt(t, first, ly, 0, 10)                                                        // the pass has begun
 	poll(t, "the first handle's reader", func() bool { return first.store.waiting() == 1 }) // or it joins the second's
 	done := make(chan struct{})
 	go func() { defer close(done); readRebuilt(t, second, ly, 90_000, 5000) }()
