@@ -72,14 +72,19 @@ type slowBody struct {
 }
 
 func (r *slowBody) Read(p []byte) (int, error) {
-	for r.blob.sent.Load() >= r.blob.allowed.Load() {
+	room := func() int64 { return r.blob.allowed.Load() - r.blob.sent.Load() } // less than nothing, if several read at once
+	for n := room(); ; n = room() {
+		if n > 0 {
+			p = p[:min(int64(len(p)), n)]
+			break
+		}
 		select {
 		case <-r.ctx.Done():
 			return 0, r.ctx.Err()
 		case <-time.After(100 * time.Microsecond):
 		}
 	}
-	n, err := r.ReadCloser.Read(p[:min(int64(len(p)), r.blob.allowed.Load()-r.blob.sent.Load())])
+	n, err := r.ReadCloser.Read(p)
 	r.blob.sent.Add(int64(n))
 	return n, err
 }

@@ -80,7 +80,7 @@ func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int, claim
 	s.touch(lo, hi)
 	evictions := s.evictions.Load() // before looking at verified: see evict.go
 	if s.verified.hasAll(lo, hi) {  // the common case, without a lock
-		l.ahead.read(off, off+int64(len(p)), lo, nil)
+		l.ahead.read(off, off+int64(len(p)), lo, hi, nil)
 		s.cache.stats.hits.Add(int64(hi - lo))
 		return !l.pread(p, off, lo, hi, evictions), nil
 	}
@@ -90,7 +90,7 @@ func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int, claim
 	flights := l.claim(lo, hi)
 	s.release(*claims)
 	*claims = flights
-	l.ahead.read(off, off+int64(len(p)), lo, flights)
+	l.ahead.read(off, off+int64(len(p)), lo, hi, flights)
 
 	for i := lo; i < hi; {
 		if flights[i-lo] == nil { // on disk, with its neighbours

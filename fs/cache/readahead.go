@@ -4,6 +4,8 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 // Read-ahead is done here and not by the kernel, which knows neither chunks nor what a request costs: its windows stay
@@ -23,9 +25,9 @@ import (
 // so does the same, before the reads get to the end of what was guessed. A profile's chunks do not count: what it left out around them, it left out for a reason. Inside a
 // large file it takes half of the neighbours, so that random reads of a data file stay small until they are not sparse any more.
 // Measured (simulated on the reads of a container that compiles a Go program, 863 chunks of 3,021, and of the four images of integration/images, all with a static profile; the
-// requests that a read waits for): 740 without, 281 with these constants, for 14 % of what it needs more; 173, 43, 57 and 72 without, 162, 43, 55 and 70 with, for 3, 0, 0 and 4 % more.
-// Inside large files, a threshold of 4 would make the first 187, 8 207 and 12 243; but random reads that touch half of a file's chunks would fetch 1.9 times that with 4, 1.8 with 8, 1.6 with
-// 12, 1.3 with 16. Two chunks for each that was wanted: 240, for 29 % more.
+// requests that a read waits for): 740 without, 283 with these constants, for 10 % of what it needs more; 173, 43, 57 and 72 without, 168, 43, 55 and 72 with, for 1, 0, 0 and 1 % more.
+// A neighbourhood of 16 on either side: 281, for 14 % more. Random reads that touch a quarter of a large file's chunks fetch nothing in vain, and of a half 1.3 times what they touch; with
+// a threshold of 4 inside large files it would be 2.6 and 1.9 times.
 //
 // Reads come as READs of 64 KiB or less (16 pages, in file-backed mode), microseconds apart. A miss beside a
 // chunk whose request has not begun joins that request; a request begins when the processors have let those run that are about to read, and
@@ -48,13 +50,15 @@ const (
 	aheadRequests = 8
 	// Chunks on either side of a miss that are its neighbourhood, and how many of them must have been wanted for more to be fetched: between small files, and inside
 	// a file of more than largeFile bytes.
-	nearChunks = 16
+	nearChunks = 8
 	nearFew    = 2
-	nearMany   = 16
+	nearMany   = 8
 	largeFile  = 1 << 20
-	// Then one chunk for each that was wanted is fetched behind the miss, and one for each nearBack before it, within so many bytes of tar.
-	nearBack  = 8
+	// Then three chunks for two that were wanted are fetched behind the miss, and a nearBack-th of that before it, within so many bytes of tar; where nobody waits, if
+	// it is nearWorth chunks at least.
+	nearBack  = 4
 	nearBytes = 4 << 20
+	nearWorth = 4
 	// Bytes of tar that misses of several reads may share a request for: the kernel's own read-ahead, and the rest of the chunks at its ends.
 	joinBytes = 768 << 10
 )
@@ -79,17 +83,26 @@ type stream struct {
 	ahead      int64 // fetched or being fetched up to here
 }
 
-// read notes a read of [off, end), which begins in chunk lo and waits for flights, and fetches ahead if that continues a stream, or around it.
-func (r *readAhead) read(off, end int64, lo int, flights []*flight) {
+// read notes a read of [off, end), which is in chunks [lo, hi) and waits for flights, and fetches ahead if that continues a stream, or around it.
+func (r *readAhead) read(off, end int64, lo, hi int, flights []*flight) {
 	if r.layer.store.cache.exact {
 		return
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if st := r.note(off, end); st != nil {
-		r.pump(st)
+	st := r.note(off, end)
+	news, missed := r.want(lo, hi, flights)
+	if st == nil && !news {
+		return
 	}
-	r.around(lo, r.layer.store.index.Find(end-1)+1, flights)
+	mapped.Guard(func() { // of the index: what cannot be read ahead is left to the reads
+		if st != nil {
+			r.pump(st)
+		}
+		if news {
+			r.around(lo, hi, missed)
+		}
+	})
 }
 
 // may reports whether there is room for what nobody has asked for.
@@ -98,27 +111,31 @@ func (r *readAhead) may() bool {
 	return r.running < aheadRequests && !c.stats.suspended.Load() && c.room(aheadRequest)
 }
 
-// around fetches the neighbourhood of chunks [lo, hi), whose read waits for flights, as far as it was wanted before.
-func (r *readAhead) around(lo, hi int, flights []*flight) {
-	s := r.layer.store
+// want notes which of chunks [lo, hi), whose read waits for flights, are wanted. It reports whether one was not before, and whether one that nobody had guessed.
+func (r *readAhead) want(lo, hi int, flights []*flight) (news, missed bool) {
 	if r.wanted == nil {
 		if flights == nil {
-			return
+			return false, false
 		}
-		r.wanted, r.guessed = newBitmap(s.n), newBitmap(s.n)
+		r.wanted, r.guessed = newBitmap(r.layer.store.n), newBitmap(r.layer.store.n)
 	}
-	first, missed := true, false
 	for i := lo; i < hi; i++ {
 		miss := flights != nil && flights[i-lo] != nil && flights[i-lo].fill.hot == nil && !flights[i-lo].fill.onDisk && !flights[i-lo].fill.ahead
 		if (miss || r.guessed.has(i)) && !r.wanted.has(i) {
 			r.wanted.set(i)
 			r.guessed.clear(i)
-			first, missed = false, missed || miss
+			news, missed = true, missed || miss
 		}
 	}
-	if first || !r.may() {
+	return news, missed
+}
+
+// around fetches the neighbourhood of chunks [lo, hi), which a read wants, as far as it was wanted before. Missed says that the read waits.
+func (r *readAhead) around(lo, hi int, missed bool) {
+	if !r.may() {
 		return
 	}
+	s := r.layer.store
 	near := 0
 	for i := max(0, lo-nearChunks); i < min(s.n, hi+nearChunks); i++ {
 		if (i < lo || i >= hi) && r.wanted.has(i) {
@@ -128,10 +145,11 @@ func (r *readAhead) around(lo, hi int, flights []*flight) {
 	if near < nearFew || near < nearMany && s.inLargeFile(lo) {
 		return
 	}
+	n := near * 3 / 2
 	end := s.index.Chunk(lo).TarOffset + nearBytes
-	from, to := max(0, lo-near/nearBack), hi
+	from, to := max(0, lo-n/nearBack), hi
 	missing := 0
-	for to < min(hi+near, s.n) && s.index.Chunk(to).TarOffset+s.index.Chunk(to).TarSize <= end {
+	for to < min(hi+n, s.n) && s.index.Chunk(to).TarOffset+s.index.Chunk(to).TarSize <= end {
 		to++
 	}
 	for i := from; i < to; i++ {
@@ -139,7 +157,7 @@ func (r *readAhead) around(lo, hi int, flights []*flight) {
 			missing++
 		}
 	}
-	if missing == 0 || !missed && missing < near/2 {
+	if missing == 0 || !missed && missing < max(n/2, nearWorth) {
 		return // not worth a request yet
 	}
 	r.running += r.layer.prefetch(from, to, r.guessed.set)
