@@ -358,16 +358,35 @@ func (f blobFunc) ReadRange(ctx context.Context, off, n int64, try int) (io.Read
 	return f(ctx, off, n, try)
 }
 
-// An index that the disk loses while a chunk is fetched costs the read, and not the process.
+// An index that the disk loses while a chunk is fetched costs the read, and not the process, nor the reads of when it is back.
 func TestIndexLost(t *testing.T) {
-	ly := newLayer(t, 4<<10, 600_000)
+	for name, table := range map[string]int{"all": 0, "the headers": 1} {
+		t.Run(name, func(t *testing.T) { testIndexLost(t, table) })
+	}
+}
+
+func testIndexLost(t *testing.T, table int) {
+	ly := newLayer(t, 4<<10, slices.Repeat([]int{700}, 5000)...)
 	path := mapIndex(t, ly)
+	index, err := os.ReadFile(path)
+	must(t, err)
+	keep := table * (72 + 48*ly.index.NumChunks() + 4095) / 4096 * 4096
+	if keep >= len(index) {
+		t.Fatalf("an index of %d bytes, of which %d are kept", len(index), keep)
+	}
 	c := openCache(t, t.TempDir())
+	lose := true
 	l := openLayer(t, c, ly, blobFunc(func(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
-		return io.NopCloser(bytes.NewReader(ly.blob[off : off+n])), os.Truncate(path, 0)
+		if !lose {
+			return io.NopCloser(bytes.NewReader(ly.blob[off : off+n])), nil
+		}
+		return io.NopCloser(bytes.NewReader(ly.blob[off : off+n])), os.Truncate(path, int64(keep))
 	}))
 	if _, err := l.ReadAt(t.Context(), make([]byte, 10), 5000); err == nil || !strings.Contains(err.Error(), "memory map") {
 		t.Errorf("got %v, want that the index is gone", err)
 	}
+	lose = false
+	must(t, os.WriteFile(path, index, 0o600))
+	readRange(t, l, ly, make([]byte, 10), 5000)
 	must(t, l.Close())
 }

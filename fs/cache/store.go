@@ -56,11 +56,28 @@ type store struct {
 // do not fetch it over and over.
 const keepBytes = 1 << 20
 
+// once returns what f returned the first time that it returned: a fault of the index ends it without a word, and the index may be back the next time.
+func once[T any](f func() (T, error)) func() (T, error) {
+	var mu sync.Mutex
+	var v T
+	var err error
+	done := false
+	return func() (T, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if !done {
+			v, err = f()
+			done = true
+		}
+		return v, err
+	}
+}
+
 // openStore opens the files of dgst. Errors of the disk are noted, and cost the caching.
 func (c *Cache) openStore(dgst digest.Digest, x *artifact.Index, id [32]byte) *store {
 	n := x.NumChunks()
 	s := &store{
-		cache: c, dgst: dgst, id: id, index: x, layout: sync.OnceValues(x.Layout), n: n, header: encodeMapHeader(x, id),
+		cache: c, dgst: dgst, id: id, index: x, layout: once(x.Layout), n: n, header: encodeMapHeader(x, id),
 		verified: newBitmap(n), present: newBitmap(n), flights: make(map[int]*flight),
 		recent: make([]atomic.Uint32, n), writing: make(map[int]int), punching: make(map[int]bool),
 	}
