@@ -56,26 +56,26 @@ func (m *mount) drop() {
 	}
 }
 
-// Through lists the targets where the metadata image of this path is mounted and its data comes through this process.
-func (s *Server) Through(metadata string) (targets []string) {
+// At lists the targets where the metadata image of this path is mounted, by this Server or a predecessor of it; none in mode tree.
+func (s *Server) At(metadata string) (targets []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for target, m := range s.mounts {
-		if m.ready && m.device != nil && m.metadata == metadata {
+		if m.ready && m.tree == nil && m.metadata == metadata {
 			targets = append(targets, target)
 		}
 	}
 	return targets
 }
 
-// Replace mounts img, by its Direct, in the place of what is mounted at target through this process; at no time is nothing there. Who uses the old mount goes on with
-// it: gone is closed when nobody does any more, or others use the same Device. It needs Linux 6.5.
+// Replace mounts img, by its Direct, in the place of its mount at target; at no time is nothing there. Who uses the old mount goes on with it: gone is closed when that
+// needs the Device no more, or others use the same one. It needs Linux 6.5.
 func (s *Server) Replace(img Image, target string) (gone <-chan struct{}, err error) {
 	s.replacing.Lock()
 	defer s.replacing.Unlock()
 	s.mu.Lock()
 	old := s.mounts[target]
-	if s.closed || old == nil || !old.ready || old.device == nil {
+	if s.closed || old == nil || !old.ready || old.tree != nil {
 		s.mu.Unlock()
 		return nil, fmt.Errorf("replace the mount at %s: it is not one that could be: %w", target, unix.EBUSY)
 	}
@@ -93,7 +93,9 @@ func (s *Server) Replace(img Image, target string) (gone <-chan struct{}, err er
 	s.mu.Lock()
 	s.mounts[target] = m
 	s.mu.Unlock()
-	if old.devices.release(old.device, old.record) {
+	if old.device == nil {
+		old.drop()
+	} else if old.devices.release(old.device, old.record) {
 		return old.device.idle, nil
 	}
 	none := make(chan struct{})

@@ -2,7 +2,6 @@ package fs
 
 import (
 	"bytes"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -77,8 +76,8 @@ func TestDirect(t *testing.T) {
 		if err := s.Mount(t.Context(), img, target); err != nil {
 			t.Fatal(err)
 		}
-		if !s.Mounted(target) || len(s.Through(img.Metadata)) != 0 {
-			t.Errorf("mounted: %v, through the Server: %q", s.Mounted(target), s.Through(img.Metadata))
+		if !s.Mounted(target) || len(s.At(img.Metadata)) != 0 {
+			t.Errorf("mounted: %v, through the Server: %q", s.Mounted(target), s.At(img.Metadata))
 		}
 		m.compare(t, target)
 		other := t.TempDir()
@@ -138,7 +137,7 @@ func TestReplace(t *testing.T) {
 		img := m.write(t, "image")
 		s := newServer(t, Options{Mode: mode})
 		target := mountImage(t, s, img)
-		if got := s.Through(img.Metadata); len(got) != 1 || got[0] != target {
+		if got := s.At(img.Metadata); len(got) != 1 || got[0] != target {
 			t.Fatalf("mounted through the Server: %q", got)
 		}
 		user, err := os.Open(filepath.Join(target, "file19"))
@@ -174,11 +173,13 @@ func TestReplace(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if !s.Mounted(target) || len(s.Through(img.Metadata)) != 0 {
-			t.Errorf("mounted: %v, through the Server: %q", s.Mounted(target), s.Through(img.Metadata))
+		if !s.Mounted(target) || len(s.At(img.Metadata)) != 0 {
+			t.Errorf("mounted: %v, through the Server: %q", s.Mounted(target), s.At(img.Metadata))
 		}
-		if _, err := s.Replace(img, target); !errors.Is(err, unix.EBUSY) {
-			t.Errorf("replaced twice: %v", err)
+		if again, err := s.Replace(img, target); err != nil {
+			t.Errorf("a direct mount replaced: %v", err)
+		} else {
+			<-again
 		}
 		before, _, _ := m.dev.counts()
 		m.compare(t, target)

@@ -1,6 +1,8 @@
 package integration_test
 
 import (
+	"bytes"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -93,4 +95,67 @@ func mountedDirectly(t *testing.T, n *node.Node) bool {
 		}
 	}
 	return false
+}
+
+// What the disk damages of local files is found and mended by the next start of the daemon, and containers that come then read the image, whatever the mount of the former
+// life has in its page cache.
+func TestDirectDamaged(t *testing.T) {
+	registry := startRegistry(t, registrytest.Options{})
+	ref := registry.Host() + "/app:v1"
+	const seed = 91
+	pushSmall(t, ref, seed)
+	run(t, "streamctl", "create", "--record", "", ref)
+	for _, mode := range []string{"file", "loop"} {
+		t.Run(mode, func(t *testing.T) {
+			n := startNode(t, node.Options{Mode: mode, Stream: []string{registry.Host() + "/*"}, Config: `background_bandwidth = "1GiB"`, Supervise: true})
+			pullStreamed(t, registry, n, ref)
+			sumIn(t, n, ref, seed, "/data")
+			eventually(t, "a mount of local files", func() bool { return mountedDirectly(t, n) })
+			want := sums(t, n, ref)
+			good := map[string][]byte{}
+			for _, file := range cacheFiles(t, n) {
+				if b, err := os.ReadFile(file); err == nil && filepath.Base(file) == "whole" && !bytes.Contains(b, []byte("\x7fELF")) {
+					good[file] = b
+					flipBytes(t, file)
+				}
+			}
+			if sums(t, n, ref) == want { // and has it in the page cache
+				t.Fatal("the damage is not seen")
+			}
+			eventually(t, "a daemon that can be killed", n.KillSupervised)
+			eventually(t, "the image as it was", func() bool { return sums(t, n, ref) == want })
+			for file, want := range good {
+				if b, err := os.ReadFile(file); err != nil || !bytes.Equal(b, want) {
+					t.Errorf("%s is not mended: %v", file, err)
+				}
+			}
+		})
+	}
+}
+
+// sums returns what a container of Small's image reads below /data.
+func sums(t *testing.T, n *node.Node, ref string) string {
+	t.Helper()
+	out, err := n.Run(t.Context(), ref, nil, "/guest", "sum", "/data")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// A daemon that is killed before it has saved a record of an image's first start completes the image all the same.
+func TestFirstStartKilled(t *testing.T) {
+	registry := startRegistry(t, registrytest.Options{})
+	ref := registry.Host() + "/app:v1"
+	const seed = 92
+	pushSmall(t, ref, seed)
+	run(t, "streamctl", "create", "--record", "", ref)
+	n := startNode(t, node.Options{Mode: "file", Stream: []string{registry.Host() + "/*"}, Config: `background_bandwidth = "1GiB"`, Supervise: true})
+	pullStreamed(t, registry, n, ref)
+	ctr(t, n, "run", "--detach", "--snapshotter", n.Snapshotter(), ref, n.ID("c"), "/guest", "pause")
+	n.KillSupervised()
+	eventually(t, "completion", func() bool {
+		done, _ := filepath.Glob(filepath.Join(n.Dir, "s/images/*/completed"))
+		return len(done) == 1
+	})
 }

@@ -149,7 +149,7 @@ func cacheFiles(t *testing.T, n *node.Node) []string {
 // is found out about its chunks.
 func flipBytes(t *testing.T, name string) {
 	t.Helper()
-	if filepath.Base(name) != "data" {
+	if base := filepath.Base(name); base != "data" && base != "whole" {
 		return
 	}
 	f, err := os.OpenFile(name, os.O_RDWR, 0)

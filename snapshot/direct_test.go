@@ -15,7 +15,7 @@ import (
 
 // served lists where the whole image, of two layers, is mounted through the daemon.
 func (n *testNode) served(id string) []string {
-	return n.mounts.Through(filepath.Join(n.root, "images", id, "2.erofs"))
+	return n.mounts.At(filepath.Join(n.root, "images", id, "2.erofs"))
 }
 
 // mountAt mounts the image's chain until the end of the test, or until somebody else unmounts it.

@@ -204,9 +204,14 @@ func (f *fill) load(ctx context.Context, flights []*flight) (damaged []*flight) 
 			continue
 		}
 		if s.holds(fl.chunk) { // it was not given back meanwhile
+			s.damaged.Store(true)
 			s.cache.stats.damaged.Add(1)
 			if tell := s.cache.onDamage; tell != nil {
-				tell(Damage{s.dgst, s.cache.dataPath(s.dgst), c.TarOffset, c.TarSize})
+				path := s.cache.dataPath(s.dgst)
+				if s.isWhole() {
+					path = s.cache.wholePath(s.dgst)
+				}
+				tell(Damage{s.dgst, path, c.TarOffset, c.TarSize})
 			}
 		}
 		s.cache.bufs.put(buf)

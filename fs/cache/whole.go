@@ -121,6 +121,9 @@ func (c *Cache) Whole(layers []*Layer) (paths []string, err error) {
 	return paths, nil
 }
 
+// Damaged reports whether a chunk on disk did not verify since the layer was opened first: a mount of its file may have that in its page cache.
+func (l *Layer) Damaged() bool { return l.store.damaged.Load() }
+
 func (s *store) isWhole() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -89,7 +89,8 @@ func (s *Store) wake() {
 	}
 }
 
-// incomplete lists the images that were started and are not completed, or are mounted through the daemon, which may not be needed.
+// incomplete lists the images that were started and are not completed, or are mounted through the daemon, which may not be needed, or from files that are not proven.
+// A daemon that was killed early in a first start has left no record of it.
 func (s *Store) incomplete() (ids []string) {
 	dirs, _ := os.ReadDir(filepath.Join(s.o.Root, "images"))
 	for _, d := range dirs {
@@ -97,7 +98,8 @@ func (s *Store) incomplete() (ids []string) {
 			_, err := os.Stat(filepath.Join(s.imageDir(d.Name()), name))
 			return err == nil
 		}
-		if has(firstUseName) && (!has(completedName) || len(s.through(d.Name())) > 0) {
+		recorded, through := has(firstUseName), len(s.through(d.Name())) > 0
+		if recorded && (through || s.unproven(d.Name())) || !has(completedName) && (recorded || through && !s.recordsFirstUses(d.Name())) {
 			ids = append(ids, d.Name())
 		}
 	}

@@ -14,7 +14,8 @@ import (
 
 // A chain of which every chunk is here and was proven in this life of the daemon is mounted from the cache's own files: what runs on it needs the daemon no more.
 // The proving is done in the background, like the fetching of what is missing, and never while a mount waits for it: so after a start the daemon serves what
-// it has not yet proven, and replaces these mounts later, for those that come then.
+// it has not yet proven, and replaces these mounts later, for those that come then. What is mounted so since a former life is proven again, too, and if the disk has
+// damaged any of it, mended and mounted anew: the old mount may have the damage in its page cache.
 //
 // Only whole images are, and only once their first start is recorded: nobody sees what is read of such a mount.
 
@@ -27,7 +28,23 @@ func (s *Store) through(id string) []string {
 	if err != nil {
 		return nil
 	}
-	return s.o.Mounter.Through(img.metadataPath(len(img.rec.Layers)))
+	return s.o.Mounter.At(img.metadataPath(len(img.rec.Layers)))
+}
+
+// direct lists where image id is mounted from local files.
+func (s *Store) direct(id string) []string {
+	return s.o.Mounter.At(filepath.Join(s.imageDir(id), directName))
+}
+
+// unproven reports whether image id is mounted from local files that this life has not proven.
+func (s *Store) unproven(id string) bool {
+	img, err := s.load(id)
+	if err != nil || len(s.direct(id)) == 0 {
+		return false
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	return !img.proven
 }
 
 // makeDirect proves what is here of img and replaces its mounts, if all is.
@@ -43,7 +60,7 @@ func (s *Store) makeDirect(ctx context.Context, img *image, use *deviceUse) erro
 			if err == nil {
 				break
 			}
-			if !errors.Is(err, errBusy) {
+			if !errors.Is(err, errBusy) && !errors.Is(err, cache.ErrLeft) {
 				return err
 			}
 			if err := s.waitQuiet(ctx); err != nil {
@@ -54,10 +71,12 @@ func (s *Store) makeDirect(ctx context.Context, img *image, use *deviceUse) erro
 			}
 		}
 	}
+	damaged := false
 	for i, l := range use.layers {
 		if l.Present() < use.indexes[i].TarSize { // the cache has given something back
 			return nil
 		}
+		damaged = damaged || l.Damaged()
 	}
 	_, parts := use.parts()
 	if parts == nil || s.forgotten(img) {
@@ -68,15 +87,19 @@ func (s *Store) makeDirect(ctx context.Context, img *image, use *deviceUse) erro
 		return fmt.Errorf("metadata image of local files: %w", err)
 	}
 	targets := s.through(img.id)
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if damaged && !img.proven {
+		targets = append(targets, s.direct(img.id)...)
+	}
+	img.proven = true
 	if len(targets) == 0 {
 		return nil
 	}
-	img.mu.Lock()
-	defer img.mu.Unlock()
 	d := img.direct()
 	for i := 0; i < len(targets) && d != nil; i++ {
 		if err := s.replace(img, d, targets[i]); err != nil {
-			s.log.Debug("a mount goes on through the daemon", "image", img.id, "error", err)
+			s.log.Debug("a mount goes on as it is", "image", img.id, "error", err)
 		}
 	}
 	return nil

@@ -208,6 +208,12 @@ func (s *Store) recording(id string) (*firstUses, *device) {
 	return img.dev.uses.Load(), img.dev
 }
 
+// recordsFirstUses reports whether the first start of image id is being recorded.
+func (s *Store) recordsFirstUses(id string) bool {
+	u, _ := s.recording(id)
+	return u != nil
+}
+
 func (s *Store) firstUsesOf(id string) (*artifact.Profile, error) {
 	if u, dev := s.recording(id); u != nil {
 		return u.profile(dev), nil

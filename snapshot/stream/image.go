@@ -32,8 +32,8 @@ type Mounter interface {
 	Mount(ctx context.Context, img fs.Image, target string) error
 	Unmount(target string) error
 	Mounted(target string) bool
-	// Through lists where a metadata image, by its path, is mounted and served by the process; Replace puts a direct mount in the place of such a one.
-	Through(metadata string) []string
+	// At lists where a metadata image, by its path, is mounted; Replace puts a direct mount in the place of such a one.
+	At(metadata string) []string
 	Replace(img fs.Image, target string) (gone <-chan struct{}, err error)
 }
 
@@ -47,6 +47,7 @@ type image struct {
 	mu     sync.Mutex
 	mounts int     // targets mounted, and other uses
 	dev    *device // open while mounts > 0
+	proven bool    // all of it was, in this life
 }
 
 func (img *image) mount(ctx context.Context, n int, target string) error {
