@@ -30,7 +30,7 @@ test: build lint images .build/gotest
 	$(GOTEST) -timeout 30m ./integration
 
 test-full: test fuzz
-	FULL=1 $(GOTEST) -timeout 60m ./...
+	FULL=1 $(GOTEST) -timeout 120m ./...
 
 # make soak [SEED=n] [FOR=10m]: faults at random under containers that read and compile; the seed gives the sequence
 soak: export SEED := $(or $(SEED),$(shell date +%s))
