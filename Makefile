@@ -5,7 +5,7 @@ GOTEST := .build/gotest $(if $(CI),-no-skips)
 UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
 FUZZTIME ?= 20s
 
-.PHONY: build demo test test-full soak lint bench bench-startup fuzz images clean .build/gotest
+.PHONY: build demo test test-full soak lint unit integration bench bench-startup fuzz images clean .build/gotest
 
 build: .build/tools
 	CGO_ENABLED=0 go build -buildvcs=auto -o $(BIN)/ ./cmd/...
@@ -24,10 +24,15 @@ demo: build
 .build/gotest:
 	go build -o $@ ./integration/gotest
 
-test: build lint images .build/gotest
+test: integration
+
+# With -j2 the images are built beside lint and unit, which use all cores: that waits for the network, and uses one at most.
+integration: build images unit
+	$(GOTEST) -timeout 30m ./integration
+
+unit: build lint .build/gotest
 	$(GOTEST) -race $(UNIT)
 	$(GOTEST) -cpu 1 ./fs
-	$(GOTEST) -timeout 30m ./integration
 
 test-full: test fuzz
 	FULL=1 $(GOTEST) -timeout 120m ./...
@@ -54,13 +59,9 @@ bench-startup: build
 	@go build -o .build/startup ./integration/startup && .build/startup $(if $(IMAGES),-images $(IMAGES)) $(if $(LINKS),-links $(LINKS)) $(if $(SYSTEMS),-systems $(SYSTEMS)) \
 		$(if $(N),-n $(N)) $(if $(IMAGES)$(LINKS)$(SYSTEMS),,-docs docs) $(FLAGS)
 
-# Go's fuzzing fails with "context deadline exceeded" and no failing input when its time is up in the middle of one.
+# Each target for FUZZTIME, as many at a time as there are cores.
 fuzz:
-	@mkdir -p .build
-	@for p in $(UNIT); do for f in $$(go test -list '^Fuzz' $$p | grep ^Fuzz); do \
-		echo "$$p $$f"; go test -run '^$$' -fuzz "^$$f\$$" -fuzztime $(FUZZTIME) $$p >.build/fuzz.log 2>&1 || \
-		{ grep -q '^ *context deadline exceeded$$' .build/fuzz.log && ! grep -q 'Failing input' .build/fuzz.log; } || { cat .build/fuzz.log; exit 1; }; \
-		tail -n 2 .build/fuzz.log | head -n 1; done; done
+	@.ci/fuzz $(FUZZTIME)
 
 # The images of the end-to-end tests, and a Debian that boots, from Debian's and npm's packages; what is built already stays.
 images:
