@@ -28,21 +28,11 @@ func TestDirect(t *testing.T) {
 	want := walkContainer(t, startNode(t, node.Options{Pull: node.Plain}), ref)
 	untimed := unpackTimes(want, begin)
 	forgetTimes(want, untimed)
-	modes := []string{"file", "loop"}
-	nodes := map[string]*node.Node{}
-	for _, mode := range modes { // their containers' starts are over at the same time
-		n := startNode(t, node.Options{Mode: mode, Stream: []string{registry.Host() + "/*"}, Config: `background_bandwidth = "1GiB"`})
-		pullStreamed(t, registry, n, ref)
+	nodes := localNodes(t, registry, ref, node.Options{}, func(n *node.Node) {
 		ctr(t, n, "run", "--detach", "--snapshotter", n.Snapshotter(), ref, n.ID("old"), "/guest", "pause")
-		nodes[mode] = n
-	}
-	for _, mode := range modes {
-		n := nodes[mode]
-		eventually(t, "a mount of local files in mode "+mode, func() bool { return mountedDirectly(t, n) })
-	}
-	for _, mode := range modes {
+	})
+	for mode, n := range nodes {
 		t.Run(mode, func(t *testing.T) {
-			n := nodes[mode]
 			ctr(t, n, "run", "--detach", "--snapshotter", n.Snapshotter(), ref, n.ID("new"), "/guest", "pause")
 			dir := tempDir(t)
 			if err := n.Mount(t.Context(), ref, dir); err != nil {
@@ -79,6 +69,24 @@ func TestDirect(t *testing.T) {
 	}
 }
 
+// localNodes starts a node in each mode that reads local files, pulls ref there, uses it, and waits until it is mounted from local files. A start is over half a
+// minute after it has read something new: on all nodes at the same time.
+func localNodes(t *testing.T, registry *registrytest.Registry, ref string, o node.Options, use func(n *node.Node)) map[string]*node.Node {
+	t.Helper()
+	o.Stream, o.Config = []string{registry.Host() + "/*"}, `background_bandwidth = "1GiB"`
+	nodes := map[string]*node.Node{}
+	for _, o.Mode = range []string{"file", "loop"} {
+		n := startNode(t, o)
+		pullStreamed(t, registry, n, ref)
+		use(n)
+		nodes[o.Mode] = n
+	}
+	for mode, n := range nodes {
+		eventually(t, "a mount of local files in mode "+mode, func() bool { return mountedDirectly(t, n) })
+	}
+	return nodes
+}
+
 // mountedDirectly reports whether a chain is mounted from local files, and none through the daemon: what is mounted is the metadata image, or a loop device of it.
 func mountedDirectly(t *testing.T, n *node.Node) bool {
 	t.Helper()
@@ -105,12 +113,8 @@ func TestDirectDamaged(t *testing.T) {
 	const seed = 91
 	pushSmall(t, ref, seed)
 	run(t, "streamctl", "create", "--record", "", ref)
-	for _, mode := range []string{"file", "loop"} {
+	for mode, n := range localNodes(t, registry, ref, node.Options{Supervise: true}, func(n *node.Node) { sumIn(t, n, ref, seed, "/data") }) {
 		t.Run(mode, func(t *testing.T) {
-			n := startNode(t, node.Options{Mode: mode, Stream: []string{registry.Host() + "/*"}, Config: `background_bandwidth = "1GiB"`, Supervise: true})
-			pullStreamed(t, registry, n, ref)
-			sumIn(t, n, ref, seed, "/data")
-			eventually(t, "a mount of local files", func() bool { return mountedDirectly(t, n) })
 			want := sums(t, n, ref)
 			good := map[string][]byte{}
 			for _, file := range cacheFiles(t, n) {
