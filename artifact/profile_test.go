@@ -14,22 +14,25 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
-func testProfile() *Profile {
-	return &Profile{
-		Layers: []digest.Digest{digest.FromString("a"), digest.FromString("b")},
-		Chunks: []HotChunk{{1, 7}, {0, 0}, {1, 6}, {0, 70000}},
+func testHotHead() *HotHead {
+	return &HotHead{
+		Profile: Profile{
+			Layers: []digest.Digest{digest.FromString("a"), digest.FromString("b")},
+			Chunks: []HotChunk{{1, 7}, {0, 0}, {1, 6}, {0, 70000}},
+		},
+		Indexes: []int64{MaxHotIndex, 0},
 	}
 }
 
-func TestProfileRoundTrip(t *testing.T) {
-	for name, want := range map[string]*Profile{"some": testProfile(), "none": {}} {
+func TestHotHeadRoundTrip(t *testing.T) {
+	for name, want := range map[string]*HotHead{"some": testHotHead(), "none": {}} {
 		t.Run(name, func(t *testing.T) {
 			b, err := want.Encode()
 			if err != nil {
 				t.Fatal(err)
 			}
 			r := bytes.NewReader(append(b, "frames"...))
-			got, err := ReadProfile(r)
+			got, err := ReadHotHead(r)
 			if err != nil || !reflect.DeepEqual(got, want) {
 				t.Errorf("read %+v, %v, want %+v", got, err, want)
 			}
@@ -40,8 +43,8 @@ func TestProfileRoundTrip(t *testing.T) {
 	}
 }
 
-func TestBadProfiles(t *testing.T) {
-	valid, err := testProfile().Encode()
+func TestBadHotHeads(t *testing.T) {
+	valid, err := testHotHead().Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,22 +60,24 @@ func TestBadProfiles(t *testing.T) {
 	}{
 		"no magic":           {set(offSkippableMagic, 1), ErrInvalid},
 		"another frame":      {set(offIndexMagic, 1), ErrInvalid},
-		"newer version":      {set(offHotVersion, 2), ErrUnsupported},
+		"newer version":      {set(offHotVersion, 3), ErrUnsupported},
 		"wrong size":         {set(offSkippableSize, 9), ErrInvalid},
 		"4 G layers":         {set(offHotLayers, math.MaxUint32), ErrInvalid},
 		"4 G chunks":         {set(offHotChunks, math.MaxUint32), ErrInvalid},
 		"no such layer":      {set(list, 2), ErrInvalid},
 		"no index so large":  {set(list+4, 1<<31), ErrInvalid},
 		"a chunk twice":      {append(bytes.Clone(valid[:len(valid)-8]), valid[list:list+8]...), ErrInvalid},
-		"a layer twice":      {append(append(bytes.Clone(valid[:hotHeaderSize+32]), valid[hotHeaderSize:hotHeaderSize+32]...), valid[list:]...), ErrInvalid},
+		"a layer twice":      {append(append(bytes.Clone(valid[:hotHeaderSize+hotLayerSize]), valid[hotHeaderSize:hotHeaderSize+hotLayerSize]...), valid[list:]...), ErrInvalid},
+		"too large an index": {set(hotHeaderSize+32, MaxHotIndex+1), ErrInvalid},
+		"index of 2^60":      {set(hotHeaderSize+36, 1<<28), ErrInvalid},
 		"cut in the header":  {valid[:20], io.ErrUnexpectedEOF},
 		"cut in the digests": {valid[:50], io.ErrUnexpectedEOF},
 	} {
-		if _, err := ReadProfile(bytes.NewReader(c.b)); !errors.Is(err, c.want) {
+		if _, err := ReadHotHead(bytes.NewReader(c.b)); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
 		}
 	}
-	if _, err := (&Profile{Chunks: []HotChunk{{0, 0}}}).Encode(); !errors.Is(err, ErrInvalid) {
+	if _, err := (&HotHead{Profile: Profile{Chunks: []HotChunk{{0, 0}}}}).Encode(); !errors.Is(err, ErrInvalid) {
 		t.Errorf("a chunk of no layer is encoded: %v", err)
 	}
 }
@@ -112,6 +117,9 @@ func TestProfileManifest(t *testing.T) {
 		"not a hot blob":  {HotMediaType, LayerMediaType, ErrInvalid},
 		"no time":         {"2026-01-02T", "2026-13-02T", ErrInvalid},
 		"not a manifest":  {ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, ErrInvalid},
+		"another size":    {`"streaming.hot.size": "12345"`, `"streaming.hot.size": "12346"`, ErrInvalid},
+		"no size":         {`"streaming.hot.size": "12345"`, `"streaming.hot.size": ""`, ErrInvalid},
+		"another blob":    {`"streaming.hot.digest": "` + string(want.Hot.Digest), `"streaming.hot.digest": "` + string(want.Subject.Digest), ErrInvalid},
 		"not even an 'o'": {"{", "", ErrInvalid},
 	} {
 		bad := bytes.Replace(b, []byte(c.from), []byte(c.to), 1)
@@ -121,14 +129,14 @@ func TestProfileManifest(t *testing.T) {
 	}
 }
 
-func FuzzReadProfile(f *testing.F) {
-	b, err := testProfile().Encode()
+func FuzzReadHotHead(f *testing.F) {
+	b, err := testHotHead().Encode()
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(b)
 	f.Fuzz(func(t *testing.T, b []byte) {
-		p, err := ReadProfile(bytes.NewReader(b))
+		p, err := ReadHotHead(bytes.NewReader(b))
 		if err != nil {
 			if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
 				checkClass(t, err)

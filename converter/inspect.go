@@ -122,6 +122,7 @@ func readIndex(ctx context.Context, p Place, l artifact.Layer) ([]byte, error) {
 type indexedLayer struct {
 	artifact.Layer
 	index *artifact.Index
+	raw   []byte // index keeps them
 }
 
 // readIndexes fetches the indexes of layers, which are an image's, into memory. Those of an image that no node takes are ErrUnsupported.
@@ -145,7 +146,7 @@ func readIndexes(ctx context.Context, p Place, layers []artifact.Layer) ([]index
 		if headers += x.HeadersSize; headers > artifact.MaxImageHeaders {
 			return nil, fmt.Errorf("%w: its headers have more than %d MiB", artifact.ErrUnsupported, artifact.MaxImageHeaders>>20)
 		}
-		list = append(list, indexedLayer{l, x})
+		list = append(list, indexedLayer{l, x, raw})
 	}
 	return list, nil
 }

@@ -140,8 +140,8 @@ func deleteStale(ctx context.Context, p Place, a *artifact.Manifest) (warnings [
 		if f.manifest == nil {
 			return false // a newer release's
 		}
-		profile, err := readHead(ctx, p, f.manifest)
-		return err == nil && !covers(a, profile)
+		h, err := readHead(ctx, p, f.manifest)
+		return err == nil && !covers(a, &h.Profile)
 	})
 }
 
@@ -157,18 +157,34 @@ type frame struct {
 // runGap is how far frames of a blob may lie apart to be read in one request: less than what goes over a wire while one is asked for.
 const runGap = 64 << 10
 
-// writeHot writes the hot blob into hot. Each frame is verified on its way.
+// writeHot writes the hot blob into hot, with a copy of each index of the artifact that is not too large. Each frame is verified on its way.
 func writeHot(ctx context.Context, p Place, a *artifact.Manifest, profile *artifact.Profile, hot *os.File, o Options) (ocispec.Descriptor, error) {
 	d := ocispec.Descriptor{MediaType: artifact.HotMediaType}
-	head, err := profile.Encode()
+	h := &artifact.HotHead{Profile: artifact.Profile{Layers: slices.Clone(profile.Layers), Chunks: profile.Chunks}}
+	for _, l := range a.Layers {
+		if !slices.Contains(h.Layers, l.IndexDigest) {
+			h.Layers = append(h.Layers, l.IndexDigest)
+		}
+	}
+	layers, err := indexesOf(ctx, p, a, &h.Profile)
 	if err != nil {
 		return d, err
 	}
-	layers, err := indexesOf(ctx, p, a, profile)
+	for _, l := range layers {
+		n := l.IndexSize
+		if n > artifact.MaxHotIndex {
+			n = 0
+		}
+		h.Indexes = append(h.Indexes, n)
+	}
+	head, err := h.Encode()
 	if err != nil {
 		return d, err
 	}
-	d.Size = int64(len(head))
+	for i, l := range layers {
+		head = append(head, l.raw[:h.Indexes[i]]...)
+	}
+	d.Size = h.Frames()
 	frames := make([]frame, len(profile.Chunks))
 	for i, c := range profile.Chunks {
 		if n := layers[c.Layer].index.NumChunks(); c.Chunk >= n {
@@ -256,17 +272,17 @@ func profilesOf(ctx context.Context, p Place, subject digest.Digest) ([]attached
 }
 
 // readHead reads the list at the beginning of the profile's hot blob.
-func readHead(ctx context.Context, p Place, m *artifact.ProfileManifest) (*artifact.Profile, error) {
+func readHead(ctx context.Context, p Place, m *artifact.ProfileManifest) (*artifact.HotHead, error) {
 	rc, err := p.Blob(ctx, m.Hot, 0)
 	if err != nil {
 		return nil, fmt.Errorf("hot blob %s: %w", m.Hot.Digest, err)
 	}
 	defer rc.Close()
-	profile, err := artifact.ReadProfile(rc)
+	h, err := artifact.ReadHotHead(rc)
 	if err != nil {
 		return nil, fmt.Errorf("hot blob %s: %w", m.Hot.Digest, err)
 	}
-	return profile, nil
+	return h, nil
 }
 
 // describeProfiles describes the profiles of subject that this release can read.
@@ -280,11 +296,11 @@ func describeProfiles(ctx context.Context, p Place, subject digest.Digest) ([]Pr
 		if f.manifest == nil {
 			continue // a newer release's, or damaged: a hint that is no use here
 		}
-		profile, err := readHead(ctx, p, f.manifest)
+		h, err := readHead(ctx, p, f.manifest)
 		if err != nil {
 			return all, fmt.Errorf("profile %s: %w", f.desc.Digest, err)
 		}
-		all = append(all, describeProfile(f.desc.Digest, f.manifest, profile))
+		all = append(all, describeProfile(f.desc.Digest, f.manifest, &h.Profile))
 	}
 	return all, nil
 }
@@ -301,16 +317,16 @@ func verifyProfiles(ctx context.Context, p Place, subject digest.Digest, artifac
 		if f.manifest == nil {
 			return done, different("profile %s: its manifest: %w", f.desc.Digest, f.err)
 		}
-		profile, err := verifyHot(ctx, p, f.manifest, artifacts)
+		h, err := verifyHot(ctx, p, f.manifest, artifacts)
 		if err != nil {
 			return done, fmt.Errorf("profile %s: hot blob %s: %w", f.desc.Digest, f.manifest.Hot.Digest, err)
 		}
-		done = append(done, describeProfile(f.desc.Digest, f.manifest, profile))
+		done = append(done, describeProfile(f.desc.Digest, f.manifest, &h.Profile))
 	}
 	return done, nil
 }
 
-func verifyHot(ctx context.Context, p Place, m *artifact.ProfileManifest, artifacts []*artifact.Manifest) (*artifact.Profile, error) {
+func verifyHot(ctx context.Context, p Place, m *artifact.ProfileManifest, artifacts []*artifact.Manifest) (*artifact.HotHead, error) {
 	rc, err := p.Blob(ctx, m.Hot, 0)
 	if err != nil {
 		return nil, blobError(p, "read", err)
@@ -320,20 +336,29 @@ func verifyHot(ctx context.Context, p Place, m *artifact.ProfileManifest, artifa
 	if err != nil {
 		return nil, different("%w", err)
 	}
-	profile, err := artifact.ReadProfile(v)
+	h, err := artifact.ReadHotHead(v)
 	if err != nil {
 		return nil, hotError(p, v, err)
 	}
-	i := slices.IndexFunc(artifacts, func(a *artifact.Manifest) bool { return covers(a, profile) })
+	i := slices.IndexFunc(artifacts, func(a *artifact.Manifest) bool { return covers(a, &h.Profile) })
 	if i < 0 {
 		return nil, different("it lists layers that no artifact of the image has")
 	}
-	layers, err := indexesOf(ctx, p, artifacts[i], profile)
+	layers, err := indexesOf(ctx, p, artifacts[i], &h.Profile)
 	if err != nil {
 		return nil, blobError(p, "read", err)
 	}
 	var raw, tar []byte
-	for n, c := range profile.Chunks {
+	for n, size := range h.Indexes {
+		raw = slices.Grow(raw[:0], int(size))[:size]
+		if _, err := io.ReadFull(v, raw); err != nil {
+			return nil, hotError(p, v, err)
+		}
+		if size > 0 && !bytes.Equal(raw, layers[n].raw) {
+			return nil, different("its copy of the index of layer %s is not that", layers[n].Digest)
+		}
+	}
+	for n, c := range h.Chunks {
 		x := layers[c.Layer].index
 		if c.Chunk >= x.NumChunks() {
 			return nil, different("entry %d is chunk %d of a layer that has %d", n, c.Chunk, x.NumChunks())
@@ -353,7 +378,7 @@ func verifyHot(ctx context.Context, p Place, m *artifact.ProfileManifest, artifa
 		}
 		return nil, different("%d bytes follow its last frame", n)
 	}
-	return profile, nil
+	return h, nil
 }
 
 // hotError tells a source that fails from bytes that are wrong.

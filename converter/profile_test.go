@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"testing"
 	"time"
 
@@ -85,8 +86,19 @@ func TestAttachProfile(t *testing.T) {
 		if tar, err := dec.DecodeAll(hot, nil); err != nil || !bytes.Equal(tar, want) {
 			t.Errorf("the hot blob is not the chunks in their order (%v)", err)
 		}
-		if back, err := artifact.ReadProfile(bytes.NewReader(hot)); err != nil || !reflect.DeepEqual(back, profile) {
-			t.Errorf("its head is %+v, %v", back, err)
+		back, err := artifact.ReadHotHead(bytes.NewReader(hot))
+		if err != nil || !reflect.DeepEqual(back.Chunks, profile.Chunks) {
+			t.Fatalf("its head is %+v, %v", back, err)
+		}
+		indexes := hot[back.Size():back.Frames()]
+		for i, l := range back.Layers {
+			if got := digest.FromBytes(indexes[:back.Indexes[i]]); got != l {
+				t.Errorf("its copy of the index %s is %s", l, got)
+			}
+			indexes = indexes[back.Indexes[i]:]
+		}
+		if len(back.Layers) != len(m.Layers) || !slices.Equal(back.Layers[:len(profile.Layers)], profile.Layers) {
+			t.Errorf("its layers are %v, want all of the artifact's, the profile's %v first", back.Layers, profile.Layers)
 		}
 
 		if again := attach(t, p, "v1", profile, artifact.ProfileRecorded, at); !reflect.DeepEqual(again, got) {
@@ -231,14 +243,23 @@ func TestVerifyProfile(t *testing.T) {
 	if err := p.Delete(t.Context(), good.Digest, m.Subject.Digest); err != nil {
 		t.Fatal(err)
 	}
+	intact, err := artifact.ReadHotHead(bytes.NewReader(hot))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// head is that of a hot blob without indexes.
 	head := func(profile *artifact.Profile) []byte {
-		b, err := profile.Encode()
+		h := &artifact.HotHead{Profile: *profile, Indexes: make([]int64, len(profile.Layers))}
+		b, err := h.Encode()
 		if err != nil {
 			t.Fatal(err)
 		}
 		return b
 	}
-	frames := hot[len(head(profile)):]
+	frames := hot[intact.Frames():]
+	wrong := bytes.Clone(hot)
+	wrong[intact.Size()+intact.Indexes[0]-1] ^= 1
+	forge("another index", wrong)
 	forge("longer", append(bytes.Clone(hot), 0))
 	forge("shorter", hot[:len(hot)-1])
 	forge("of another image", append(head(foreign), frames...))

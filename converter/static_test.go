@@ -106,7 +106,7 @@ func checkProgram(t *testing.T, p Place, c Created) {
 		t.Fatal(err)
 	}
 	defer rc.Close()
-	hot, err := artifact.ReadProfile(rc)
+	hot, err := artifact.ReadHotHead(rc)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,7 +118,7 @@ func checkProgram(t *testing.T, p Place, c Created) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	layers, err := indexesOf(t.Context(), p, m, hot)
+	layers, err := indexesOf(t.Context(), p, m, &hot.Profile)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -122,7 +122,7 @@ func profileChunks(t *testing.T, ref string) map[chunkID]int64 {
 		t.Fatal(err)
 	}
 	defer hot.Close()
-	profile, err := artifact.ReadProfile(hot)
+	profile, err := artifact.ReadHotHead(hot)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -146,9 +147,9 @@ func TestHotBlob(t *testing.T) {
 	if requests, bytes := n.blobRequests(hot.Hot); requests != 1 || bytes != hot.Size {
 		t.Errorf("the hot blob was asked for %d times, %d bytes; want once, %d", requests, bytes, hot.Size)
 	}
-	// Manifest and referrers, the artifact's manifest, the config and the profile's, two indexes and the hot blob.
-	if requests, _ := n.reg.Count(); requests != 8 {
-		t.Errorf("%d requests, want 8", requests)
+	// Manifest and referrers, the artifact's manifest, the config and the hot blob, which has the indexes.
+	if requests, _ := n.reg.Count(); requests != 5 {
+		t.Errorf("%d requests, want 5", requests)
 	}
 	before, _ := n.reg.Count()
 	n.wantMounted(id, map[string]string{"hot0": files["hot0"], "hot1": files["hot1"]})
@@ -225,6 +226,12 @@ func TestHostileProfiles(t *testing.T) {
 		"wrong frames": func(n *testNode, img testImage, p *artifact.Profile) {
 			n.attachHot(img, p, make([]byte, n.framesOf(img, p)))
 		},
+		"wrong index": func(n *testNode, img testImage, p *artifact.Profile) {
+			n.attachHotIndexes(img, &artifact.HotHead{Profile: *p, Indexes: []int64{100, 0}}, make([]byte, 100), make([]byte, n.framesOf(img, p)))
+		},
+		"less than its indexes": func(n *testNode, img testImage, p *artifact.Profile) {
+			n.attachHotIndexes(img, &artifact.HotHead{Profile: *p, Indexes: []int64{0, 1000}}, nil, nil)
+		},
 		"another header": func(n *testNode, img testImage, p *artifact.Profile) { n.attachHotBlob(img, []byte(noise(8, 1000))) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -254,11 +261,17 @@ func (n *testNode) framesOf(img testImage, p *artifact.Profile) (size int64) {
 // attachHot attaches a hot blob with these frames, whatever they are.
 func (n *testNode) attachHot(img testImage, p *artifact.Profile, frames []byte) {
 	n.t.Helper()
-	raw, err := p.Encode()
+	n.attachHotIndexes(img, &artifact.HotHead{Profile: *p, Indexes: make([]int64, len(p.Layers))}, nil, frames)
+}
+
+// attachHotIndexes attaches a hot blob with these indexes and frames, whatever they are.
+func (n *testNode) attachHotIndexes(img testImage, h *artifact.HotHead, indexes, frames []byte) {
+	n.t.Helper()
+	raw, err := h.Encode()
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.attachHotBlob(img, append(raw, frames...))
+	n.attachHotBlob(img, slices.Concat(raw, indexes, frames))
 }
 
 // attachHotBlob attaches a profile with this hot blob.

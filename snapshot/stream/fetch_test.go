@@ -36,9 +36,13 @@ func TestIndexComesInParts(t *testing.T) {
 		rnd.Read(blob)
 		index := blob[before : before+c.size]
 		l := artifact.Layer{Digest: registry.PutBlob("app", blob), IndexOffset: before, IndexSize: int64(c.size), IndexDigest: digest.FromBytes(index)}
-		path := filepath.Join(t.TempDir(), "index")
+		s.o.Root = t.TempDir()
+		path := s.indexPath(l.IndexDigest)
+		if err := os.Mkdir(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
 		registry.Reset()
-		if _, err := s.fetchIndex(t.Context(), repo, l, 0, path); err != nil {
+		if _, err := s.fetchIndex(t.Context(), repo, l, 0); err != nil {
 			t.Fatal(err)
 		}
 		if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, index) {
@@ -49,8 +53,10 @@ func TestIndexComesInParts(t *testing.T) {
 		}
 
 		remove := registry.Inject(registrytest.Blobs, 1, registrytest.Flip(0))
-		path = filepath.Join(t.TempDir(), "index")
-		if _, err := s.fetchIndex(t.Context(), repo, l, 0, path); !errors.Is(err, artifact.ErrInvalid) {
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.fetchIndex(t.Context(), repo, l, 0); !errors.Is(err, artifact.ErrInvalid) {
 			t.Errorf("%d bytes, one of them wrong: %v", c.size, err)
 		}
 		remove()

@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -39,22 +41,46 @@ const (
 	maxPatience   = 2 * time.Second
 )
 
-// hotFetch brings an image's hot blob into the cache. It begins beside the search for the artifact, whose pull does not wait for it, and goes on when that has ended.
+// hotFetch brings an image's hot blob into the cache, and the indexes in it to where they are looked for. It begins beside the search for the
+// artifact, whose pull waits for those indexes only, and goes on when that has ended.
 type hotFetch struct {
+	store    *Store
+	repo     registryclient.Repository
+	manifest digest.Digest
+	shares   bool         // the image has layers in common with others on this node
+	share    *cache.Share // of all profiles: what one has brought is there when the next is tried
+
 	cancel context.CancelFunc
-	shares chan bool       // gets one value: whether the image shares layers with others on this node
-	opened chan *deviceUse // gets one value, nil if the search fails
-	given  bool            // by the search
-	image  *image          // that it was given; guarded by Store.mu
+	wanted chan *record      // gets one value from the search: the first artifact that it tries, or nil
+	opened chan *deviceUse   // gets one value from the search, nil if it fails
+	record func() *record    // waits for wanted's
+	use    func() *deviceUse // waits for opened's
+	moved  atomic.Int64      // when the last byte came, Unix nanoseconds
+
+	indexed chan struct{} // closed by noMore
+	noMore  func()        // says that no index is on its way any more
+
+	// Of the search:
+	asked, given bool   // wanted and opened have their values
+	image        *image // that it was given; guarded by Store.mu
 }
 
-// fetchHot begins to fetch the hot blob of the best of an image's profiles. Without profiles it returns nil. The search calls give or fail.
-func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest, profiles []ocispec.Descriptor) *hotFetch {
+// fetchHot begins to fetch the hot blob of the best of an image's profiles. Without profiles it returns nil. The search calls want and give, or fail.
+func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest, profiles []ocispec.Descriptor, shares bool) *hotFetch {
 	if len(profiles) == 0 {
 		return nil
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), hotTimeout)
-	h := &hotFetch{cancel: cancel, shares: make(chan bool, 1), opened: make(chan *deviceUse, 1)}
+	h := &hotFetch{
+		store: s, repo: repo, manifest: manifest, shares: shares, share: s.o.Cache.Share(), cancel: cancel,
+		wanted: make(chan *record, 1), opened: make(chan *deviceUse, 1), indexed: make(chan struct{}),
+	}
+	h.record = sync.OnceValue(func() *record { return <-h.wanted })
+	h.use = sync.OnceValue(func() *deviceUse { return <-h.opened })
+	h.noMore = sync.OnceFunc(func() { close(h.indexed) })
+	if shares { // few are missing, if any
+		h.noMore()
+	}
 	s.mu.Lock()
 	s.hots[h] = true
 	if s.closed {
@@ -62,8 +88,8 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 	}
 	s.mu.Unlock()
 	s.running.Go(func() {
-		use := h.run(ctx, s, repo, manifest, profiles)
-		if use != nil {
+		h.run(ctx, profiles)
+		if use := h.use(); use != nil { // the search ends in any case
 			select {
 			case <-ctx.Done():
 			case <-time.After(hotLinger):
@@ -78,14 +104,33 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 	return h
 }
 
-// share says whether the image that is being searched has layers that this node knows. The first counts.
-func (h *hotFetch) share(known bool) {
+// want says which artifact is tried. The first counts.
+func (h *hotFetch) want(rec *record) {
+	if h != nil && !h.asked {
+		h.asked = true
+		h.wanted <- rec
+	}
+}
+
+// await waits for the indexes that h brings, as long as something comes.
+func (h *hotFetch) await(ctx context.Context) {
 	if h == nil {
 		return
 	}
-	select {
-	case h.shares <- known:
-	default:
+	last := time.Now()
+	for {
+		t := time.NewTimer(time.Until(last.Add(maxPatience)))
+		select {
+		case <-h.indexed:
+		case <-ctx.Done():
+		case <-t.C:
+			if moved := time.Unix(0, h.moved.Load()); moved.After(last) {
+				last = moved
+				continue
+			}
+		}
+		t.Stop()
+		return
 	}
 }
 
@@ -112,7 +157,7 @@ func (h *hotFetch) give(ctx context.Context, img *image) error {
 func (h *hotFetch) fail() {
 	if h != nil && !h.given {
 		h.cancel()
-		h.share(false)
+		h.want(nil)
 		h.given = true
 		h.opened <- nil
 	}
@@ -127,26 +172,18 @@ func (s *Store) endHots(img *image) {
 	}
 }
 
-// run fetches the hot blob of one of profiles, and returns the use of the image that it was given.
-func (h *hotFetch) run(ctx context.Context, s *Store, repo registryclient.Repository, manifest digest.Digest, profiles []ocispec.Descriptor) (use *deviceUse) {
+// run fetches the hot blob of one of profiles.
+func (h *hotFetch) run(ctx context.Context, profiles []ocispec.Descriptor) {
+	defer h.noMore()
 	slices.SortStableFunc(profiles, func(a, b ocispec.Descriptor) int {
 		return cmp.Or(
 			sourceRank(a)-sourceRank(b),
 			cmp.Compare(b.Annotations[ocispec.AnnotationCreated], a.Annotations[ocispec.AnnotationCreated]))
 	})
-	waited := false
-	image := func() *deviceUse {
-		if !waited {
-			use, waited = <-h.opened, true // the search ends in any case
-		}
-		return use
-	}
-	known := sync.OnceValue(func() bool { return <-h.shares })
-	share := s.o.Cache.Share() // of all profiles: what one has brought is there when the next is tried
 	for _, p := range profiles[:min(len(profiles), maxProfiles)] {
 		begun := time.Now()
-		n, err := s.fillHot(ctx, repo, manifest, p.Digest, share, known, image)
-		log := s.log.With("image", string(repo)+"@"+manifest.String(), "profile", p.Digest.String(), "source", p.Annotations[artifact.AnnotationProfileSource])
+		n, err := h.fill(ctx, p)
+		log := h.store.log.With("image", string(h.repo)+"@"+h.manifest.String(), "profile", p.Digest.String(), "source", p.Annotations[artifact.AnnotationProfileSource])
 		switch {
 		case ctx.Err() != nil:
 		case err != nil:
@@ -155,9 +192,8 @@ func (h *hotFetch) run(ctx context.Context, s *Store, repo registryclient.Reposi
 		default:
 			log.Info("profile", slog.Int("chunks", n), slog.Duration("took", time.Since(begun)))
 		}
-		break
+		return
 	}
-	return image()
 }
 
 // sourceRank orders profiles: what was seen in a run made for it, what nodes have seen, what the image's files say.
@@ -169,35 +205,86 @@ func sourceRank(d ocispec.Descriptor) int {
 	return len(order)
 }
 
-// fillHot fetches the hot blob of profile dgst into the layers of the image, as soon as those are open. It returns how many chunks the profile lists.
-func (s *Store) fillHot(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, share *cache.Share, shares func() bool, image func() *deviceUse) (int, error) {
-	raw, err := s.o.Registry.Manifest(ctx, repo, dgst, artifact.MaxManifestSize)
+// fill fetches the hot blob of profile p: the indexes for the search, and the chunks into the layers of the image, as soon as those are open. It returns how
+// many chunks the profile lists.
+func (h *hotFetch) fill(ctx context.Context, p ocispec.Descriptor) (int, error) {
+	hot, err := h.find(ctx, p)
 	if err != nil {
 		return 0, err
 	}
-	m, err := artifact.DecodeProfileManifest(raw)
-	if err != nil {
-		return 0, err
-	}
-	if m.Subject.Digest != manifest {
-		return 0, fmt.Errorf("%w: its subject is %s, not the image", artifact.ErrInvalid, m.Subject.Digest)
-	}
-	b := &hotBlob{store: s, repo: repo, dgst: m.Hot.Digest, size: m.Hot.Size}
+	b := &hotBlob{fetch: h, dgst: hot.Digest, size: hot.Size}
 	defer b.close()
-	p, err := b.list(ctx, shares)
+	head, err := b.head(ctx)
 	if err != nil {
 		return 0, err
 	}
 	patience := min(max(patienceTrips*time.Since(b.asked), minPatience), maxPatience)
-	use := image()
+	if err := h.takeIndexes(b, head); err != nil {
+		return 0, err
+	}
+	use := h.use()
 	if use == nil {
 		return 0, context.Canceled
 	}
-	frames, err := use.frames(p)
+	frames, err := use.frames(&head.Profile)
 	if err != nil {
 		return 0, err
 	}
-	return len(frames), share.Fill(ctx, b, b.pos, b.size-b.pos, frames, patience)
+	return len(frames), h.share.Fill(ctx, b, head.Frames(), b.size-head.Frames(), frames, patience)
+}
+
+// find describes the hot blob of profile p: from the list of referrers, or the profile's manifest where that list lacks annotations.
+func (h *hotFetch) find(ctx context.Context, p ocispec.Descriptor) (ocispec.Descriptor, error) {
+	if hot, ok, err := artifact.HotOf(p.Annotations); ok || err != nil {
+		return hot, err
+	}
+	raw, err := h.store.o.Registry.Manifest(ctx, h.repo, p.Digest, artifact.MaxManifestSize)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	m, err := artifact.DecodeProfileManifest(raw)
+	if err != nil {
+		return ocispec.Descriptor{}, err
+	}
+	if m.Subject.Digest != h.manifest {
+		return ocispec.Descriptor{}, fmt.Errorf("%w: its subject is %s, not the image", artifact.ErrInvalid, m.Subject.Digest)
+	}
+	return m.Hot, nil
+}
+
+// takeIndexes puts the indexes that follow head in b to where the search looks for them, if it waits for them. Each must be what the artifact says.
+func (h *hotFetch) takeIndexes(b *hotBlob, head *artifact.HotHead) error {
+	defer h.noMore()
+	select {
+	case <-h.indexed:
+		return nil
+	default:
+	}
+	rec := h.record()
+	if rec == nil {
+		return context.Canceled
+	}
+	for i, n := range head.Indexes {
+		k := slices.IndexFunc(rec.Layers, func(l artifact.Layer) bool { return l.IndexDigest == head.Layers[i] })
+		if k < 0 || n == 0 {
+			if _, err := io.CopyN(io.Discard, b, n); err != nil { // frames says what is wrong
+				return err
+			}
+			continue
+		}
+		off := b.pos
+		err := h.store.writeIndex(rec.Layers[k], func(f *os.File) error {
+			_, err := io.CopyN(f, b, n)
+			return err
+		})
+		if errors.Is(err, artifact.ErrInvalid) {
+			tellWrong(b.body, off, n)
+		}
+		if err != nil {
+			return fmt.Errorf("index of layer %d: %w", k, err)
+		}
+	}
+	return nil
 }
 
 // frames finds the chunks of p in d's layers.
@@ -219,8 +306,7 @@ func (d *device) frames(p *artifact.Profile) ([]cache.Frame, error) {
 
 // hotBlob is a hot blob as it comes: open from its start until somebody wants a range that is far from where it is. It is a cache.Blob, for one goroutine.
 type hotBlob struct {
-	store *Store
-	repo  registryclient.Repository
+	fetch *hotFetch
 	dgst  digest.Digest
 	size  int64
 
@@ -230,36 +316,41 @@ type hotBlob struct {
 	asked  time.Time          // when body was asked for
 }
 
-// list reads the list, and leaves open what follows it; of an image that shares layers nothing, of which much may be here.
-func (b *hotBlob) list(ctx context.Context, shares func() bool) (*artifact.Profile, error) {
-	if shares() && hotHead < b.size {
+// head reads the head, and leaves open what follows it; of an image that shares layers nothing, of which much may be here.
+func (b *hotBlob) head(ctx context.Context) (*artifact.HotHead, error) {
+	if b.fetch.shares && hotHead < b.size {
 		if err := b.open(ctx, hotHead); err != nil {
 			return nil, err
 		}
-		p, err := artifact.ReadProfile(b)
+		h, err := artifact.ReadHotHead(b)
 		b.close()
 		if !errors.Is(err, io.ErrUnexpectedEOF) {
-			return p, err
+			return h, err
 		}
 		b.pos = 0 // the list is longer
 	}
 	if err := b.open(ctx, b.size); err != nil {
 		return nil, err
 	}
-	return artifact.ReadProfile(b)
+	return artifact.ReadHotHead(b)
 }
 
 // open asks for the first n bytes.
 func (b *hotBlob) open(ctx context.Context, n int64) (err error) {
 	ctx, b.cancel = context.WithCancel(ctx)
 	b.asked = time.Now()
-	b.body, err = b.store.o.Registry.ReadRange(ctx, b.repo, b.dgst, 0, n, 0)
+	b.body, err = b.readRange(ctx, 0, n, 0)
 	return err
+}
+
+func (b *hotBlob) readRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
+	return b.fetch.store.o.Registry.ReadRange(ctx, b.fetch.repo, b.dgst, off, n, try)
 }
 
 func (b *hotBlob) Read(p []byte) (int, error) {
 	n, err := b.body.Read(p)
 	b.pos += int64(n)
+	b.fetch.moved.Store(time.Now().UnixNano())
 	return n, err
 }
 
@@ -267,7 +358,7 @@ func (b *hotBlob) Read(p []byte) (int, error) {
 func (b *hotBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
 	if b.body == nil || off < b.pos || off-b.pos > maxHotSkip || try > 0 {
 		b.close()
-		return b.store.o.Registry.ReadRange(ctx, b.repo, b.dgst, off, n, try)
+		return b.readRange(ctx, off, n, try)
 	}
 	r := &hotRange{hotBlob: b, answer: b.body, stop: context.AfterFunc(ctx, b.cancel)}
 	if _, err := io.CopyN(io.Discard, b, off-b.pos); err != nil {

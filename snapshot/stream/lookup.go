@@ -51,8 +51,8 @@ type source struct {
 // lookup finds, checks and records the artifact of an image, in three dependent round trips:
 //
 //  1. referrers of the platform manifest, beside the platform manifest itself
-//  2. the artifact's manifest, beside the image's config and the profile's manifest
-//  3. the indexes of all layers, beside the hot blob, for which nobody waits
+//  2. the artifact's manifest, beside the image's config and the hot blob, which begins with the indexes
+//  3. the indexes that are not in a hot blob: all of an image without a profile
 func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, manifest digest.Digest) (*image, error) {
 	var artifacts, profiles []ocispec.Descriptor
 	var src source
@@ -86,7 +86,7 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 	slices.SortStableFunc(artifacts, func(a, b ocispec.Descriptor) int {
 		return cmp.Compare(b.Annotations[ocispec.AnnotationCreated], a.Annotations[ocispec.AnnotationCreated])
 	})
-	hot := s.fetchHot(repo, manifest, profiles)
+	hot := s.fetchHot(repo, manifest, profiles, s.shares(src.manifest))
 	defer hot.fail()
 	config := make(chan error, 1)
 	go func() { config <- s.readConfig(ctx, repo, &src) }()
@@ -191,18 +191,21 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	if err != nil {
 		return nil, err
 	}
-	hot.share(s.knows(rec))
 	unpin := s.pin(rec)
 	defer func() {
 		if unpin(); err != nil {
 			err = errors.Join(err, s.discardIndexes())
 		}
 	}()
+	hot.want(rec)
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(indexFetches)
 	for _, i := range first {
 		l := rec.Layers[i]
 		g.Go(func() error {
+			if l.IndexSize <= artifact.MaxHotIndex {
+				hot.await(gctx)
+			}
 			x, err := s.openIndex(gctx, repo, l)
 			if err != nil {
 				return fmt.Errorf("index of layer %d: %w", i, err)
@@ -259,12 +262,20 @@ func (rec *record) firsts() ([]int, error) {
 	return list, nil
 }
 
-// knows reports whether the index of a layer of rec is here.
-func (s *Store) knows(rec *record) bool {
-	return slices.ContainsFunc(rec.Layers, func(l artifact.Layer) bool {
-		_, err := os.Stat(s.indexPath(l.IndexDigest))
-		return err == nil
-	})
+// shares reports whether an image of this node has a layer of m.
+func (s *Store) shares(m *ocispec.Manifest) bool {
+	sources := make(map[digest.Digest]bool, len(m.Layers))
+	for _, l := range m.Layers {
+		sources[l.Digest] = true
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, img := range s.images {
+		if slices.ContainsFunc(img.rec.Layers, func(l artifact.Layer) bool { return sources[l.Source] }) {
+			return true
+		}
+	}
+	return false
 }
 
 // pin keeps the indexes of rec from being swept before the record that names them is on disk.
@@ -292,7 +303,7 @@ func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l
 	var errs []error
 	var before []part // of an index that was wrong
 	for try := 0; ; try++ {
-		parts, err := s.fetchIndex(ctx, repo, l, try, path)
+		parts, err := s.fetchIndex(ctx, repo, l, try)
 		if err == nil {
 			for i, p := range before {
 				if p.sum != parts[i].sum {
@@ -325,36 +336,44 @@ func tellWrong(answer io.Reader, off, n int64) {
 	}
 }
 
-// fetchIndex fetches the index of layer l into the file at path, not into memory: an index may be large, and 128 of them are fetched at once. The
-// file can be fetched again, so it is not synced: what a crash leaves is verified when opened. If the digest is another, the parts are returned, too: a right index will tell which
-// of them is wrong.
-func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer, try int, path string) (parts []part, err error) {
-	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+tmpSuffix)
-	if err != nil {
-		return nil, err
-	}
+// fetchIndex fetches the index of layer l. If its digest is another, the parts are returned, too: a right index will tell which of them is wrong.
+func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer, try int) (parts []part, err error) {
 	size := max(indexPart, (l.IndexSize+indexParts-1)/indexParts)
 	for off := int64(0); off < l.IndexSize; off += size {
 		parts = append(parts, part{off: l.IndexOffset + off, n: min(size, l.IndexSize-off)})
 	}
-	g, gctx := errgroup.WithContext(ctx)
-	for i := range parts {
-		g.Go(func() error {
-			p := &parts[i]
-			r, err := s.o.Registry.ReadRange(gctx, repo, l.Digest, p.off, p.n, try)
-			if err != nil {
+	err = s.writeIndex(l, func(f *os.File) error {
+		g, gctx := errgroup.WithContext(ctx)
+		for i := range parts {
+			g.Go(func() error {
+				p := &parts[i]
+				r, err := s.o.Registry.ReadRange(gctx, repo, l.Digest, p.off, p.n, try)
+				if err != nil {
+					return err
+				}
+				defer r.Close()
+				p.answer = r
+				hash := sha256.New()
+				_, err = io.Copy(io.MultiWriter(io.NewOffsetWriter(f, p.off-l.IndexOffset), hash), io.LimitReader(r, p.n))
+				hash.Sum(p.sum[:0])
 				return err
-			}
-			defer r.Close()
-			p.answer = r
-			hash := sha256.New()
-			_, err = io.Copy(io.MultiWriter(io.NewOffsetWriter(f, p.off-l.IndexOffset), hash), io.LimitReader(r, p.n))
-			hash.Sum(p.sum[:0])
-			return err
-		})
+			})
+		}
+		return g.Wait()
+	})
+	return parts, err
+}
+
+// writeIndex makes the file of layer l's index from what write puts into it. It goes to disk and not to memory: an index may be large, and 128 of them are fetched at
+// once. The file can be fetched again, so it is not synced: what a crash leaves is verified when opened. Another index than l's is ErrInvalid.
+func (s *Store) writeIndex(l artifact.Layer, write func(f *os.File) error) error {
+	path := s.indexPath(l.IndexDigest)
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+tmpSuffix)
+	if err != nil {
+		return err
 	}
 	hash := sha256.New()
-	if err = g.Wait(); err == nil {
+	if err = write(f); err == nil {
 		_, err = io.Copy(hash, io.NewSectionReader(f, 0, l.IndexSize))
 	}
 	if err = errors.Join(err, f.Close()); err == nil {
@@ -367,5 +386,5 @@ func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, 
 	if err != nil {
 		os.Remove(f.Name())
 	}
-	return parts, err
+	return err
 }
