@@ -3,6 +3,7 @@ package artifact
 import (
 	"archive/tar"
 	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -28,14 +29,14 @@ type SparseRun struct{ FileOffset, TarOffset, Size int64 }
 type EntryReader struct {
 	scan   *scanner
 	src    *indexSource
-	layout *Layout // filled on the way if not nil
+	layout *Layout // filled on the way, and the index's at the end
 	err    error   // what every later Next returns
 }
 
 // Entries reads the headers from the start. Next returns io.EOF after the last entry; other errors are ErrInvalid or ErrUnsupported.
 func (x *Index) Entries() *EntryReader {
 	src := &indexSource{headers: x.HeadersSize, datas: x.TarSize - x.HeadersSize}
-	r := &EntryReader{scan: newScanner(src), src: src}
+	r := &EntryReader{scan: newScanner(src), src: src, layout: &Layout{index: x, chunk: -1, hash: sha256.New()}}
 	src.zr, r.err = zstd.NewReader(bytes.NewReader(x.headers), zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 		zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecodeBuffersBelow(0))
 	if r.err != nil {
@@ -54,7 +55,10 @@ func (r *EntryReader) Next() (*Entry, error) {
 		r.layout.addHeaders(r.scan.pos-int64(len(r.scan.raw)), r.scan.raw)
 	}
 	if err == io.EOF {
-		err = r.tail()
+		if err = r.tail(); err == io.EOF {
+			r.layout.closeChunk()
+			r.layout.index.layout.Store(r.layout)
+		}
 	}
 	if err != nil && err != io.EOF {
 		err = headersError(err)

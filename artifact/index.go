@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"sort"
 	"sync"
+	"sync/atomic"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
@@ -65,6 +66,8 @@ type Index struct {
 	headers []byte // the headers' zstd frame
 
 	decoders sync.Pool // of *zstd.Decoder, for chunks
+
+	layout atomic.Pointer[Layout] // once the headers were read to their end
 }
 
 // Chunk is a run of the tar and its zstd frame in the blob. Chunks are contiguous in both.

@@ -29,23 +29,22 @@ type headerSum struct {
 	sum   [32]byte
 }
 
-// Layout decodes the headers once and derives the layout. Its memory is proportional to the number of files and of chunks with header bytes.
+// Layout returns what the first pass over the headers has found, and makes it if there was none. Its memory is proportional to the number of files and of chunks with header bytes.
 func (x *Index) Layout() (*Layout, error) {
+	if l := x.layout.Load(); l != nil {
+		return l, nil
+	}
 	return x.Walk(func(*Entry) error { return nil })
 }
 
-// Walk calls visit with each entry, as Entries yields them, and returns the layout, all in one pass over the headers. An
-// error of visit ends it and is returned as it is.
+// Walk calls visit with each entry, as Entries yields them, and returns the layout. An error of visit ends it and is returned as it is.
 func (x *Index) Walk(visit func(*Entry) error) (*Layout, error) {
 	r := x.Entries()
 	defer r.Close()
-	l := &Layout{index: x, chunk: -1, hash: sha256.New()}
-	r.layout = l
 	for {
 		e, err := r.Next()
 		if err == io.EOF {
-			l.closeChunk()
-			return l, nil
+			return x.layout.Load(), nil
 		}
 		if err != nil {
 			return nil, err
@@ -57,16 +56,13 @@ func (x *Index) Walk(visit func(*Entry) error) (*Layout, error) {
 }
 
 func (l *Layout) addRun(off, n int64) {
-	if l != nil && n > 0 {
+	if n > 0 {
 		l.runs = append(l.runs, dataRun{off, n})
 	}
 }
 
 // addHeaders adds the header bytes b, which lie at off in the tar.
 func (l *Layout) addHeaders(off int64, b []byte) {
-	if l == nil {
-		return
-	}
 	for len(b) > 0 {
 		if off >= l.end {
 			l.closeChunk()

@@ -3,6 +3,7 @@ package artifact
 import (
 	"bytes"
 	"errors"
+	"io"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -136,5 +137,25 @@ func resign(frames []byte, x *Index) ([]byte, Layer) {
 	return blob, Layer{
 		Digest: digest.FromBytes(blob), Size: int64(len(blob)), Source: digest.FromString("source"),
 		IndexOffset: int64(len(frames)), IndexSize: int64(len(index)), IndexDigest: digest.FromBytes(index),
+	}
+}
+
+// Who has read all entries need not read them again for the layout.
+func TestLayoutOfEntries(t *testing.T) {
+	for _, name := range []string{"kinds", "PAX 1.0 sparse", "513 bytes", "trailing bytes"} {
+		e := encode(t, corpus(t)[name], EncodeOptions{})
+		r := e.index.Entries()
+		for {
+			if _, err := r.Next(); err == io.EOF {
+				break
+			} else if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+		}
+		r.Close()
+		e.index.headers = nil
+		if _, err := e.index.Layout(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

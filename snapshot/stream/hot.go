@@ -26,7 +26,8 @@ const (
 	maxProfiles = 4
 	// hotTimeout bounds the way of a hot blob to the cache, the registry's pauses included.
 	hotTimeout = 10 * time.Minute
-	// hotLinger is how long an image's layers stay open after that: its container is about to be mounted, and would have to verify again what it finds on disk.
+	// hotLinger is how long an image's layers stay open after that, or after a pull without a hot blob: its container is about to be mounted, and would have to verify
+	// again what it finds on disk, and to read the headers again.
 	hotLinger = 2 * time.Minute
 	// hotHead is how much of a hot blob is asked for of an image that shares layers with others on this node, of whose chunks it may have many: the list of 8,000.
 	// Of another image all is asked for at once.
@@ -65,11 +66,8 @@ type hotFetch struct {
 	image        *image // that it was given; guarded by Store.mu
 }
 
-// fetchHot begins to fetch the hot blob of the best of an image's profiles. Without profiles it returns nil. The search calls want and give, or fail.
+// fetchHot begins to fetch the hot blob of the best of an image's profiles, if there is one. The search calls want and give, or fail.
 func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest, profiles []ocispec.Descriptor, shares bool) *hotFetch {
-	if len(profiles) == 0 {
-		return nil
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), hotTimeout)
 	h := &hotFetch{
 		store: s, repo: repo, manifest: manifest, shares: shares, share: s.o.Cache.Share(), cancel: cancel,
@@ -78,7 +76,7 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 	h.record = sync.OnceValue(func() *record { return <-h.wanted })
 	h.use = sync.OnceValue(func() *deviceUse { return <-h.opened })
 	h.noMore = sync.OnceFunc(func() { close(h.indexed) })
-	if shares { // few are missing, if any
+	if shares || len(profiles) == 0 { // few are missing, or none comes
 		h.noMore()
 	}
 	s.mu.Lock()
@@ -106,7 +104,7 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 
 // want says which artifact is tried. The first counts.
 func (h *hotFetch) want(rec *record) {
-	if h != nil && !h.asked {
+	if !h.asked {
 		h.asked = true
 		h.wanted <- rec
 	}
@@ -114,9 +112,6 @@ func (h *hotFetch) want(rec *record) {
 
 // await waits for the indexes that h brings, as long as something comes.
 func (h *hotFetch) await(ctx context.Context) {
-	if h == nil {
-		return
-	}
 	last := time.Now()
 	for {
 		t := time.NewTimer(time.Until(last.Add(maxPatience)))
@@ -134,28 +129,22 @@ func (h *hotFetch) await(ctx context.Context) {
 	}
 }
 
-// give hands h the open image, of which it is a use. It takes the first.
-func (h *hotFetch) give(ctx context.Context, img *image) error {
-	if h == nil || h.given {
-		return nil
+// give hands h a use of the image, which it closes. It keeps the first.
+func (h *hotFetch) give(use *deviceUse) {
+	if h.given {
+		use.Close()
+		return
 	}
-	img.mu.Lock()
-	use, err := img.use(ctx)
-	img.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	img.store.mu.Lock()
-	h.image = img
-	img.store.mu.Unlock()
+	h.store.mu.Lock()
+	h.image = use.image
+	h.store.mu.Unlock()
 	h.given = true
 	h.opened <- use
-	return nil
 }
 
 // fail says that there is no image, unless give did.
 func (h *hotFetch) fail() {
-	if h != nil && !h.given {
+	if !h.given {
 		h.cancel()
 		h.want(nil)
 		h.given = true
@@ -222,6 +211,7 @@ func (h *hotFetch) fill(ctx context.Context, p ocispec.Descriptor) (int, error) 
 	if err := h.takeIndexes(b, head); err != nil {
 		return 0, err
 	}
+	b.readAhead()
 	use := h.use()
 	if use == nil {
 		return 0, context.Canceled
@@ -311,6 +301,7 @@ type hotBlob struct {
 	size  int64
 
 	body   io.ReadCloser
+	ahead  *aheadReader       // of body, from readAhead on
 	cancel context.CancelFunc // of body
 	pos    int64              // of body
 	asked  time.Time          // when body was asked for
@@ -347,8 +338,19 @@ func (b *hotBlob) readRange(ctx context.Context, off, n int64, try int) (io.Read
 	return b.fetch.store.o.Registry.ReadRange(ctx, b.fetch.repo, b.dgst, off, n, try)
 }
 
-func (b *hotBlob) Read(p []byte) (int, error) {
-	n, err := b.body.Read(p)
+// readAhead lets what follows come while nobody reads it: the processors have the tree of the image to make, which containers wait for first.
+func (b *hotBlob) readAhead() {
+	if b.body != nil {
+		b.ahead = newAheadReader(b.body)
+	}
+}
+
+func (b *hotBlob) Read(p []byte) (n int, err error) {
+	if b.ahead != nil {
+		n, err = b.ahead.Read(p)
+	} else {
+		n, err = b.body.Read(p)
+	}
 	b.pos += int64(n)
 	b.fetch.moved.Store(time.Now().UnixNano())
 	return n, err
@@ -370,12 +372,16 @@ func (b *hotBlob) ReadRange(ctx context.Context, off, n int64, try int) (io.Read
 }
 
 func (b *hotBlob) close() {
+	if b.cancel != nil {
+		b.cancel()
+	}
+	if b.ahead != nil {
+		b.ahead.stop()
+		b.ahead = nil
+	}
 	if b.body != nil {
 		b.body.Close()
 		b.body = nil
-	}
-	if b.cancel != nil {
-		b.cancel()
 	}
 }
 
@@ -397,4 +403,58 @@ func (r *hotRange) Close() error {
 	r.stop()
 	r.hotBlob.close()
 	return nil
+}
+
+const (
+	aheadBlock  = 128 << 10 // bytes
+	aheadBlocks = 128       // 16 MiB: what 60 MB/s, which is much for one connection, bring while the tree of 50,000 files is made
+)
+
+// aheadReader reads a body into memory, a few blocks ahead of its one reader.
+type aheadReader struct {
+	blocks  chan []byte // closed after the last
+	err     error       // set before
+	left    []byte      // of the block that is being read
+	stopped chan struct{}
+}
+
+func newAheadReader(body io.Reader) *aheadReader {
+	r := &aheadReader{blocks: make(chan []byte, aheadBlocks), stopped: make(chan struct{})}
+	go func() {
+		defer close(r.blocks)
+		for r.err == nil {
+			b := make([]byte, aheadBlock)
+			var n int
+			n, r.err = io.ReadFull(body, b)
+			if r.err == io.ErrUnexpectedEOF {
+				r.err = io.EOF
+			}
+			select {
+			case r.blocks <- b[:n]:
+			case <-r.stopped:
+				return
+			}
+		}
+	}()
+	return r
+}
+
+func (r *aheadReader) Read(p []byte) (int, error) {
+	for len(r.left) == 0 {
+		b, ok := <-r.blocks
+		if !ok {
+			return 0, r.err
+		}
+		r.left = b
+	}
+	n := copy(p, r.left)
+	r.left = r.left[n:]
+	return n, nil
+}
+
+// stop ends the reading, once the body's context has ended.
+func (r *aheadReader) stop() {
+	close(r.stopped)
+	for range r.blocks {
+	}
 }

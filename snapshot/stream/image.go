@@ -81,13 +81,15 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	return nil
 }
 
-// prepare makes the metadata image of the whole chain, the one that containers of the image mount.
-func (img *image) prepare(ctx context.Context) error {
+// prepare makes the metadata image of the whole chain, the one that containers of the image mount, and returns a use of the image.
+func (img *image) prepare(ctx context.Context) (*deviceUse, error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	defer img.release()
-	_, err := img.metadata(ctx, len(img.rec.Layers))
-	return err
+	if _, err := img.metadata(ctx, len(img.rec.Layers)); err != nil {
+		img.release()
+		return nil, err
+	}
+	return img.use(ctx)
 }
 
 // Unmount undoes Mount. A target that is not mounted is no error. EBUSY says that nothing is mounted at target any more, but somebody
