@@ -5,7 +5,7 @@
 // restart. Indexes are verified against the artifact's manifest whenever they are opened, and fetched again if damaged. It
 // does not decide which snapshot is streamed (package snapshot does) and verifies no chunk (package fs/cache does).
 //
-// An image's profile, if there is one, is found beside its artifact, and its hot blob is brought into the cache meanwhile: see hot.go.
+// An image's profile, if there is one, is found beside its artifact, and its hot blob is brought into the cache meanwhile: see hot.go and hotblob.go.
 //
 // On disk, below Options.Root:
 //
