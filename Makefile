@@ -5,7 +5,7 @@ GOTEST := .build/gotest $(if $(CI),-no-skips)
 UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
 FUZZTIME ?= 20s
 
-.PHONY: build demo test test-full soak lint unit integration bench bench-startup fuzz images clean .build/gotest
+.PHONY: build demo test test-full soak lint unit integration integration-images bench bench-startup fuzz images clean .build/gotest
 
 build: .build/tools
 	CGO_ENABLED=0 go build -buildvcs=auto -o $(BIN)/ ./cmd/...
@@ -24,15 +24,21 @@ demo: build
 .build/gotest:
 	go build -o $@ ./integration/gotest
 
-test: integration
+# With -j2 the images are built beside lint and unit, which use all cores: that waits for the network, and uses one at most. The end-to-end
+# tests wait for programs to start and for times to pass: they are two targets, so that others run meanwhile.
+test: build images lint unit integration integration-images
 
-# With -j2 the images are built beside lint and unit, which use all cores: that waits for the network, and uses one at most.
-integration: build images unit
-	$(GOTEST) -timeout 30m ./integration
-
-unit: build lint .build/gotest
+unit: build .build/gotest
 	$(GOTEST) -race $(UNIT)
 	$(GOTEST) -cpu 1 ./fs
+
+OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd)$$
+
+integration: build .build/gotest
+	$(GOTEST) -timeout 30m -skip '$(OF_IMAGES)' ./integration
+
+integration-images: build images .build/gotest
+	$(GOTEST) -timeout 30m -run '$(OF_IMAGES)' ./integration
 
 test-full: test fuzz
 	FULL=1 $(GOTEST) -timeout 120m ./...
