@@ -1,19 +1,20 @@
 # All programs are built into .build/bin: ours, and containerd, crictl and the other tools that tools/go.mod pins.
 BIN := $(CURDIR)/.build/bin
 export PATH := $(BIN):$(PATH)
-GOTEST := .build/gotest $(if $(CI),-no-skips)
+# For all but runc and the race detector, so that each dependency is compiled once.
+export CGO_ENABLED := 0
+GOTEST := .build/gotest $(if $(CI),-no-skips) -vet=off # lint does
 UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
 FUZZTIME ?= 20s
 
 .PHONY: build demo test test-full soak lint unit integration integration-images bench bench-startup fuzz images clean .build/gotest
 
 build: .build/tools
-	CGO_ENABLED=0 go build -buildvcs=auto -o $(BIN)/ ./cmd/...
+	go build -buildvcs=auto -o $(BIN)/ ./cmd/...
 
-# runc has C in it.
 .build/tools: tools/go.mod tools/go.sum
 	@.ci/packages gcc libc6-dev
-	cd tools && CGO_ENABLED=0 go build -o $(BIN)/ $$(go list tool | grep -v /runc$$)
+	cd tools && go build -o $(BIN)/ $$(go list tool | grep -v /runc$$)
 	cd tools && CGO_ENABLED=1 go build -tags netgo,osusergo -ldflags '-extldflags -static' -o $(BIN)/ github.com/opencontainers/runc
 	@touch $@
 
@@ -29,7 +30,7 @@ demo: build
 test: build images lint unit integration integration-images
 
 unit: build .build/gotest
-	$(GOTEST) -race $(UNIT)
+	CGO_ENABLED=1 $(GOTEST) -race $(UNIT)
 	$(GOTEST) -cpu 1 ./fs
 
 OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd)$$
@@ -53,7 +54,7 @@ lint:
 	@test -z "$$(gofmt -l . | tee /dev/stderr)"
 	go vet ./...
 	go tool staticcheck ./...
-	for arch in amd64 arm64; do CGO_ENABLED=0 GOARCH=$$arch go build -o /dev/null ./... || exit; done
+	for arch in amd64 arm64; do GOARCH=$$arch go build -o /dev/null ./... || exit; done
 
 bench: build
 	BENCH_HUGE=1 go test -p 1 -run '^$$' -bench . -benchmem -timeout 60m ./...
@@ -61,7 +62,7 @@ bench: build
 # make bench-startup [IMAGES=nginx,postgres] [LINKS=5ms] [SYSTEMS=overlayfs,none] [N=5] [FLAGS=-trace=FILE]: writes docs/benchmarks.md and the plots beside it, if all is measured
 bench-startup: build
 	@.ci/packages stargz-snapshotter nginx-light
-	@cd integration/startup/stargz && CGO_ENABLED=0 go build -o $(BIN)/ .
+	@cd integration/startup/stargz && go build -o $(BIN)/ .
 	@go build -o .build/startup ./integration/startup && .build/startup $(if $(IMAGES),-images $(IMAGES)) $(if $(LINKS),-links $(LINKS)) $(if $(SYSTEMS),-systems $(SYSTEMS)) \
 		$(if $(N),-n $(N)) $(if $(IMAGES)$(LINKS)$(SYSTEMS),,-docs docs) $(FLAGS)
 
