@@ -34,6 +34,7 @@ type sample struct {
 	Memory      int64 // of the snapshotter when the container was ready, without what it has mapped, and at most with it; bytes
 	Peak        int64
 	Warm        float64 // overlayfs: seconds from create to ready of a second container of the image
+	Complete    float64 // seconds since the pull began until the node has all of the image and needs the registry no more; 0 if that was not waited for
 	Everything  float64 // seconds since the pull began until every file was read, on another fresh node; overlayfs: until it was unpacked
 }
 
@@ -42,22 +43,48 @@ const startTimeout = 10 * time.Minute
 
 // measure starts a container of image on a node that has nothing but the pause image, in the order of the kubelet: sandbox, pull, create, start. The node's
 // daemons have just started, so that they have no connection, token or cached answer. Nothing of what they will read has been seen by the kernel, because each run has a
-// new registry link, new directories and new file systems; only the programs are warm.
-func measure(ctx context.Context, o *origin, s *system, l *link, image string, trace io.Writer) (m sample, err error) {
+// new registry link, new directories and new file systems; only the programs are warm. Complete says to wait until the image is, too.
+func measure(ctx context.Context, o *origin, s *system, l *link, image string, trace io.Writer, complete bool) (m sample, err error) {
 	err = o.onNode(ctx, s.node(o, l), func(ctx context.Context, n *node.Node) error {
 		pod, err := n.RunSandbox(ctx)
 		if err != nil {
 			return err
 		}
 		settle()
-		if m, err = start(ctx, o, s, l, image, n, pod, trace); err != nil || s.Name != "overlayfs" {
+		begin := time.Now()
+		if m, err = start(ctx, o, s, l, image, n, pod, trace); err != nil {
 			return err
+		}
+		if complete {
+			if err := waitComplete(ctx, n); err != nil {
+				return err
+			}
+			m.Complete = time.Since(begin).Seconds()
+		}
+		if s.Name != "overlayfs" {
+			return nil
 		}
 		m.Everything = m.Pull
 		m.Warm, err = startWarm(ctx, n, pod, l.Host+"/"+s.repository(image)+":latest", image)
 		return err
 	})
 	return m, err
+}
+
+// waitComplete waits until the daemon has recorded that all of the one image is on the node.
+func waitComplete(ctx context.Context, n *node.Node) error {
+	poll := time.NewTicker(100 * time.Millisecond)
+	defer poll.Stop()
+	for {
+		if done, err := filepath.Glob(filepath.Join(n.Dir, "s/images/*/completed")); err != nil || len(done) > 0 {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("the image is not complete: %w", ctx.Err())
+		case <-poll.C:
+		}
+	}
 }
 
 // settle writes what was written before to the disk, so that it is not written meanwhile. sync(2) would also wait for file systems of others that hang.

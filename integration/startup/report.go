@@ -162,6 +162,7 @@ func columns() []column {
 		{"memory, MiB", 0, func(s sample) (float64, bool) { return float64(s.Memory) / (1 << 20), s.Memory > 0 }},
 		{"peak", 0, func(s sample) (float64, bool) { return float64(s.Peak) / (1 << 20), s.Peak > 0 }},
 		{"read everything, s", 1, everything},
+		{"complete, s", 0, completed},
 	}
 }
 

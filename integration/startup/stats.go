@@ -46,6 +46,7 @@ func pulled(s sample) (float64, bool) { return s.Pull, true }
 // warm is the time from create to ready of a container whose image is unpacked and in memory.
 func warm(s sample) (float64, bool) { return s.Warm, s.Warm > 0 }
 
+func completed(s sample) (float64, bool)  { return s.Complete, s.Complete > 0 }
 func everything(s sample) (float64, bool) { return s.Everything, s.Everything > 0 }
 
 // median of no values is NaN.
