@@ -3,7 +3,7 @@
 // same format byte by byte.
 //
 // A layer's index is the tar without its file data, and a table of chunks. Encoding, reading entries and verifying all divide a tar into headers and data with
-// one scanner on top of archive/tar, so that they cannot disagree. What is decoded comes from a registry and is taken for hostile: memory is bounded by
+// one scanner on top of archive/tar (which reads all but plain headers), so that they cannot disagree. What is decoded comes from a registry and is taken for hostile: memory is bounded by
 // limits that are checked first, and what is wrong is ErrInvalid. This package does not say what the entries mean; that is the matter of fs.
 package artifact
 

@@ -113,3 +113,35 @@ func BenchmarkLayout(b *testing.B) {
 	b.ReportMetric(float64(e.IndexSize), "B/index")
 	runtime.KeepAlive(l)
 }
+
+// BenchmarkEntries reads the headers of layers: of 40,000 plain files, and of the layers of the test image python-app.
+func BenchmarkEntries(b *testing.B) {
+	b.Run("plain", func(b *testing.B) {
+		readEntries(b, encode(b, filesTar(b, 40_000, 19), EncodeOptions{}).index)
+	})
+	b.Run("python-app", func(b *testing.B) {
+		var layers []*Index
+		forBuiltLayers(b, "python-app", func(tar []byte) { layers = append(layers, encode(b, tar, EncodeOptions{}).index) })
+		readEntries(b, layers...)
+	})
+}
+
+func readEntries(b *testing.B, layers ...*Index) {
+	b.ReportAllocs()
+	entries, cpu := 0, cpuTime(b)
+	for b.Loop() {
+		for _, x := range layers {
+			r := x.Entries()
+			for {
+				if _, err := r.Next(); err == io.EOF {
+					break
+				} else if err != nil {
+					b.Fatal(err)
+				}
+				entries++
+			}
+			r.Close()
+		}
+	}
+	b.ReportMetric(float64((cpuTime(b)-cpu).Nanoseconds())/float64(entries), "cpu-ns/entry")
+}

@@ -33,28 +33,29 @@ type source interface {
 // scanner divides a tar into headers and data runs. archive/tar does the framing, so that there is no second opinion of where an entry
 // begins: what it reads to find the next entry is headers, and what it skips between two entries is the data run. It is known that it skips n
 // bytes by a Seek over n-1 of them and a Read of the last (so that it notices a truncated tar); of a sparse member, whose size it hides, this
-// tells whether there is as much data as the map says. Should another release of Go do otherwise, every tar with data is refused.
+// tells whether there is as much data as the map says. Should another release of Go do otherwise, every tar with such data is refused.
+//
+// Most headers leave nothing to an opinion: plainHeader reads them, and what follows them. archive/tar begins again at the next that it does not.
 type scanner struct {
 	src source
-	tr  *tar.Reader
 	pos int64 // tar offset
 	end int64 // where the data run of the last entry ends: bytes before are data, bytes after headers
+
+	tr     *tar.Reader // has read the last entry's headers; nil if they were a plain one, and before the first entry
+	unread []byte      // what a new tr begins with
+	plain  *tar.Header // what tr has met and left to us
 
 	raw []byte // the header bytes before pos, back to the last entry's data run
 }
 
-func newScanner(src source) *scanner {
-	s := &scanner{src: src}
-	s.tr = tar.NewReader(s)
-	return s
-}
+func newScanner(src source) *scanner { return &scanner{src: src} }
 
 // next returns the next entry and leaves the header bytes read on the way in s.raw. At the end of the archive it returns
 // io.EOF; s.raw then holds what the end was recognized by, and tail returns the rest.
 func (s *scanner) next() (*Entry, error) {
 	s.raw = s.raw[:0]
 	offset := alignBlock(s.end)
-	hdr, err := s.tr.Next()
+	hdr, err := s.header()
 	if err != nil && !errors.Is(err, tar.ErrInsecurePath) {
 		return nil, err
 	}
@@ -75,6 +76,47 @@ func (s *scanner) next() (*Entry, error) {
 	return e, nil
 }
 
+// header returns the header of the next entry, and the error with it that archive/tar has.
+func (s *scanner) header() (*tar.Header, error) {
+	if s.tr == nil {
+		block, err := s.skip()
+		if err != nil {
+			return nil, err
+		}
+		if h := plainHeader(block); h != nil {
+			return h, nil
+		}
+		s.tr, s.unread = tar.NewReader(s), block[:]
+	}
+	h, err := s.tr.Next()
+	if s.plain != nil {
+		h, err = s.plain, nil
+		s.plain, s.tr = nil, nil
+	}
+	return h, err
+}
+
+// skip does what archive/tar does behind a plain header: it passes over the data run and reads the padding and the next block.
+func (s *scanner) skip() (*[blockSize]byte, error) {
+	if n := s.end - s.pos; n > 0 {
+		if err := s.src.data(n); err != nil {
+			return nil, err
+		}
+		s.pos = s.end
+	}
+	padding := int(alignBlock(s.pos) - s.pos)
+	s.raw = slices.Grow(s.raw, padding+blockSize)[:padding+blockSize]
+	n, err := readFull(s.src, s.raw)
+	s.pos += int64(n)
+	if s.raw = s.raw[:n]; n == padding+blockSize {
+		return (*[blockSize]byte)(s.raw[padding:]), nil
+	}
+	if err == io.EOF && n > padding {
+		err = io.ErrUnexpectedEOF
+	}
+	return nil, err
+}
+
 // tail returns the next header bytes after the end of the archive, valid until the next call, and io.EOF after the last.
 func (s *scanner) tail() ([]byte, error) {
 	s.raw = slices.Grow(s.raw[:0], tailSize)[:tailSize]
@@ -90,8 +132,25 @@ func (s *scanner) tail() ([]byte, error) {
 	}
 }
 
-// Read is called by archive/tar.
+// Read is called by archive/tar. It ends at an entry that begins with a plain header.
 func (s *scanner) Read(p []byte) (int, error) {
+	if len(s.unread) > 0 {
+		n := copy(p, s.unread)
+		s.unread = s.unread[n:]
+		return n, nil
+	}
+	first := s.pos == alignBlock(s.end) && len(p) == blockSize
+	n, err := s.read(p)
+	if first && n == blockSize {
+		if s.plain = plainHeader((*[blockSize]byte)(p)); s.plain != nil {
+			return 0, errPlain
+		}
+	}
+	return n, err
+}
+
+// read takes from src what archive/tar asks for, if that is what it should.
+func (s *scanner) read(p []byte) (int, error) {
 	n := int64(len(p))
 	if s.pos < s.end {
 		// The last byte of what is skipped. archive/tar does not look at it.
@@ -129,6 +188,19 @@ func (s *scanner) Seek(off int64, whence int) (int64, error) {
 	}
 	s.pos += off
 	return s.pos, nil
+}
+
+// readFull reads header bytes until p is full.
+func readFull(src source, p []byte) (int, error) {
+	n := 0
+	for n < len(p) {
+		m, err := src.header(p[n:])
+		n += m
+		if err != nil {
+			return n, err
+		}
+	}
+	return n, nil
 }
 
 func alignBlock(n int64) int64 { return (n + blockSize - 1) &^ (blockSize - 1) }

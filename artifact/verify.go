@@ -182,19 +182,6 @@ func (v *verifier) header(p []byte) (int, error) {
 	return n, nil
 }
 
-// readFull reads header bytes.
-func readFull(s *indexSource, p []byte) (int, error) {
-	n := 0
-	for n < len(p) {
-		m, err := s.header(p[n:])
-		n += m
-		if err != nil {
-			return n, err
-		}
-	}
-	return n, nil
-}
-
 func (v *verifier) data(n int64) error {
 	if v.err = v.entries.src.data(n); v.err != nil {
 		v.err = fmt.Errorf("chunk %d: tar offset %d: index has less data: %w", v.next-1, v.pos, ErrInvalid)
