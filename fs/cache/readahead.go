@@ -14,11 +14,15 @@ import (
 // A stream is an interval of the tar that reads have covered without a gap, in whatever order they came: the kernel has
 // several requests of one reader in flight, and they overtake each other. Once a stream is evident, what follows it is
 // fetched up to a window that grows with the stream, within the data run (the file's body) that it reads: the next file
-// in the tar is nobody's wish yet.
+// in the tar is nobody's wish yet. It is once the stream walks: a reader that has read several files of some length in all in the order of the tar, as
+// whoever copies or searches a directory does, goes on so, and the window passes the ends of bodies. What it leaves out counts against what it has read.
 //
 // Measured (BenchmarkReadCold*: a 64 MiB file, 5 ms per request, reads of 128 KiB one at a time, two cores): 500 MB/s and
 // 72 requests, where one request per read would give 25 MB/s and 512; random reads fetch no byte more than the frames of
 // the chunks that they touch.
+//
+// Measured (python-app read whole, file after file, 5 ms, 500 Mbit/s): 1,662 requests without walks, 946 with. Of its largest layer alone, 7,589 chunks: 1,300 requests and 140 chunks
+// that a read missed, and 740 and 6. What an upper layer has deleted comes, too: 288 MB instead of 279.
 //
 // A neighbourhood is the chunks around a miss. Programs start by touching many files of few directories, and much of few libraries, in no order: where
 // much was wanted, more will be. So a miss fetches around itself, the further the more of its neighbours was waited for before; and the first read of a chunk that was guessed
@@ -59,6 +63,11 @@ const (
 	nearBack  = 4
 	nearBytes = 4 << 20
 	nearWorth = 4
+	// A stream walks if it has left so many bodies behind, and read so many bytes. From one to the next it leaves out headers, and files of up to half a chunk in all, or
+	// what is read ahead already.
+	walkBodies = 8
+	walkBytes  = 2 << 20
+	walkGap    = 64 << 10
 	// Bytes of tar that misses of several reads may share a request for: the kernel's own read-ahead, and the rest of the chunks at its ends.
 	joinBytes = 768 << 10
 )
@@ -79,8 +88,12 @@ type readAhead struct {
 type stream struct {
 	from, next int64
 	reads      int   // that moved next
-	end        int64 // of the data run
+	end        int64 // of the data run that ends at next or later; 0 is not known yet
 	ahead      int64 // fetched or being fetched up to here
+
+	// Of the walk that has come here:
+	bodies int   // left behind
+	walked int64 // bytes read of them, less what was left out between them
 }
 
 // read notes a read of [off, end), which is in chunks [lo, hi) and waits for flights, and fetches ahead if that continues a stream, or around it.
@@ -90,13 +103,9 @@ func (r *readAhead) read(off, end int64, lo, hi int, flights []*flight) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	st := r.note(off, end)
-	news, missed := r.want(lo, hi, flights)
-	if st == nil && !news {
-		return
-	}
 	mapped.Guard(func() { // of the index: what cannot be read ahead is left to the reads
-		if st != nil {
+		news, missed := r.want(lo, hi, flights)
+		if st := r.note(off, end); st != nil {
 			r.pump(st)
 		}
 		if news {
@@ -176,49 +185,80 @@ func (s *store) inLargeFile(i int) bool {
 // note extends the stream that [off, end) touches, or opens one. It returns it if it has moved forward.
 func (r *readAhead) note(off, end int64) *stream {
 	i := slices.IndexFunc(r.streams, func(st *stream) bool { return off <= st.next && end >= st.from })
-	if i < 0 {
-		if len(r.streams) == maxStreams {
-			r.streams = slices.Delete(r.streams, 0, 1)
-		}
-		r.streams = append(r.streams, &stream{from: off, next: end, reads: 1})
-		return nil
+	st := &stream{from: off, next: off}
+	if i >= 0 {
+		st = r.streams[i]
+		r.streams = slices.Delete(r.streams, i, i+1)
+	} else if len(r.streams) == maxStreams {
+		r.streams = slices.Delete(r.streams, 0, 1)
 	}
-	st := r.streams[i]
-	r.streams = append(slices.Delete(r.streams, i, i+1), st)
-	st.from = min(st.from, off)
+	r.streams = append(r.streams, st)
+	if i < 0 || off < st.from { // a walk may have come here
+		st.from = off
+		if o := r.take(st, func(o *stream) bool {
+			return o.next < off && off <= max(o.next+walkGap, o.ahead) && r.endOf(o) <= off
+		}); o != nil {
+			st.bodies, st.walked, st.ahead = o.bodies+1, o.walked+o.next-o.from, max(st.ahead, o.ahead)
+			if gap := off - o.next; gap > walkGap {
+				st.walked -= gap
+			}
+		}
+	}
 	if end <= st.next {
 		return nil
 	}
 	st.next = end
 	st.reads++
 	// A read that was ahead of the others has opened a stream that this one now reaches.
-	if i := slices.IndexFunc(r.streams, func(o *stream) bool { return o != st && o.from <= st.next && st.next <= o.next }); i >= 0 {
-		o := r.streams[i]
+	if o := r.take(st, func(o *stream) bool { return o.from <= st.next && st.next <= o.next }); o != nil {
 		st.next, st.reads, st.ahead = o.next, st.reads+o.reads, max(st.ahead, o.ahead)
-		r.streams = slices.Delete(r.streams, i, i+1)
+		st.bodies, st.walked = st.bodies+o.bodies, st.walked+o.walked
 	}
 	return st
+}
+
+// take removes the first of the other streams than st that is joined to it.
+func (r *readAhead) take(st *stream, joined func(o *stream) bool) *stream {
+	i := slices.IndexFunc(r.streams, func(o *stream) bool { return o != st && joined(o) })
+	if i < 0 {
+		return nil
+	}
+	o := r.streams[i]
+	r.streams = slices.Delete(r.streams, i, i+1)
+	return o
+}
+
+// endOf returns where the data run ends that st reads, 0 if that cannot be known.
+func (r *readAhead) endOf(st *stream) int64 {
+	if st.end < st.next { // the first time, or the stream has gone on into another body
+		layout, err := r.layer.store.layout()
+		if err != nil {
+			return 0
+		}
+		_, st.end = layout.DataRun(st.next - 1)
+	}
+	return st.end
 }
 
 // pump starts the requests that st calls for, as many as may run.
 func (r *readAhead) pump(st *stream) {
 	l, s := r.layer, r.layer.store
 	length := st.next - st.from
-	if st.reads < streamReads || length < streamBytes || !r.may() {
+	walk := st.bodies >= walkBodies && st.walked+length >= walkBytes
+	if !walk && (st.reads < streamReads || length < streamBytes) || !r.may() {
 		return
 	}
-	if st.end < st.next { // the first time, or the stream has gone on into another body
-		layout, err := s.layout()
-		if err != nil {
-			return
-		}
-		_, st.end = layout.DataRun(st.next - 1)
+	end := s.index.TarSize
+	if walk {
+		length += st.walked
+	} else {
+		end = r.endOf(st)
 	}
 	window := min(length/windowShare, maxWindow)
-	target := min(st.next+window, st.end)
+	target := min(st.next+window, end)
 	for r.running < aheadRequests {
-		lo, hi, n := s.within(max(st.ahead, st.next), target, target == st.end)
-		if n == 0 || n < min(window/2, aheadRequest) && target < st.end {
+		lo, hi, n, full := s.within(max(st.ahead, st.next), target, target == end)
+		if n == 0 || !full && n < min(window/2, aheadRequest) && target < end {
 			return // not worth a request yet
 		}
 		r.running += l.prefetch(lo, hi, nil)
@@ -228,10 +268,11 @@ func (r *readAhead) pump(st *stream) {
 }
 
 // within returns the chunks [lo, hi) of n bytes that one request brings: those that begin at off or later and end at
-// target or before, or, if whole, also the one that holds target. A chunk that begins before off was read already.
-func (s *store) within(off, target int64, whole bool) (lo, hi int, n int64) {
+// target or before, or, if whole, also the one that holds target. A chunk that begins before off was read already. Full says that more would be
+// more than a request.
+func (s *store) within(off, target int64, whole bool) (lo, hi int, n int64, full bool) {
 	if off >= target {
-		return 0, 0, 0
+		return 0, 0, 0, false
 	}
 	lo = s.index.Find(off)
 	if s.index.Chunk(lo).TarOffset < off {
@@ -240,12 +281,15 @@ func (s *store) within(off, target int64, whole bool) (lo, hi int, n int64) {
 	for hi = lo; hi < s.n; hi++ {
 		c := s.index.Chunk(hi)
 		end := c.TarOffset + c.TarSize
-		if c.TarOffset >= target || end > target && !whole || hi > lo && n+c.TarSize > aheadRequest {
+		if c.TarOffset >= target || end > target && !whole {
+			break
+		}
+		if full = hi > lo && n+c.TarSize > aheadRequest; full {
 			break
 		}
 		n += c.TarSize
 	}
-	return lo, hi, n
+	return lo, hi, n, full
 }
 
 // prefetch fetches those of chunks [lo, hi) that are neither on disk nor under way, and tells each to note, if that is not nil. It returns how many requests that takes.

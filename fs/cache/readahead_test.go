@@ -232,6 +232,89 @@ func TestReadAheadIsBounded(t *testing.T) {
 	}
 }
 
+// walkLayer is a layer of files of sizes; files are their data runs.
+func walkLayer(t testing.TB, sizes []int) (ly *layer, files [][2]int64) {
+	off := int64(0)
+	for _, n := range sizes {
+		files = append(files, [2]int64{off + 512, off + 512 + int64(n)})
+		off += 512 + (int64(n)+511)/512*512
+	}
+	return newLayer(t, 16<<10, sizes...), files
+}
+
+// Who reads file after file in the order of the tar does not wait for each.
+func TestWalkIsReadAhead(t *testing.T) {
+	sizes := slices.Repeat([]int{3000, 4000, 5000, 6000, 7000, 8000, 9000}, 200)
+	sizes[500], sizes[1000] = 1<<20, 700<<10
+	ly, files := walkLayer(t, sizes)
+	const piece = 128 << 10 // of the reads of a large file, as the kernel makes them
+	for name, c := range map[string]struct {
+		skip      func(i int) bool
+		overtaken bool  // the pieces of a large file come two by two, the later one first
+		most      int64 // requests
+	}{
+		"every file":      {func(int) bool { return false }, false, 70},
+		"pieces overtake": {func(int) bool { return false }, true, 70},
+		"some left out":   {func(i int) bool { return i%3 == 0 || i > 700 && i < 720 || i > 1200 && i < 1290 }, false, 100},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := ly.serve()
+			l := openLayer(t, openCache(t, t.TempDir()), ly, b)
+			for i, f := range files {
+				if c.skip(i) {
+					continue
+				}
+				var offs []int64
+				for o := f[0]; o < f[1]; o += piece {
+					offs = append(offs, o)
+				}
+				for k := 0; c.overtaken && k+1 < len(offs); k += 2 {
+					offs[k], offs[k+1] = offs[k+1], offs[k]
+				}
+				for _, o := range offs {
+					readRange(t, l, ly, make([]byte, min(piece, f[1]-o)), o)
+					poll(t, "end of the fills", l.store.idle)
+				}
+			}
+			if got := b.requests.Load(); got > c.most {
+				t.Errorf("%d requests for %d chunks, want at most %d", got, ly.index.NumChunks(), c.most)
+			}
+		})
+	}
+}
+
+// A walk that stops, or leaves out more than it reads, has cost at most its share.
+func TestWalkIsBounded(t *testing.T) {
+	ly, files := walkLayer(t, slices.Repeat([]int{6000}, 3000))
+	for name, next := range map[string]func(i int) bool{
+		"stops":           func(int) bool { return false },
+		"leaves most out": func(i int) bool { return i%20 == 0 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := ly.serve()
+			l := openLayer(t, openCache(t, t.TempDir()), ly, b)
+			touched := newBitmap(ly.index.NumChunks())
+			size := int64(0)
+			for i, f := range files {
+				if i >= 450 && !next(i) {
+					continue
+				}
+				readRange(t, l, ly, make([]byte, f[1]-f[0]), f[0])
+				poll(t, "end of the fills", l.store.idle)
+				for k := ly.index.Find(f[0]); k <= ly.index.Find(f[1]-1); k++ {
+					if !touched.has(k) {
+						touched.set(k)
+						size += ly.index.Chunk(k).BlobSize
+					}
+				}
+			}
+			if got := b.bytes.Load(); got > size*(windowShare+1)/windowShare {
+				t.Errorf("%d bytes fetched for chunks of %d", got, size)
+			}
+		})
+	}
+}
+
 // Close ends read-ahead and waits for it.
 func TestReadAheadEnds(t *testing.T) {
 	ly := aheadLayer(t)
@@ -290,6 +373,9 @@ func TestReadAheadFails(t *testing.T) {
 }
 
 func TestStreamsAreSeenInAnyOrder(t *testing.T) {
+	ly := aheadLayer(t)
+	l := openLayer(t, exactCache(t), ly, ly.serve())
+	off, _ := body(ly, 0)
 	for name, c := range map[string]struct {
 		reads   [][2]int64
 		forward bool // the last one moved a stream
@@ -304,26 +390,26 @@ func TestStreamsAreSeenInAnyOrder(t *testing.T) {
 		"two":                {[][2]int64{{0, 4}, {100, 104}, {4, 8}, {104, 108}}, true, []stream{{from: 0, next: 8, reads: 2}, {from: 100, next: 108, reads: 2}}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			var r readAhead
+			r := readAhead{layer: l}
 			var st *stream
 			for _, rd := range c.reads {
-				st = r.note(rd[0], rd[1])
+				st = r.note(off+rd[0], off+rd[1])
 			}
 			if (st != nil) != c.forward {
 				t.Errorf("moved forward: %v, want %v", st != nil, c.forward)
 			}
 			var got []stream
 			for _, st := range r.streams {
-				got = append(got, *st)
+				got = append(got, stream{from: st.from - off, next: st.next - off, reads: st.reads, bodies: st.bodies})
 			}
 			if !slices.Equal(got, c.want) {
 				t.Errorf("streams %+v, want %+v", got, c.want)
 			}
 		})
 	}
-	var r readAhead
+	r := readAhead{layer: l}
 	for i := range int64(1000) {
-		r.note(i*100, i*100+1)
+		r.note(off+i*100, off+i*100+1)
 	}
 	if len(r.streams) != maxStreams {
 		t.Errorf("%d streams after 1000 random reads, want %d", len(r.streams), maxStreams)
