@@ -13,11 +13,14 @@ const readMemory = 256 << 20
 
 // memory hands out the buffers of READs, within a budget. Buffers are used again; their sizes are powers of two.
 type memory struct {
-	budget *semaphore.Weighted
-	pools  [bits.UintSize]sync.Pool // by the logarithm of the size
+	budget  *semaphore.Weighted
+	pools   [bits.UintSize]sync.Pool // by the logarithm of the size
+	replies sync.Pool                // of *[maxReply]byte, for the answers to others
 }
 
-func newMemory() *memory { return &memory{budget: semaphore.NewWeighted(readMemory)} }
+func newMemory() *memory {
+	return &memory{budget: semaphore.NewWeighted(readMemory), replies: sync.Pool{New: func() any { return new([maxReply]byte) }}}
+}
 
 // get returns a buffer of n bytes, at most maxRead, waiting for others to be put back if need be.
 func (m *memory) get(ctx context.Context, n int) ([]byte, error) {

@@ -90,7 +90,6 @@ type session struct {
 	answers sync.WaitGroup // READs in flight
 
 	readers atomic.Int32 // goroutines that read or are about to
-	replies sync.Pool    // of *[maxReply]byte
 
 	mu     sync.Mutex          // held when frozen is set, so that no READ begins after it
 	frozen atomic.Bool         // nothing is answered any more: what is in flight is the successor's
@@ -144,18 +143,17 @@ func makeSession(target string, device *os.File, f filesystem, st *state, o sess
 	o.proto.ExtraCapabilities |= fuse.CAP_HAS_RESEND
 	o.proto.Logger = slog.NewLogLogger(o.log.Handler(), slog.LevelDebug)
 	s := &session{
-		target:  target,
-		device:  device,
-		fd:      int(device.Fd()),
-		fs:      f,
-		proto:   fuse.NewProtocolServer(f, &o.proto),
-		state:   st,
-		log:     o.log,
-		memory:  o.memory,
-		step:    o.step,
-		done:    make(chan struct{}),
-		reads:   map[uint64]*reading{},
-		replies: sync.Pool{New: func() any { return new([maxReply]byte) }},
+		target: target,
+		device: device,
+		fd:     int(device.Fd()),
+		fs:     f,
+		proto:  fuse.NewProtocolServer(f, &o.proto),
+		state:  st,
+		log:    o.log,
+		memory: o.memory,
+		step:   o.step,
+		done:   make(chan struct{}),
+		reads:  map[uint64]*reading{},
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	return s
@@ -292,8 +290,8 @@ func (s *session) handle(sl slot) {
 			in := (*fuse.ReadIn)(unsafe.Pointer(&req[0]))
 			in.Size = min(in.Size, maxPayload) // the kernel asks again for the rest
 		}
-		reply := s.replies.Get().(*[maxReply]byte)
-		defer s.replies.Put(reply)
+		reply := s.memory.replies.Get().(*[maxReply]byte)
+		defer s.memory.replies.Put(reply)
 		var n int
 		var status fuse.Status
 		if err := mapped.Guard(func() { n, status = s.proto.HandleRequest([][]byte{req}, [][]byte{reply[:]}) }); err != nil {
