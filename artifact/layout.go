@@ -37,6 +37,9 @@ func (x *Index) Layout() (*Layout, error) {
 	return x.Walk(func(*Entry) error { return nil })
 }
 
+// ForgetLayout gives back the memory of the layout, until it is needed again.
+func (x *Index) ForgetLayout() { x.layout.Store(nil) }
+
 // Walk calls visit with each entry, as Entries yields them, and returns the layout. An error of visit ends it and is returned as it is.
 func (x *Index) Walk(visit func(*Entry) error) (*Layout, error) {
 	r := x.Entries()
@@ -44,7 +47,7 @@ func (x *Index) Walk(visit func(*Entry) error) (*Layout, error) {
 	for {
 		e, err := r.Next()
 		if err == io.EOF {
-			return x.layout.Load(), nil
+			return r.layout, nil
 		}
 		if err != nil {
 			return nil, err

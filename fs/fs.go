@@ -306,6 +306,15 @@ func (s *Server) UnmountAll() error {
 	return errors.Join(errs...)
 }
 
+// Rest gives back what memory reads have taken, for when nobody reads.
+func (s *Server) Rest() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for t := range s.trees {
+		t.rest()
+	}
+}
+
 // end refuses calls of Mount and Unmount, and waits for those in progress.
 func (s *Server) end() {
 	s.mu.Lock()

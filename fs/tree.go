@@ -20,7 +20,7 @@ import (
 type tree struct {
 	fuse.RawFileSystem
 	image   *erofs.Image
-	mapped  []byte // what image reads
+	mapped  []byte // what image reads; set and unmapped under Server.mu
 	device  Device
 	xattrs  bool
 	session *session
@@ -69,7 +69,10 @@ func (s *Server) startTree(t *tree, start func(sessionOptions) (*session, error)
 	s.mu.Unlock()
 	o := s.options
 	o.ended = func() {
+		s.mu.Lock()
 		unix.Munmap(t.mapped)
+		t.mapped = nil
+		s.mu.Unlock()
 		if late, ok := t.device.(*lateDevice); ok {
 			late.close()
 		}
@@ -98,14 +101,19 @@ func openTree(metadata *os.File, dev Device) (*tree, error) {
 		unix.Munmap(mem)
 		return nil, fmt.Errorf("open metadata image %s: %w", metadata.Name(), err)
 	}
-	return &tree{
+	t := &tree{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
 		image:         image,
 		mapped:        mem,
 		device:        dev,
 		xattrs:        image.HasXattrs(),
-	}, nil
+	}
+	t.rest() // the kernel has mapped much around what was looked at
+	return t, nil
 }
+
+// rest gives the pages of the metadata back to the kernel, which keeps them or not, until they are needed again.
+func (t *tree) rest() { unix.Madvise(t.mapped, unix.MADV_DONTNEED) }
 
 // settleNode is the node of a file that is there only while settle opens it. No nid is as large.
 const settleNode = 1 << 62

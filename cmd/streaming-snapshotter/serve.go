@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -64,7 +65,7 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 		return n, err
 	}
 	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{
-		NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root), OnDisk: logDisk, OnDamage: logDamage(),
+		NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root), OnDisk: logDisk, OnDamage: logDamage(), OnRest: n.rest,
 	}); err != nil {
 		return n, err
 	}
@@ -89,6 +90,13 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 		close(opened)
 	}
 	return n, err
+}
+
+// rest gives back the memory that reads have taken: the daemon is idle most of its life.
+func (n *node) rest() {
+	n.mounts.Rest()
+	debug.FreeOSMemory() // what pools have, they let go of at the second time
+	debug.FreeOSMemory()
 }
 
 // logHost logs what happens to a registry's host.

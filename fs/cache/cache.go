@@ -82,8 +82,8 @@ type Blob interface {
 
 const (
 	// A crash costs the chunks of the last flush period, to be fetched again; a flush costs two fdatasyncs per layer that
-	// changed.
-	flushEvery = 5 * time.Second
+	// changed. It comes so long after what it is for: while nothing happens there is none.
+	flushAfter = 5 * time.Second
 	// Under load, flush more often: less to lose, and no large burst of writeback.
 	flushBytes = 64 << 20
 )
@@ -98,13 +98,14 @@ type Cache struct {
 	twins    twins
 	exact    bool         // no read-ahead
 	onDamage func(Damage) // of Options
+	onRest   func()       // likewise
 	limit    int64
 
-	now     atomic.Uint32  // Unix seconds at the last flush: the clock of recency
 	used    atomic.Int64   // bytes on disk when last measured, and what was written since
 	writing atomic.Int64   // of used: may not be on disk yet
 	unsaved atomic.Int64   // bytes written since the last flush
 	kick    chan struct{}  // asks the flusher to flush now
+	stirred chan struct{}  // tells it that there is something to flush, or to try again
 	stop    chan struct{}  // closed by Close
 	running sync.WaitGroup // the flusher and the learner
 
@@ -112,7 +113,7 @@ type Cache struct {
 	evictMu sync.Mutex  // one eviction at a time
 	stuck   atomic.Bool // the last eviction has not freed enough: not again before the next flush
 
-	// LOCK ORDER: Cache.wholeMu, Cache.evictMu, slot.mu, Cache.mu, store.flushMu, readAhead.mu, hot.mu, store.mu. None is held while waiting for a Blob or a fill.
+	// LOCK ORDER: Cache.wholeMu, Cache.evictMu, slot.mu, Cache.mu, store.flushMu, readAhead.mu, store.layoutMu, hot.mu, store.mu. None is held while waiting for a Blob or a fill.
 	mu      sync.Mutex
 	slots   map[digest.Digest]*slot
 	handles map[*Layer]struct{}
@@ -153,6 +154,8 @@ type Options struct {
 	OnDisk func(failing bool, err error)
 	// OnDamage is told of each chunk on disk that did not verify. It must not block or call the Cache. Nil is nobody.
 	OnDamage func(Damage)
+	// OnRest is called when no layer has been read for a minute, after some were: what reading them took is garbage then. It must not call the Cache. Nil is nobody.
+	OnRest func()
 }
 
 func open(dir string, o Options, d disk) (*Cache, error) {
@@ -165,13 +168,12 @@ func open(dir string, o Options, d disk) (*Cache, error) {
 	}
 	c := &Cache{
 		dir: dir, lock: lock, disk: d, exact: o.NoReadAhead, limit: o.Limit,
-		kick: make(chan struct{}, 1), stop: make(chan struct{}),
+		kick: make(chan struct{}, 1), stirred: make(chan struct{}, 1), stop: make(chan struct{}),
 		slots: make(map[digest.Digest]*slot), handles: make(map[*Layer]struct{}),
 	}
 	c.twins.index, c.twins.kick = o.Index, make(chan struct{}, 1)
-	c.stats.onDisk, c.stats.opened = o.OnDisk, time.Now()
-	c.onDamage = o.OnDamage
-	c.now.Store(uint32(time.Now().Unix()))
+	c.stats.onDisk, c.stats.opened, c.stats.stirred = o.OnDisk, time.Now(), c.stirred
+	c.onDamage, c.onRest = o.OnDamage, o.OnRest
 	c.measure()
 	c.running.Go(c.flusher)
 	if o.Index != nil {
@@ -200,7 +202,7 @@ func (c *Cache) Layer(dgst digest.Digest, x *artifact.Index, blob Blob) (*Layer,
 		return nil, fmt.Errorf("open layer %s in the cache: %w", dgst, err)
 	}
 	l := &Layer{
-		blob: blob, store: s,
+		blob: blob, store: s, index: x,
 		closing: make(chan struct{}), fills: make(map[*fill]struct{}),
 	}
 	l.close = sync.OnceValue(l.end)
@@ -302,30 +304,51 @@ func wake(kick chan<- struct{}) {
 	}
 }
 
-// flusher saves the layers from time to time until Close.
+// flusher saves the layers while something happens, until Close.
 func (c *Cache) flusher() {
-	tick := time.NewTicker(flushEvery)
-	defer tick.Stop()
+	stirred := c.stirred
+	var due <-chan time.Time
+	rested := true
 	for {
 		select {
 		case <-c.stop:
 			return
+		case <-stirred:
+			stirred, due, rested = nil, time.After(flushAfter), false
+			continue
 		case <-c.kick:
-		case <-tick.C:
+		case <-due:
 		}
-		c.flush()
+		stirred, due = c.stirred, nil
+		wait := c.flush()
+		if wait > 0 {
+			due = time.After(wait)
+		} else if !rested && c.onRest != nil {
+			c.onRest()
+		}
+		rested = wait == 0
 	}
 }
 
-// flush makes what was written until now durable. Its errors are in Stats.
-func (c *Cache) flush() {
-	c.now.Store(uint32(time.Now().Unix()))
+// flush makes what was written until now durable. Its errors are in Stats. It returns when the next one is due if nothing happens until then; 0 says that all layers
+// are at rest.
+func (c *Cache) flush() (wait time.Duration) {
 	c.unsaved.Store(0)
 	c.stats.suspended.Store(false) // a disk that was full may have room again
+	atRest := make(map[*store]bool)
 	for _, s := range c.openStores() {
 		s.flush()
+		left := s.rest()
+		atRest[s] = left == 0
+		wait = max(wait, left)
+	}
+	for _, l := range c.openLayers() {
+		if atRest[l.store] {
+			l.index.ForgetLayout()
+		}
 	}
 	c.evict()
+	return wait
 }
 
 func (c *Cache) openStores() (stores []*store) {

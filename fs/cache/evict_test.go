@@ -167,7 +167,7 @@ func TestLeastRecentlyUsedGoesFirst(t *testing.T) {
 	l := openLayer(t, c, ly, ly.serve())
 	readAll(t, l, ly, 1<<20)
 	poll(t, "end of the fills", l.store.idle)
-	old := c.now.Load() - 1000
+	old := now() - 1000
 	for i := range l.store.recent {
 		l.store.recent[i].Store(old)
 	}

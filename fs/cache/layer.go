@@ -7,14 +7,17 @@ import (
 	"os"
 	"sync"
 	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 )
 
 // Layer is a layer's tar, read at random. Its methods may be called from many goroutines.
 type Layer struct {
 	blob    Blob
 	store   *store
-	closing chan struct{} // closed by Close: wakes who waits
-	close   func() error  // end, once
+	index   *artifact.Index // the opener's own, which is the store's or equal to it
+	closing chan struct{}   // closed by Close: wakes who waits
+	close   func() error    // end, once
 
 	running sync.WaitGroup // calls of ReadAt, and fills
 

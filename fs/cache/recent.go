@@ -3,24 +3,52 @@ package cache
 import (
 	"encoding/binary"
 	"path/filepath"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
 
-// saveUsesEvery is how often, in seconds, the file of uses is written while a layer is read. A crash costs so much of the order of eviction.
-const saveUsesEvery = 300
+const (
+	// saveUsesEvery is how often, in seconds, the file of uses is written while a layer is read. A crash costs so much of the order of eviction.
+	saveUsesEvery = 300
+	// restAfter is how long, in seconds, a layer has not been read when it is at rest.
+	restAfter = 60
+)
 
 func (c *Cache) usesPath(dgst digest.Digest) string { return filepath.Join(c.layerDir(dgst), "uses") }
 
+// now is the clock of recency, Unix seconds.
+func now() uint32 { return uint32(time.Now().Unix()) }
+
 // touch notes a use of chunks [lo, hi). It writes memory that other readers share only when the clock has moved on.
 func (s *store) touch(lo, hi int) {
-	now := s.cache.now.Load()
+	now, changed := now(), false
 	for i := lo; i < hi; i++ {
 		if s.recent[i].Load() != now {
 			s.recent[i].Store(now)
-			s.lastUse.Store(now)
+			changed = true
 		}
 	}
+	if changed {
+		s.lastUse.Store(now)
+		wake(s.cache.stirred)
+	}
+}
+
+// rest writes the uses of a layer that has not been read for a while, and forgets what only fetches need. It returns how long that is to wait yet.
+func (s *store) rest() time.Duration {
+	s.flushMu.Lock()
+	defer s.flushMu.Unlock()
+	s.layoutMu.Lock()
+	defer s.layoutMu.Unlock()
+	if idle := now() - max(s.lastUse.Load(), s.lastLayout); idle < restAfter {
+		return time.Duration(restAfter-idle) * time.Second
+	}
+	s.index.ForgetLayout()
+	if s.data != nil && !s.closed {
+		s.saveUses(true)
+	}
+	return 0
 }
 
 // loadUses reads when chunks were used in former lives. A file that is not good says nothing: its chunks are the first to go.
@@ -43,7 +71,7 @@ func (s *store) loadUses() {
 		s.cache.stats.diskError(err)
 		return
 	}
-	now := s.cache.now.Load()
+	now := now()
 	for i := range s.n {
 		s.recent[i].Store(min(binary.LittleEndian.Uint32(b[4*i:]), now))
 	}
@@ -52,7 +80,7 @@ func (s *store) loadUses() {
 // saveUses writes when chunks were used, if that has changed for some time, or at all. The caller holds flushMu.
 func (s *store) saveUses(always bool) error {
 	last := s.lastUse.Load()
-	if last == s.usesSaved || !always && s.cache.now.Load()-s.usesSaved < saveUsesEvery {
+	if last == s.usesSaved || !always && now()-s.usesSaved < saveUsesEvery {
 		return nil
 	}
 	s.usesSaved = last

@@ -36,7 +36,8 @@ type counters struct {
 	// suspended: a write failed, so do not write before the next flush.
 	suspended atomic.Bool
 
-	onDisk func(failing bool, err error) // Options.OnDisk
+	onDisk  func(failing bool, err error) // Options.OnDisk
+	stirred chan<- struct{}               // Cache.stirred
 
 	mu  sync.Mutex
 	err error // the last failure of the disk
@@ -97,6 +98,7 @@ func (c *counters) diskError(err error) {
 	defer c.mu.Unlock()
 	c.err = err
 	c.turn(true)
+	wake(c.stirred) // it may work again
 }
 
 // diskWorks notes that the disk has taken something for good.

@@ -16,11 +16,10 @@ import (
 type store struct {
 	cache  *Cache
 	dgst   digest.Digest
-	id     [32]byte                         // of the index
-	index  *artifact.Index                  // of the first opener
-	layout func() (*artifact.Layout, error) // of index: decoded once for all, at the first fetch and not while a mount waits
-	n      int                              // chunks
-	header []byte                           // of the map file
+	id     [32]byte        // of the index
+	index  *artifact.Index // of the first opener
+	n      int             // chunks
+	header []byte          // of the map file
 
 	// nil while the disk refuses; the layer is then read without caching. Set once, under flushMu and mu.
 	data, table file
@@ -40,6 +39,9 @@ type store struct {
 	usesSaved uint32     // lastUse when uses were written; guarded by flushMu
 	hand      int        // where the last eviction has ended; guarded by flushMu
 
+	layoutMu   sync.Mutex // held while index decodes its layout: once for all
+	lastLayout uint32     // Unix seconds when somebody has needed that last
+
 	mu      sync.Mutex
 	present bitmap // chunks in data, as far as we know
 	flights map[int]*flight
@@ -57,34 +59,27 @@ type store struct {
 // do not fetch it over and over.
 const keepBytes = 1 << 20
 
-// once returns what f returned the first time that it returned: a fault of the index ends it without a word, and the index may be back the next time.
-func once[T any](f func() (T, error)) func() (T, error) {
-	var mu sync.Mutex
-	var v T
-	var err error
-	done := false
-	return func() (T, error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if !done {
-			v, err = f()
-			done = true
-		}
-		return v, err
-	}
+// layout returns that of the index. Where no pass over the headers has left one, they are read at the first fetch and not while a mount waits.
+func (s *store) layout() (*artifact.Layout, error) {
+	s.layoutMu.Lock()
+	defer s.layoutMu.Unlock()
+	s.lastLayout = now()
+	wake(s.cache.stirred)
+	return s.index.Layout()
 }
 
 // openStore opens the files of dgst. Errors of the disk are noted, and cost the caching.
 func (c *Cache) openStore(dgst digest.Digest, x *artifact.Index, id [32]byte) *store {
 	n := x.NumChunks()
 	s := &store{
-		cache: c, dgst: dgst, id: id, index: x, layout: once(x.Layout), n: n, header: encodeMapHeader(x, id),
+		cache: c, dgst: dgst, id: id, index: x, n: n, header: encodeMapHeader(x, id),
 		verified: newBitmap(n), present: newBitmap(n), flights: make(map[int]*flight),
-		recent: make([]atomic.Uint32, n), writing: make(map[int]int), punching: make(map[int]bool),
+		recent: make([]atomic.Uint32, n), writing: make(map[int]int), punching: make(map[int]bool), lastLayout: now(),
 	}
 	if err := s.openFiles(x.TarSize); err != nil {
 		c.stats.diskError(err)
 	}
+	wake(c.stirred) // the index may have a layout that nobody will need
 	return s
 }
 
@@ -201,6 +196,7 @@ func (s *store) write(i int, off int64, b []byte) bool {
 
 // keep holds on to fl, which the disk did not take, and lets the oldest go. The caller holds mu.
 func (s *store) keep(fl *flight) {
+	wake(s.cache.stirred)
 	fl.refs++
 	s.kept = append(s.kept, fl)
 	total := 0
@@ -232,6 +228,7 @@ func (s *store) forget(lo, hi int) {
 		s.present.clear(i)
 	}
 	s.dirty = true
+	wake(s.cache.stirred)
 }
 
 // flush makes data durable, and then the map that tells of it. Files that the disk refused are asked for again.
