@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/metrics"
 	"slices"
 	"strings"
 	"sync"
@@ -41,6 +42,7 @@ type status struct {
 	Background    *stream.Background `json:"background,omitempty"`  // the image that is being completed
 	Hosts         []host             `json:"hosts"`                 // of registries, those that were asked
 	Goroutines    int                `json:"goroutines"`            // of the daemon: what leaks shows here first
+	Heap          int64              `json:"heap"`                  // of the daemon: bytes of what it has not freed yet
 	Problems      []string           `json:"problems"`              // the last ones, the newest at the end
 }
 
@@ -123,6 +125,9 @@ func (s status) measure(root string, n *node, p *problems) status {
 	}
 	s.Hosts = n.hosts()
 	s.Goroutines = runtime.NumGoroutine()
+	heap := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
+	metrics.Read(heap)
+	s.Heap = int64(heap[0].Value.Uint64())
 	s.Problems = p.list()
 	return s
 }

@@ -53,7 +53,7 @@ func (n *Node) Boot(ctx context.Context) error {
 			return err
 		}
 	}
-	return n.startContainerd(ctx)
+	return n.StartContainerd(ctx)
 }
 
 // containerProcesses lists the processes in containers of this node: they have mount namespaces of their own, and their roots are overlays

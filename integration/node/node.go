@@ -267,10 +267,11 @@ func (n *Node) RestartContainerd(ctx context.Context, kill bool) error {
 	} else if err := n.StopContainerd(); err != nil {
 		return err
 	}
-	return n.startContainerd(ctx)
+	return n.StartContainerd(ctx)
 }
 
-func (n *Node) startContainerd(ctx context.Context) error {
+// StartContainerd runs containerd; after StopContainerd, again.
+func (n *Node) StartContainerd(ctx context.Context) error {
 	p, err := start(n.path("logs"), "containerd", "containerd", "--config", n.path("containerd.toml"))
 	if err != nil {
 		return err

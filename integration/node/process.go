@@ -131,7 +131,9 @@ func tail(name string) string {
 type Usage struct {
 	CPU             time.Duration // of all its threads, in user and kernel mode; in steps of 10 ms
 	Anonymous, Peak int64         // memory, bytes: its own now, and at most with the pages of mapped files, which are the page cache's
-	Resident        int64         // its own and those now
+	Shared          int64         // in memory files, which may outlive it
+	Resident        int64         // all of these now
+	Switches        int64         // how often its threads, those that live, have gone to sleep
 }
 
 // ReadUsage reads the usage of a process.
@@ -152,7 +154,7 @@ func ReadUsage(pid int) (u Usage, err error) {
 	if err != nil {
 		return u, err
 	}
-	for key, n := range map[string]*int64{"RssAnon": &u.Anonymous, "VmRSS": &u.Resident, "VmHWM": &u.Peak} {
+	for key, n := range map[string]*int64{"RssAnon": &u.Anonymous, "RssShmem": &u.Shared, "VmRSS": &u.Resident, "VmHWM": &u.Peak} {
 		_, after, ok := strings.Cut(string(status), "\n"+key+":")
 		if !ok {
 			return u, fmt.Errorf("process %d has no %s", pid, key)
@@ -163,5 +165,13 @@ func ReadUsage(pid int) (u Usage, err error) {
 		}
 		*n = kib << 10
 	}
-	return u, nil
+	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/status", pid))
+	for _, task := range tasks {
+		b, _ := os.ReadFile(task) // or the thread has ended
+		if _, after, ok := strings.Cut(string(b), "\nvoluntary_ctxt_switches:"); ok {
+			n, _ := strconv.ParseInt(strings.Fields(after)[0], 10, 64)
+			u.Switches += n
+		}
+	}
+	return u, err
 }
