@@ -7,16 +7,19 @@ import (
 )
 
 // chunker decides where chunks end. The aim is that equal files give equal chunks, in whatever layer or version of an image they appear:
-//   - A data run longer than a chunk starts a chunk, is cut every size bytes, and ends a chunk.
+//   - A data run longer than a chunk starts a chunk, is cut every size bytes, from headChunks chunks on every large bytes, and ends a chunk. So a file that
+//     grows at its end keeps its chunks, however large it becomes.
 //   - Small entries share chunks. Before an entry there is a cut with a probability proportional to the entry's size, decided by a hash of its
 //     name. So the cuts do not move when a file before them grows or goes.
 //   - A chunk that would become too large ends, if possible before an entry.
 type chunker struct {
-	size int // most bytes of a chunk
-	pipe *pipeline
-	job  *job // being filled; nil at first
-	any  bool // a chunk was submitted
-	cut  bool // cut before the next byte: a long data run ends here
+	size  int // most bytes of a chunk
+	large int // of one that begins headChunks chunks or more into its data run
+	pipe  *pipeline
+	job   *job  // being filled; nil at first
+	any   bool  // a chunk was submitted
+	long  bool  // in a long data run: cut before the next header byte
+	run   int64 // bytes of that run until now
 }
 
 // entry adds the header bytes of e. The data follows through room and grow.
@@ -39,7 +42,7 @@ func (c *chunker) entry(ctx context.Context, e *Entry, headers []byte) error {
 	if err := c.write(ctx, own); err != nil || !long {
 		return err
 	}
-	c.cut = true
+	c.long, c.run = true, 0
 	return c.submit(ctx)
 }
 
@@ -51,8 +54,8 @@ func cutBefore(name string, n int64, size int) bool {
 
 // write adds header bytes.
 func (c *chunker) write(ctx context.Context, b []byte) error {
-	if c.cut {
-		c.cut = false
+	if c.long {
+		c.long = false
 		if err := c.submit(ctx); err != nil {
 			return err
 		}
@@ -71,21 +74,32 @@ func (c *chunker) write(ctx context.Context, b []byte) error {
 
 // room returns space for the next bytes, at least one. grow says how many of them were used.
 func (c *chunker) room(ctx context.Context) ([]byte, error) {
-	if c.len() == c.size {
+	if c.len() == c.most() {
 		if err := c.submit(ctx); err != nil {
 			return nil, err
 		}
 	}
 	if c.job == nil {
 		var err error
-		if c.job, err = c.pipe.take(ctx); err != nil {
+		if c.job, err = c.pipe.take(ctx, c.most()); err != nil {
 			return nil, err
 		}
 	}
-	return c.job.tar[len(c.job.tar):c.size], nil
+	return c.job.tar[len(c.job.tar):c.most()], nil
 }
 
-func (c *chunker) grow(n int) { c.job.tar = c.job.tar[:len(c.job.tar)+n] }
+// most returns how many bytes the chunk being filled, or else the next one, may have.
+func (c *chunker) most() int {
+	if c.long && c.run-int64(c.len()) >= headChunks*int64(c.size) {
+		return c.large
+	}
+	return c.size
+}
+
+func (c *chunker) grow(n int) {
+	c.job.tar = c.job.tar[:len(c.job.tar)+n]
+	c.run += int64(n)
+}
 
 func (c *chunker) len() int {
 	if c.job == nil {

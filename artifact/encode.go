@@ -21,9 +21,15 @@ const (
 	defaultChunkSize = 128 << 10
 	// encoderVersion names what decides the bytes of the frames, and with chunkerVersion those of the blob. TestGolden fails when it must change.
 	encoderVersion = "klauspost-1.20.4"
-	chunkerVersion = 1
+	chunkerVersion = 2
 
-	// maxWorkers bounds the workers' memory, about 1.3 MiB each; the one goroutine that reads the tar cannot feed more.
+	// The first headChunks chunks of a data run are as small as others, 256 MiB: programs and libraries, and what says at the start of a large file what is
+	// where. The rest has largeFactor times larger ones, of up to maxLarge: every pull pays 48 bytes for a chunk, and few start-ups read much at random there.
+	headChunks  = 2048
+	largeFactor = 4
+	maxLarge    = 512 << 10
+
+	// maxWorkers bounds the workers' memory, about 1.3 MiB each, 2 with large chunks; the one goroutine that reads the tar cannot feed more.
 	maxWorkers = 16
 	// maxPending bounds the bytes of tar that are in the pipeline at once, in chunks of the largest size too.
 	maxPending = 8 << 20
@@ -31,7 +37,7 @@ const (
 
 // EncodeOptions are the parameters that decide a blob's bytes (but for Workers, which does not).
 type EncodeOptions struct {
-	ChunkSize int // most bytes of tar in a chunk; 0 is 128 KiB
+	ChunkSize int // most bytes of tar in a chunk, but in a data run's rest behind its first 2048 chunks, see largeChunkSize; 0 is 128 KiB
 	Workers   int // chunks compressed at once; 0 is GOMAXPROCS
 }
 
@@ -42,8 +48,13 @@ func (o EncodeOptions) withDefaults() EncodeOptions {
 	if o.Workers <= 0 {
 		o.Workers = runtime.GOMAXPROCS(0)
 	}
-	o.Workers = max(1, min(o.Workers, maxWorkers, maxPending/o.ChunkSize))
+	o.Workers = max(1, min(o.Workers, maxWorkers, maxPending/o.largeChunkSize()))
 	return o
+}
+
+// largeChunkSize is the most bytes of tar in a chunk that begins headChunks chunks or more into its data run.
+func (o EncodeOptions) largeChunkSize() int {
+	return max(o.ChunkSize, min(largeFactor*o.ChunkSize, maxLarge))
 }
 
 // ID names everything that decides a blob's bytes, for records of layers converted before: format version, chunk size, encoder and its version.
@@ -74,7 +85,7 @@ func EncodeLayer(ctx context.Context, w io.Writer, tar io.Reader, o EncodeOption
 		return EncodedLayer{}, err
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	r := &tarReader{ctx: ctx, tar: bufio.NewReaderSize(tar, 64<<10), diffID: sha256.New(), chunks: chunker{size: o.ChunkSize, pipe: p}}
+	r := &tarReader{ctx: ctx, tar: bufio.NewReaderSize(tar, 64<<10), diffID: sha256.New(), chunks: chunker{size: o.ChunkSize, large: o.largeChunkSize(), pipe: p}}
 	g.Go(func() error { return r.run() })
 	for range o.Workers {
 		g.Go(func() error { return p.compress(ctx) })

@@ -266,26 +266,82 @@ func (w *limitedWriter) Write(p []byte) (int, error) {
 	return 0, w.err
 }
 
-// TestEncodeMemory encodes a layer much larger than the memory that encoding may take.
+// TestLargeFile pins how a data run that is large in chunks is cut, with small chunks: 512 bytes, and 2 KiB from 1 MiB on. So a file has the same chunks
+// wherever it is, and keeps them when it grows.
+func TestLargeFile(t *testing.T) {
+	const size, large = blockSize, largeFactor * blockSize
+	r := rand.New(rand.NewPCG(19, 20))
+	big := text(r, headChunks*size+100*large+1234)
+	before, behind := file{"etc/motd", text(r, 700)}, file{"var/lib/x", text(r, 5000)}
+	chunks := func(e *encoded) map[[32]byte]bool {
+		sums := map[[32]byte]bool{}
+		for i := range e.Chunks {
+			sums[e.index.Chunk(i).Digest] = true
+		}
+		return sums
+	}
+	raw := tarOf(t, []file{before, {"models/weights", big}, behind})
+	e := encode(t, raw, EncodeOptions{ChunkSize: size, Workers: 1})
+	checkLayer(t, e)
+	if encode(t, raw, EncodeOptions{ChunkSize: size, Workers: 5}).Digest != e.Digest {
+		t.Error("another blob with 5 workers")
+	}
+	others := map[string]map[[32]byte]bool{
+		"here":      chunks(e),
+		"elsewhere": chunks(encode(t, tarOf(t, []file{behind, {"opt/copy", big}, before}), EncodeOptions{ChunkSize: size})),
+		"grown":     chunks(encode(t, tarOf(t, []file{before, {"models/weights", append(bytes.Clone(big), text(r, 3*large)...)}}), EncodeOptions{ChunkSize: size})),
+	}
+	for off := 0; off < len(big); {
+		end := off + size
+		if off >= headChunks*size {
+			end = off + large
+		}
+		if end > len(big) {
+			delete(others, "grown") // the end is not the end there
+		}
+		sum := sha256.Sum256(big[off:min(end, len(big))])
+		for name, sums := range others {
+			if !sums[sum] {
+				t.Fatalf("%s: no chunk of its own for the file's bytes from %d to %d", name, off, end)
+			}
+		}
+		off = end
+	}
+}
+
+// TestLargeIndex: the index of a layer with a large file, which every pull fetches, is small.
+func TestLargeIndex(t *testing.T) {
+	pr, pw := io.Pipe()
+	go writeLargeTar(pw, 1, 1<<30)
+	e, err := EncodeLayer(t.Context(), io.Discard, pr, EncodeOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if most := int64(175_000); e.IndexSize > most { // 393,500 with chunks of 128 KiB alone
+		t.Errorf("an index of %d bytes for a file of 1 GiB in %d chunks, want at most %d", e.IndexSize, e.Chunks, most)
+	}
+}
+
+// TestEncodeMemory encodes layers much larger than the memory that encoding may take, with as many workers as there may be.
 func TestEncodeMemory(t *testing.T) {
-	for _, size := range []int{0, MaxChunkSize} {
+	for _, c := range []struct{ chunk, files, size int }{{0, 20, 8 << 20}, {0, 1, 512 << 20}, {MaxChunkSize, 20, 8 << 20}} {
 		pr, pw := io.Pipe()
 		done := make(chan error, 1)
-		go func() { done <- writeLargeTar(pw, 20, 8<<20) }()
+		go func() { done <- writeLargeTar(pw, c.files, c.size) }()
 		var base runtime.MemStats
 		runtime.GC()
 		runtime.ReadMemStats(&base)
 		peak := &heapPeak{}
-		if _, err := EncodeLayer(t.Context(), peak, pr, EncodeOptions{ChunkSize: size}); err != nil {
+		if _, err := EncodeLayer(t.Context(), peak, pr, EncodeOptions{ChunkSize: c.chunk, Workers: maxWorkers}); err != nil {
 			t.Fatal(err)
 		}
 		if err := <-done; err != nil {
 			t.Fatal(err)
 		}
 		used := int64(peak.max) - int64(base.HeapInuse)
-		t.Logf("chunks of %d: %d MiB", size, used>>20)
+		t.Logf("%d files of %d, chunks of %d: %d MiB", c.files, c.size, c.chunk, used>>20)
 		if used > 64<<20 {
-			t.Errorf("chunks of %d: encoding takes %d MiB of memory", size, used>>20)
+			t.Errorf("%d files of %d, chunks of %d: encoding takes %d MiB of memory", c.files, c.size, c.chunk, used>>20)
 		}
 	}
 }
@@ -305,16 +361,18 @@ func (p *heapPeak) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// writeLargeTar writes n files of size bytes each.
+// writeLargeTar writes n files of size bytes each, a multiple of 1 MiB: zeros.
 func writeLargeTar(w *io.PipeWriter, n, size int) error {
-	data := make([]byte, size)
+	data := make([]byte, 1<<20)
 	tw := tar.NewWriter(w)
 	for i := range n {
 		if err := tw.WriteHeader(&tar.Header{Name: fmt.Sprint(i), Typeflag: tar.TypeReg, Size: int64(size)}); err != nil {
 			return w.CloseWithError(err)
 		}
-		if _, err := tw.Write(data); err != nil {
-			return w.CloseWithError(err)
+		for range size / len(data) {
+			if _, err := tw.Write(data); err != nil {
+				return w.CloseWithError(err)
+			}
 		}
 	}
 	return w.CloseWithError(tw.Close())

@@ -31,6 +31,8 @@ func TestSizes(t *testing.T) {
 		"maxWindow":         {maxWindow, 8 << 20},
 		"maxEntryHeaders":   {maxEntryHeaders, 8 << 20},
 		"defaultChunkSize":  {defaultChunkSize, 128 << 10},
+		"largeChunkSize":    {EncodeOptions{}.withDefaults().largeChunkSize(), 512 << 10},
+		"headChunks":        {headChunks * defaultChunkSize, 256 << 20},
 		"frame of no bytes": {int(maxFrameSize(0)), 64},
 		"frame of 128 KiB":  {int(maxFrameSize(128 << 10)), 128<<10 + 512 + 64},
 		"magic":             {len(indexMagic), 8},

@@ -36,7 +36,7 @@ type job struct {
 }
 
 func newPipeline(w io.Writer, o EncodeOptions) (*pipeline, error) {
-	window := 1 << bits.Len(uint(o.ChunkSize-1)) // no match is farther away
+	window := 1 << bits.Len(uint(o.largeChunkSize()-1)) // no match is farther away
 	enc, err := zstd.NewWriter(nil, zstd.WithEncoderConcurrency(o.Workers), zstd.WithEncoderCRC(false), zstd.WithZeroFrames(true),
 		zstd.WithWindowSize(max(window, zstd.MinWindowSize)), zstd.WithLowerEncoderMem(true))
 	if err != nil {
@@ -52,19 +52,18 @@ func newPipeline(w io.Writer, o EncodeOptions) (*pipeline, error) {
 		blob:  sha256.New(),
 	}
 	for range jobs {
-		p.free <- &job{
-			tar:   make([]byte, 0, o.ChunkSize),
-			frame: make([]byte, 0, maxFrameSize(uint64(o.ChunkSize))),
-			done:  make(chan struct{}, 1),
-		}
+		p.free <- &job{done: make(chan struct{}, 1)}
 	}
 	return p, nil
 }
 
-// take returns an empty job.
-func (p *pipeline) take(ctx context.Context) (*job, error) {
+// take returns an empty job with room for a chunk of size bytes. Most layers have no large ones, and their jobs no memory for those.
+func (p *pipeline) take(ctx context.Context, size int) (*job, error) {
 	select {
 	case j := <-p.free:
+		if cap(j.tar) < size {
+			j.tar, j.frame = make([]byte, 0, size), make([]byte, 0, maxFrameSize(uint64(size)))
+		}
 		j.tar = j.tar[:0]
 		return j, nil
 	case <-ctx.Done():

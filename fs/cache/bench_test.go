@@ -10,6 +10,14 @@ import (
 
 func benchLayer(b *testing.B) *layer { return newLayer(b, 0, 64<<20) }
 
+// benchChunks calls bench with a layer of chunks as most are, as those in the rest of a large file are, and of larger ones.
+func benchChunks(b *testing.B, bench func(b *testing.B, ly *layer)) {
+	for _, size := range []int{128 << 10, 512 << 10, 1 << 20} {
+		ly := newLayer(b, size, 64<<20)
+		b.Run(fmt.Sprintf("chunks=%dKiB", size>>10), func(b *testing.B) { bench(b, ly) })
+	}
+}
+
 // Reads of what is on disk and verified.
 func BenchmarkReadWarm(b *testing.B) {
 	ly := benchLayer(b)
@@ -73,45 +81,58 @@ func BenchmarkReadFirstUse(b *testing.B) {
 
 // A 64 MiB file read once from start to end, one read at a time, 5 ms away.
 func BenchmarkReadColdSequential(b *testing.B) {
-	ly := benchLayer(b)
-	for _, n := range []int{128 << 10, 1 << 20} {
-		b.Run(fmt.Sprintf("%dKiB", n>>10), func(b *testing.B) {
-			b.SetBytes(64 << 20)
-			var requests, bytes int64
-			for range b.N {
-				b.StopTimer()
-				c := openCache(b, b.TempDir())
-				blob := ly.serve()
-				blob.latency = 5 * time.Millisecond
-				l := openLayer(b, c, ly, blob)
-				p := make([]byte, n)
-				b.StartTimer()
-				for off := int64(512); off < 512+64<<20; off += int64(n) {
-					if _, err := l.ReadAt(b.Context(), p, off); err != nil && err != io.EOF {
-						b.Fatal(err)
-					}
-				}
-				b.StopTimer()
-				requests += blob.requests.Load()
-				bytes += blob.bytes.Load()
-				must(b, c.Close())
-			}
-			b.ReportMetric(float64(requests)/float64(b.N), "requests/op")
-			b.ReportMetric(float64(bytes)/float64(b.N)/float64(ly.frames(512, 64<<20)), "fetched/needed")
-		})
-	}
+	benchChunks(b, func(b *testing.B, ly *layer) {
+		for _, n := range []int{16 << 10, 128 << 10, 1 << 20} {
+			b.Run(fmt.Sprintf("reads=%dKiB", n>>10), func(b *testing.B) { readCold(b, ly, n) })
+		}
+	})
 }
 
-// Random 4 KiB reads of a 64 MiB file, 5 ms away: what is fetched against the frames of the chunks touched.
+// readCold reads the layer's file in reads of n bytes.
+func readCold(b *testing.B, ly *layer, n int) {
+	b.SetBytes(64 << 20)
+	var requests, bytes, misses int64
+	for range b.N {
+		b.StopTimer()
+		c := openCache(b, b.TempDir())
+		blob := ly.serve()
+		blob.latency = 5 * time.Millisecond
+		l := openLayer(b, c, ly, blob)
+		p := make([]byte, n)
+		b.StartTimer()
+		for off := int64(512); off < 512+64<<20; off += int64(n) {
+			if _, err := l.ReadAt(b.Context(), p, off); err != nil && err != io.EOF {
+				b.Fatal(err)
+			}
+		}
+		b.StopTimer()
+		requests += blob.requests.Load()
+		bytes += blob.bytes.Load()
+		misses += c.Stats().Misses
+		must(b, c.Close())
+	}
+	b.ReportMetric(float64(requests)/float64(b.N), "requests/op")
+	b.ReportMetric(float64(misses)/float64(b.N), "misses/op")
+	b.ReportMetric(float64(bytes)/float64(b.N)/float64(ly.frames(512, 64<<20)), "fetched/needed")
+}
+
+// Random 4 KiB reads of a 64 MiB file: what is fetched against the frames of the chunks touched, and by each of the first reads, which are sparse.
 func BenchmarkReadColdRandom(b *testing.B) {
-	ly := benchLayer(b)
+	benchChunks(b, func(b *testing.B, ly *layer) {
+		for _, reads := range []int{10, 300} {
+			b.Run(fmt.Sprintf("reads=%d", reads), func(b *testing.B) { readColdRandom(b, ly, reads) })
+		}
+	})
+}
+
+func readColdRandom(b *testing.B, ly *layer, reads int) {
 	for range b.N {
 		c := openCache(b, b.TempDir())
 		blob := ly.serve()
 		l := openLayer(b, c, ly, blob)
 		touched := newBitmap(ly.index.NumChunks())
 		p := make([]byte, 4<<10)
-		for range 300 {
+		for range reads {
 			off := 512 + rand.Int64N(64<<20-4<<10)
 			if _, err := l.ReadAt(b.Context(), p, off); err != nil {
 				b.Fatal(err)
@@ -128,6 +149,7 @@ func BenchmarkReadColdRandom(b *testing.B) {
 			}
 		}
 		b.ReportMetric(float64(blob.bytes.Load())/float64(needed), "fetched/needed")
+		b.ReportMetric(float64(blob.bytes.Load())/float64(reads), "B/read")
 		b.ReportMetric(float64(blob.requests.Load()), "requests/op")
 	}
 }

@@ -19,7 +19,7 @@ import (
 //
 // Measured (BenchmarkReadCold*: a 64 MiB file, 5 ms per request, reads of 128 KiB one at a time, two cores): 500 MB/s and
 // 72 requests, where one request per read would give 25 MB/s and 512; random reads fetch no byte more than the frames of
-// the chunks that they touch.
+// the chunks that they touch. With chunks of 512 KiB, as large files have: 67 requests, and as few reads that wait.
 //
 // Measured (python-app read whole, file after file, 5 ms, 500 Mbit/s): 1,662 requests without walks, 946 with. Of its largest layer alone, 7,589 chunks: 1,300 requests and 140 chunks
 // that a read missed, and 740 and 6. What an upper layer has deleted comes, too: 288 MB instead of 279.

@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"runtime"
 	"slices"
@@ -20,27 +21,31 @@ func body(ly *layer, file int) (off, end int64) {
 }
 
 func TestStreamIsReadAhead(t *testing.T) {
-	ly := aheadLayer(t)
-	c := openCache(t, t.TempDir())
-	b := ly.serve()
-	b.latency = time.Millisecond
-	l := openLayer(t, c, ly, b)
-	p := make([]byte, 128<<10)
-	off, end := body(ly, 0)
-	for o := off; o < end; o += int64(len(p)) {
-		readRange(t, l, ly, p, o)
-	}
-	poll(t, "end of the fills", l.store.idle)
-	s := c.Stats()
-	if s.ReadAhead < s.Misses*4 {
-		t.Errorf("%d chunks were read ahead and %d waited for", s.ReadAhead, s.Misses)
-	}
-	// Nothing twice, and nothing of the next file but what shares the last chunk.
-	if got, want := b.bytes.Load(), ly.frames(off, end-off); got != want {
-		t.Errorf("%d bytes fetched, want %d: the frames of the file", got, want)
-	}
-	if got, most := b.requests.Load(), int64(30); got > most {
-		t.Errorf("%d requests for 96 chunks, want at most %d", got, most)
+	for chunk, size := range map[int]int64{64 << 10: 6 << 20, 512 << 10: 12 << 20} {
+		t.Run(fmt.Sprintf("chunks of %d KiB", chunk>>10), func(t *testing.T) {
+			ly := newLayer(t, chunk, int(size), 1<<20)
+			c := openCache(t, t.TempDir())
+			b := ly.serve()
+			b.latency = time.Millisecond
+			l := openLayer(t, c, ly, b)
+			p := make([]byte, 128<<10)
+			off, end := int64(512), 512+size
+			for o := off; o < end; o += int64(len(p)) {
+				readRange(t, l, ly, p, o)
+			}
+			poll(t, "end of the fills", l.store.idle)
+			s := c.Stats()
+			if s.ReadAhead < s.Misses*4 {
+				t.Errorf("%d chunks were read ahead and %d waited for", s.ReadAhead, s.Misses)
+			}
+			// Nothing twice, and nothing of the next file but what shares the last chunk.
+			if got, want := b.bytes.Load(), ly.frames(off, end-off); got != want {
+				t.Errorf("%d bytes fetched, want %d: the frames of the file", got, want)
+			}
+			if got, most := b.requests.Load(), int64(30); got > most {
+				t.Errorf("%d requests for %d chunks, want at most %d", got, ly.index.NumChunks(), most)
+			}
+		})
 	}
 }
 

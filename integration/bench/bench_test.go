@@ -27,6 +27,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/lagproxy"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
@@ -202,9 +203,8 @@ func BenchmarkDaemonMemory(b *testing.B) {
 }
 
 const (
-	hugeFiles    = 10
-	hugeFileSize = 4 << 30
-	hugeStep     = 1 << 20 // each step of a file begins with a block that says which it is
+	hugeFiles = 10
+	hugeStep  = 1 << 20 // each step of a file begins with a block that says which it is
 )
 
 func hugeBlock(file int, step int64) []byte {
@@ -214,20 +214,29 @@ func hugeBlock(file int, step int64) []byte {
 	return b
 }
 
-// BenchmarkHugeImage converts an image of 40 GB, mounts it, and reads it at random places.
+// BenchmarkHugeImage converts an image of 400 MB and one of 40 GB, mounts both over a link, and reads the same of both; and then at random places of the whole.
 func BenchmarkHugeImage(b *testing.B) {
 	if os.Getenv("BENCH_HUGE") == "" {
 		b.Skip("takes minutes: set BENCH_HUGE=1, as `make bench` does")
 	}
+	for _, c := range []struct {
+		name  string
+		steps int64 // of each file
+	}{{"400MB", 40}, {"40GB", 4096}} {
+		b.Run(c.name, func(b *testing.B) { hugeImage(b, c.steps) })
+	}
+}
+
+func hugeImage(b *testing.B, steps int64) {
 	dir := b.TempDir()
 	step := make([]byte, hugeStep)
 	size := writeLayout(b, dir, func(w io.Writer) error {
 		t := tar.NewWriter(w)
 		for f := range hugeFiles {
-			if err := t.WriteHeader(&tar.Header{Name: fmt.Sprintf("part%d", f), Mode: 0o644, Size: hugeFileSize}); err != nil {
+			if err := t.WriteHeader(&tar.Header{Name: fmt.Sprintf("part%d", f), Mode: 0o644, Size: steps * hugeStep}); err != nil {
 				return err
 			}
-			for s := range int64(hugeFileSize / hugeStep) {
+			for s := range steps {
 				copy(step, hugeBlock(f, s))
 				if _, err := t.Write(step); err != nil {
 					return err
@@ -236,28 +245,44 @@ func BenchmarkHugeImage(b *testing.B) {
 		}
 		return t.Close()
 	})
-	rnd := rand.New(rand.NewPCG(1, 2))
 	for b.Loop() {
 		begin := time.Now()
 		run(b, "streamctl", "create", "oci:"+dir+":latest", "--force", "--record", b.TempDir())
 		b.ReportMetric(float64(size)/1e6/time.Since(begin).Seconds(), "convert-MB/s")
 		reg, ref := push(b, dir)
-		reg.Reset()
-		mounted(b, ref, "auto", func(dir string, pid int, mounting time.Duration) {
-			b.ReportMetric(float64(mounting.Milliseconds()), "ms-to-mounted")
-			_, fetched := reg.Count()
-			b.ReportMetric(float64(fetched)/1e6, "MB-to-mounted")
-			const reads = 1000
-			begin := time.Now()
-			for range reads {
-				file, s := rnd.IntN(hugeFiles), rnd.Int64N(hugeFileSize/hugeStep)
-				readBlock(b, filepath.Join(dir, fmt.Sprintf("part%d", file)), s*hugeStep, hugeBlock(file, s))
-			}
-			b.ReportMetric(float64(time.Since(begin).Microseconds())/reads, "us/random-read")
-			anon, _ := resident(b, pid)
-			b.ReportMetric(float64(anon)/(1<<20), "daemon-MiB")
-		})
+		link := lagproxy.Link{RTT: 5 * time.Millisecond, Bandwidth: 500e6 / 8, Connection: 60e6, SlowStart: true}
+		far, err := lagproxy.Listen("tcp", reg.Host(), link)
+		if err != nil {
+			b.Fatal(err)
+		}
+		hugeReads(b, reg, far.Addr()+"/bench:latest", "same", 100, 40) // of what the image of 400 MB has, too
+		far.Close()
+		hugeReads(b, reg, ref, "random", 1000, steps)
 	}
+}
+
+// hugeReads mounts ref, reads so many places among the first steps of the files, and reports what that takes, with name.
+func hugeReads(b *testing.B, reg *registrytest.Registry, ref, name string, reads int, steps int64) {
+	rnd := rand.New(rand.NewPCG(1, 2))
+	reg.Reset()
+	mounted(b, ref, "auto", func(dir string, pid int, mounting time.Duration) {
+		report := func(took time.Duration, what string) {
+			requests, fetched := reg.Count()
+			b.ReportMetric(float64(took.Microseconds())/1000, "ms-"+what)
+			b.ReportMetric(float64(requests), "requests-"+what)
+			b.ReportMetric(float64(fetched)/1e6, "MB-"+what)
+			reg.Reset()
+		}
+		report(mounting, name+"-mounted")
+		begin := time.Now()
+		for range reads {
+			file, s := rnd.IntN(hugeFiles), rnd.Int64N(steps)
+			readBlock(b, filepath.Join(dir, fmt.Sprintf("part%d", file)), s*hugeStep, hugeBlock(file, s))
+		}
+		report(time.Since(begin), name+"-reads")
+		anon, _ := resident(b, pid)
+		b.ReportMetric(float64(anon)/(1<<20), name+"-daemon-MiB")
+	})
 }
 
 func readBlock(b *testing.B, path string, off int64, want []byte) {
