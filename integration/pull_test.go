@@ -217,19 +217,22 @@ func TestCtrWithLocalPull(t *testing.T) {
 	checkSums(t, out, 7)
 }
 
-// TestRoundTrips counts the dependent round trips that the snapshotter adds to a pull: three, whatever the number of layers, and one more on the first contact
-// with a registry that has the referrers tag schema only. Each of its requests is delayed by the same second, so
+// TestRoundTrips counts the dependent round trips that the snapshotter adds to a pull: two if the image has a profile, three if not, whatever the number of layers, and one
+// more on the first contact with a registry that has the referrers tag schema only. Each of its requests is delayed by the same second, so
 // those that wait for one another begin a second apart.
 func TestRoundTrips(t *testing.T) {
 	const delay = time.Second
 	for name, c := range map[string]struct {
 		options registrytest.Options
 		layers  int
+		profile string
 		rounds  []int // of one pull after the other
 	}{
-		"three layers": {registrytest.Options{}, 3, []int{3, 3}},
-		"120 layers":   {registrytest.Options{}, 120, []int{3}},
-		"tag schema":   {registrytest.Options{NoReferrers: true}, 3, []int{4, 3}},
+		"three layers":       {registrytest.Options{}, 3, "static", []int{2, 2}},
+		"120 layers":         {registrytest.Options{}, 120, "static", []int{2}},
+		"without profile":    {registrytest.Options{}, 3, "none", []int{3, 3}},
+		"tag schema":         {registrytest.Options{NoReferrers: true}, 3, "static", []int{3, 2}},
+		"tag schema without": {registrytest.Options{NoReferrers: true}, 3, "none", []int{4, 3}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			registry := startRegistry(t, c.options)
@@ -239,7 +242,7 @@ func TestRoundTrips(t *testing.T) {
 				push(t, ref, func(dir string, guest []byte) (v1.Image, error) {
 					return ociimage.Layers(dir, guest, c.layers, uint64(i))
 				})
-				run(t, "streamctl", "create", "--record", "", ref)
+				run(t, "streamctl", "create", "--record", "", "--profile", c.profile, ref)
 				remove := registry.Inject(snapshotters, -1, registrytest.Delay(delay))
 				pullStreamed(t, registry, n, ref)
 				remove()

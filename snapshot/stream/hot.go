@@ -70,7 +70,7 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 	h.record = sync.OnceValue(func() *record { return <-h.wanted })
 	h.use = sync.OnceValue(func() *deviceUse { return <-h.opened })
 	h.noMore = sync.OnceFunc(func() { close(h.indexed) })
-	if shares || len(profiles) == 0 { // few are missing, or none comes
+	if len(profiles) == 0 {
 		h.noMore()
 	}
 	s.mu.Lock()
@@ -250,7 +250,10 @@ func (h *hotFetch) takeIndexes(b *hotBlob, head *artifact.HotHead) error {
 	}
 	for i, n := range head.Indexes {
 		k := slices.IndexFunc(rec.Layers, func(l artifact.Layer) bool { return l.IndexDigest == head.Layers[i] })
-		if k < 0 || n == 0 {
+		if b.pos+n > b.end {
+			return nil
+		}
+		if k < 0 || n == 0 || h.store.hasIndex(rec.Layers[k]) {
 			if _, err := io.CopyN(io.Discard, b, n); err != nil { // frames says what is wrong
 				return err
 			}

@@ -12,9 +12,9 @@ import (
 )
 
 const (
-	// hotHead is how much of a hot blob is asked for of an image that shares layers with others on this node, of whose chunks it may have many: the list of 8,000.
-	// Of another image all is asked for at once.
-	hotHead = 64 << 10
+	// hotHead is how much of a hot blob is asked for of an image that shares layers with others on this node, of whose chunks it may have many: the list, and what fits
+	// of the indexes. Of another image all is asked for at once.
+	hotHead = 256 << 10
 	// maxHotSkip is how much of the open hot blob is dropped rather than asked around.
 	maxHotSkip = 256 << 10
 
@@ -32,20 +32,21 @@ type hotBlob struct {
 	ahead  *aheadReader       // of body, from readAhead on
 	cancel context.CancelFunc // of body
 	pos    int64              // of body
+	end    int64              // of body
 	asked  time.Time          // when body was asked for
 }
 
-// head reads the head, and leaves open what follows it; of an image that shares layers nothing, of which much may be here.
+// head reads the head, and leaves open what follows it: of an image that shares layers not all of that, of which much may be here.
 func (b *hotBlob) head(ctx context.Context) (*artifact.HotHead, error) {
 	if b.fetch.shares && hotHead < b.size {
 		if err := b.open(ctx, hotHead); err != nil {
 			return nil, err
 		}
 		h, err := artifact.ReadHotHead(b)
-		b.close()
 		if !errors.Is(err, io.ErrUnexpectedEOF) {
 			return h, err
 		}
+		b.close()
 		b.pos = 0 // the list is longer
 	}
 	if err := b.open(ctx, b.size); err != nil {
@@ -57,7 +58,7 @@ func (b *hotBlob) head(ctx context.Context) (*artifact.HotHead, error) {
 // open asks for the first n bytes.
 func (b *hotBlob) open(ctx context.Context, n int64) (err error) {
 	ctx, b.cancel = context.WithCancel(ctx)
-	b.asked = time.Now()
+	b.asked, b.end = time.Now(), n
 	b.body, err = b.readRange(ctx, 0, n, 0)
 	return err
 }
@@ -66,9 +67,12 @@ func (b *hotBlob) readRange(ctx context.Context, off, n int64, try int) (io.Read
 	return b.fetch.store.o.Registry.ReadRange(ctx, b.fetch.repo, b.dgst, off, n, try)
 }
 
-// readAhead lets what follows come while nobody reads it: the processors have the tree of the image to make, which containers wait for first.
+// readAhead lets all that follows come while nobody reads it: the processors have the tree of the image to make, which containers wait for first. If not all was asked
+// for, it ends what was.
 func (b *hotBlob) readAhead() {
-	if b.body != nil {
+	if b.end < b.size {
+		b.close()
+	} else {
 		b.ahead = newAheadReader(b.body)
 	}
 }

@@ -203,7 +203,7 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	for _, i := range first {
 		l := rec.Layers[i]
 		g.Go(func() error {
-			if l.IndexSize <= artifact.MaxHotIndex {
+			if l.IndexSize <= artifact.MaxHotIndex && !s.hasIndex(l) {
 				hot.await(gctx)
 			}
 			x, err := s.openIndex(gctx, repo, l)
@@ -274,6 +274,12 @@ func (s *Store) shares(m *ocispec.Manifest) bool {
 		}
 	}
 	return false
+}
+
+// hasIndex reports whether there is a file of the index of l.
+func (s *Store) hasIndex(l artifact.Layer) bool {
+	_, err := os.Stat(s.indexPath(l.IndexDigest))
+	return err == nil
 }
 
 // pin keeps the indexes of rec from being swept before the record that names them is on disk.
