@@ -30,8 +30,8 @@ demo: build
 test: build images lint unit integration integration-images
 
 unit: build .build/gotest
-	CGO_ENABLED=1 $(GOTEST) -race $(UNIT)
-	$(GOTEST) -cpu 1 ./fs
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 30m $(UNIT)
+	$(GOTEST) -cpu 1 -timeout 30m ./fs
 
 OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd)$$
 
