@@ -46,7 +46,8 @@ func (s *Server) createFile(img Image, devices []string, local, aligned bool) (*
 	if err != nil {
 		return nil, err
 	}
-	s.setReadAhead(bdi, local)
+	c.bdi = bdi
+	s.setReadAhead(bdi, local, img.Started)
 	return c, nil
 }
 
@@ -78,11 +79,12 @@ func bdis() []string {
 	return all
 }
 
-// setReadAhead sets the read-ahead of bdis, whose data is local or not. It decides the throughput, not the result, so it is no error if it fails.
-func (s *Server) setReadAhead(bdis []string, local bool) {
+// setReadAhead sets the read-ahead of bdis: far if what the kernel reads in vain costs little, because it is local, or because starts are over and nobody has asked for another. It decides
+// the throughput, not the result, so it is no error if it fails.
+func (s *Server) setReadAhead(bdis []string, local, started bool) {
 	bytes := s.readAhead
-	if local {
-		bytes = localReadAhead
+	if local || started && bytes == DefaultReadAhead {
+		bytes = farReadAhead
 	}
 	if len(bdis) == 0 {
 		s.log.Warn("no bdi found to set the read-ahead of a mount; cold reads of large files will be slow")
@@ -101,14 +103,17 @@ func deviceBDI(dev uint64) []string {
 }
 
 // fsContext is a file system being mounted, see fsopen(2). Unlike mount(2) it takes paths with commas and says what is wrong.
-type fsContext struct{ fd int }
+type fsContext struct {
+	fd  int
+	bdi []string // of the file system, once it was created
+}
 
 func newErofs(source string, devices []string) (*fsContext, error) {
 	fd, err := unix.Fsopen("erofs", unix.FSOPEN_CLOEXEC)
 	if err != nil {
 		return nil, fmt.Errorf("open EROFS: %w", err)
 	}
-	c := &fsContext{fd}
+	c := &fsContext{fd: fd}
 	options := [][2]string{{"source", source}}
 	for _, d := range devices {
 		options = append(options, [2]string{"device", d})

@@ -57,6 +57,7 @@ type Image struct {
 	Metadata string // path of the metadata image
 	Device   Device
 	Direct   *Direct // if not nil, another way to the same, which is taken if the mode allows it
+	Started  bool    // a container of it has started before: see Server.Started
 }
 
 // DefaultReadAhead is the read-ahead of a mount, see Options: little, because the kernel knows neither chunks nor what a request costs, and reads ahead and around page
@@ -64,8 +65,9 @@ type Image struct {
 // python-app 50.2 and 45.4 MB in 228 and 156 requests, node-app 30.3 and 26.6 MB in 70 and 42, postgres 25.0 and 21.0 MB in 83 and 53, nginx 23.9 and 16.5 MB in 143 and 67.
 const DefaultReadAhead = 16 << 10
 
-// localReadAhead is that of a mount whose data is all here: there it costs nothing but memory.
-const localReadAhead = 512 << 10
+// farReadAhead is that of a mount whose data is all here, or whose containers have started: what the kernel reads in vain then keeps no start waiting.
+// Reading a file of 64 MiB that is here, at 16 and 512 KiB: 1.4 and 4.5 GB/s in mode file, 1.1 and 4.0 loop, 1.0 and 2.7 tree; 5 ms away: 256 and 546 MB/s, 315 and 602, 256 and 525.
+const farReadAhead = 512 << 10
 
 // Options of a Server.
 type Options struct {
@@ -124,9 +126,10 @@ type mount struct {
 	id       string
 	tree     *tree // mode tree, or
 	devices  *devices
-	device   *device // nil for a direct mount
-	record   int     // in the state of devices' session
-	metadata string  // path
+	device   *device  // nil for a direct mount
+	record   int      // in the state of devices' session
+	metadata string   // path
+	bdi      []string // that have the read-ahead; none of a predecessor's mount
 
 	ready   bool
 	resumed bool // mounted by a predecessor
@@ -263,6 +266,22 @@ func (s *Server) Mount(ctx context.Context, img Image, target string) error {
 		return err
 	}
 	return s.mount(img, target)
+}
+
+// Started says that a first container of the image with the metadata image of this path has started: the kernel may read further ahead in what is opened from now on
+// in its mounts, but for those of a predecessor, which keep the read-ahead that they have.
+func (s *Server) Started(metadata string) {
+	s.mu.Lock()
+	var bdis []string
+	for _, m := range s.mounts {
+		if m.ready && m.metadata == metadata {
+			bdis = append(bdis, m.bdi...)
+		}
+	}
+	s.mu.Unlock()
+	if len(bdis) > 0 {
+		s.setReadAhead(bdis, false, true)
+	}
 }
 
 // Close ends the Server. Without a Keeper it unmounts everything: what still uses a mount gets errors from then on, and Close an EBUSY.

@@ -271,6 +271,51 @@ type shortDevice struct{ *testDevice }
 
 func (shortDevice) ReadAt(context.Context, []byte, int64) (int, error) { return 100, nil }
 
+// Once its containers have started, the kernel reads further ahead, in mounts that are there and in new ones.
+func TestStarted(t *testing.T) {
+	m := newImage()
+	for _, name := range []string{"before", "after", "new"} {
+		m.file(name, noise(1, 1<<20))
+	}
+	inModes(t, func(t *testing.T, s *Server) {
+		img := m.write(t, "image")
+		target := mountImage(t, s, img)
+		const wanted, most = 256 << 10, 256<<10 + 2*DefaultReadAhead
+		bytes := func() int64 {
+			m.dev.mu.Lock()
+			defer m.dev.mu.Unlock()
+			return m.dev.bytes
+		}
+		// read reads the first wanted bytes, page by page, and returns what had come in before.
+		read := func(target, name string) (before int64) {
+			before = bytes()
+			f, err := os.Open(filepath.Join(target, name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			for range wanted / 4096 {
+				if _, err := f.Read(make([]byte, 4096)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return before
+		}
+		before := read(target, "before")
+		s.Started(img.Metadata)
+		after := read(target, "after")
+		if got := after - before; got > most {
+			t.Errorf("before the start is over %d bytes are read for %d, want %d at most", got, wanted, most)
+		}
+		eventually(t, "more is read", func() bool { return bytes()-after > most })
+		img = m.write(t, "image")
+		img.Started = true
+		target = mountImage(t, s, img)
+		before = read(target, "new")
+		eventually(t, "more is read in a new mount", func() bool { return bytes()-before > most })
+	})
+}
+
 func TestDeviceReadsShort(t *testing.T) {
 	m := newImage()
 	m.file("file", noise(1, 1<<20))

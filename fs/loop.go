@@ -48,7 +48,8 @@ func (s *Server) createLoop(img Image, devices []string, local, aligned bool) (*
 		c.close()
 		return nil, fmt.Errorf("stat %s: %w", meta.Name(), err)
 	}
-	s.setReadAhead(deviceBDI(st.Rdev), local)
+	c.bdi = deviceBDI(st.Rdev)
+	s.setReadAhead(c.bdi, local, img.Started)
 	return c, nil
 }
 

@@ -71,7 +71,7 @@ func (s *Server) mountErofs(m *mount, img Image, target string) error {
 		s.devices.release(dev, m.record)
 		return err
 	}
-	m.devices, m.device = s.devices, dev
+	m.devices, m.device, m.bdi = s.devices, dev, c.bdi
 	return nil
 }
 

@@ -49,7 +49,8 @@ func (s *Server) mountTree(m *mount, img Image, target string) error {
 	if err != nil {
 		return err
 	}
-	s.setReadAhead(deviceBDI(t.session.dev), false)
+	m.metadata, m.bdi = img.Metadata, deviceBDI(t.session.dev)
+	s.setReadAhead(m.bdi, false, img.Started)
 	err = t.settle(target)
 	if err == nil && s.keep != nil && img.ID != probeID {
 		a := about{Kind: kindTree, Mode: ModeTree, Want: s.want, Reason: s.reason, ID: img.ID, Size: img.Device.Size()}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
 	"time"
 
@@ -122,7 +121,7 @@ func (d *device) parts() (layers []*cache.Layer, bases []int64) {
 // direct returns how img is mounted without the daemon, nil if it cannot be now. The caller holds mu, and the device is open.
 func (img *image) direct() *fs.Direct {
 	dir := img.store.imageDir(img.id)
-	if _, err := os.Stat(filepath.Join(dir, firstUseName)); err != nil || img.dev.uses.Load() != nil {
+	if !img.started() {
 		return nil
 	}
 	d := &fs.Direct{Metadata: filepath.Join(dir, directName)}

@@ -87,8 +87,7 @@ func (u *firstUses) profile(d *device) *artifact.Profile {
 
 // recordFirstUses begins the record of img, which is being mounted, unless there is one. The caller holds img.mu.
 func (s *Store) recordFirstUses(img *image) {
-	path := filepath.Join(s.imageDir(img.id), firstUseName)
-	if _, err := os.Stat(path); err == nil || img.dev.uses.Load() != nil {
+	if img.started() || img.dev.uses.Load() != nil {
 		return
 	}
 	use, err := img.use(context.Background()) // it is open
@@ -112,6 +111,7 @@ func (s *Store) recordFirstUses(img *image) {
 			if p := u.profile(use.device); len(p.Chunks) > 0 {
 				s.saveFirstUses(img, p, firstUseName)
 				os.Remove(filepath.Join(s.imageDir(img.id), firstUsePart))
+				s.o.Mounter.Started(img.metadataPath(len(img.rec.Layers)))
 				s.wake()
 			}
 			use.Close()
@@ -122,6 +122,12 @@ func (s *Store) recordFirstUses(img *image) {
 		use.uses.Store(nil)
 		img.mounts--
 	}
+}
+
+// started reports whether the first start of img is recorded. The caller holds img.mu, and the device is open.
+func (img *image) started() bool {
+	_, err := os.Stat(filepath.Join(img.store.imageDir(img.id), firstUseName))
+	return err == nil && img.dev.uses.Load() == nil
 }
 
 // waitFirstUses waits until the start of img is over. It calls save meanwhile.

@@ -32,6 +32,8 @@ type Mounter interface {
 	Mount(ctx context.Context, img fs.Image, target string) error
 	Unmount(target string) error
 	Mounted(target string) bool
+	// Started says that a first container of the image with this metadata image, by its path, has started.
+	Started(metadata string)
 	// At lists where a metadata image, by its path, is mounted; Replace puts a direct mount in the place of such a one.
 	At(metadata string) []string
 	Replace(img fs.Image, target string) (gone <-chan struct{}, err error)
@@ -58,7 +60,7 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	defer img.mu.Unlock()
 	meta, err := img.metadata(ctx, n)
 	if err == nil {
-		i := fs.Image{ID: img.id, Metadata: meta, Device: img.dev}
+		i := fs.Image{ID: img.id, Metadata: meta, Device: img.dev, Started: img.started()}
 		if n == len(img.rec.Layers) {
 			i.Direct = img.direct()
 		}
