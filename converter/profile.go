@@ -297,6 +297,9 @@ func describeProfiles(ctx context.Context, p Place, subject digest.Digest) ([]Pr
 			continue // a newer release's, or damaged: a hint that is no use here
 		}
 		h, err := readHead(ctx, p, f.manifest)
+		if errors.Is(err, artifact.ErrUnsupported) {
+			continue // another release's, likewise
+		}
 		if err != nil {
 			return all, fmt.Errorf("profile %s: %w", f.desc.Digest, err)
 		}

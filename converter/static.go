@@ -41,7 +41,9 @@ func (c *Created) tryStatic(ctx context.Context, p Place, img *image, a *artifac
 		}
 		for _, f := range old {
 			if f.manifest != nil && f.manifest.Source == artifact.ProfileStatic {
-				return nil
+				if _, err := readHead(ctx, p, f.manifest); !errors.Is(err, artifact.ErrUnsupported) {
+					return nil
+				}
 			}
 		}
 	}

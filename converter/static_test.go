@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"io"
 	"math/rand/v2"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -153,6 +154,39 @@ func checkProgram(t *testing.T, p Place, c Created) {
 	// In order of use: the script says what its interpreter is.
 	if first := layers[0].index.Chunk(hot.Chunks[0].Chunk); first.TarOffset < 700<<10 {
 		t.Errorf("the first chunk begins at %d, want one of the script", first.TarOffset)
+	}
+}
+
+// TestStaticOfAnotherRelease: a hot blob of another version is as good as none, and is replaced.
+func TestStaticOfAnotherRelease(t *testing.T) {
+	image := "oci:" + filepath.Join(t.TempDir(), "l")
+	p, _ := open(t, image+":v1")
+	d := programImage(t).put(t, p, "v1")
+	good := create(t, image+":v1", CreateOptions{Static: true})[0].Profile
+	hot, err := readBlob(t.Context(), p, ocispec.Descriptor{Digest: good.Hot, Size: good.Size}, 1<<30)
+	if err != nil {
+		t.Fatal(err)
+	}
+	hot[16]++ // the version
+	m := &artifact.ProfileManifest{Subject: d, Source: artifact.ProfileStatic, Hot: putBlob(t, p, artifact.HotMediaType, hot)}
+	raw, err := m.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Delete(t.Context(), good.Digest, d.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.PutManifest(t.Context(), ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(raw), Size: int64(len(raw))}, raw, ""); err != nil {
+		t.Fatal(err)
+	}
+	if list, err := Inspect(t.Context(), p, "v1", nil); err != nil || len(list) != 1 || len(list[0].Profiles) != 0 {
+		t.Errorf("inspect: %+v, %v, want no profile", list, err)
+	}
+	if again := create(t, image+":v1", CreateOptions{Static: true})[0]; again.Profile == nil || again.Profile.Digest != good.Digest {
+		t.Errorf("made anew: %+v, want %s", again.Profile, good.Digest)
+	}
+	if n := len(referrers(t, p, d.Digest)); n != 2 {
+		t.Errorf("%d referrers, want the artifact and the new profile", n)
 	}
 }
 
