@@ -47,6 +47,21 @@ func pushHotTo(n *testNode, repo string) (testImage, map[string]string) {
 // index fetches the index of the image's layer i.
 func (n *testNode) index(m *artifact.Manifest, i int) *artifact.Index {
 	n.t.Helper()
+	x, err := m.Layers[i].Index(n.rawIndex(m, i))
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return x
+}
+
+func (n *testNode) rawIndex(m *artifact.Manifest, i int) []byte {
+	n.t.Helper()
+	return n.blob(m, i)[m.Layers[i].IndexOffset:]
+}
+
+// blob fetches the blob of the image's layer i.
+func (n *testNode) blob(m *artifact.Manifest, i int) []byte {
+	n.t.Helper()
 	l := m.Layers[i]
 	resp, err := http.Get(n.reg.URL() + "/v2/app/blobs/" + l.Digest.String())
 	if err != nil {
@@ -60,11 +75,7 @@ func (n *testNode) index(m *artifact.Manifest, i int) *artifact.Index {
 			n.t.Fatal(err)
 		}
 	}
-	x, err := l.Index(blob[l.IndexOffset:])
-	if err != nil {
-		n.t.Fatal(err)
-	}
-	return x
+	return blob
 }
 
 // hotProfile lists the chunks of the hot files, the second layer's first. The kernel reads whole blocks, so the padding behind them is wanted, too.
@@ -228,6 +239,16 @@ func TestHostileProfiles(t *testing.T) {
 		},
 		"wrong index": func(n *testNode, img testImage, p *artifact.Profile) {
 			n.attachHotIndexes(img, &artifact.HotHead{Profile: *p, Indexes: []int64{100, 0}}, make([]byte, 100), make([]byte, n.framesOf(img, p)))
+		},
+		"a byte behind an index": func(n *testNode, img testImage, p *artifact.Profile) {
+			m := n.artifactOf(img)
+			raw := append(n.rawIndex(m, 0), 0)
+			var frames []byte
+			for _, c := range p.Chunks {
+				at := n.index(m, c.Layer).Chunk(c.Chunk)
+				frames = append(frames, n.blob(m, c.Layer)[at.BlobOffset:][:at.BlobSize]...)
+			}
+			n.attachHotIndexes(img, &artifact.HotHead{Profile: *p, Indexes: []int64{int64(len(raw)), 0}}, raw, frames)
 		},
 		"less than its indexes": func(n *testNode, img testImage, p *artifact.Profile) {
 			n.attachHotIndexes(img, &artifact.HotHead{Profile: *p, Indexes: []int64{0, 1000}}, nil, nil)

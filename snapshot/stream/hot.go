@@ -259,6 +259,9 @@ func (h *hotFetch) takeIndexes(b *hotBlob, head *artifact.HotHead) error {
 			}
 			continue
 		}
+		if want := rec.Layers[k].IndexSize; n != want {
+			return fmt.Errorf("%w: index of layer %d has %d bytes, the artifact's manifest says %d", artifact.ErrInvalid, k, n, want)
+		}
 		off := b.pos
 		err := h.store.writeIndex(rec.Layers[k], func(f *os.File) error {
 			_, err := io.CopyN(f, b, n)
