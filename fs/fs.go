@@ -66,7 +66,8 @@ type Image struct {
 const DefaultReadAhead = 16 << 10
 
 // farReadAhead is that of a mount whose data is all here, or whose containers have started: what the kernel reads in vain then keeps no start waiting.
-// Reading a file of 64 MiB that is here, at 16 and 512 KiB: 1.4 and 4.5 GB/s in mode file, 1.1 and 4.0 loop, 1.0 and 2.7 tree; 5 ms away: 256 and 546 MB/s, 315 and 602, 256 and 525.
+// Reading a file of 64 MiB that is here (BenchmarkReadLarge, one machine), at 16 and 512 KiB: 1.6 and 2.0 GB/s in mode file, 1.3 and 1.8 loop, 1.1 and 1.2 tree; 5 ms away, in mode file:
+// 253 and 283 MB/s.
 const farReadAhead = 512 << 10
 
 // Options of a Server.
