@@ -2,29 +2,59 @@ package registryclient
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
+	"iter"
 	"net/http"
-	"net/url"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker/auth"
-	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 )
 
 const (
-	maxTokenBody = 1 << 20
 	maxChallenge = 4 << 10 // bytes; containerd's parser takes the square of it
-	// A token whose life is not told lives 60 seconds, says the token specification.
-	defaultTokenLife = 60 * time.Second
-	clientID         = "streaming-snapshotter"
+	maxOffers    = 16      // credentials that one request tries
 )
+
+// Credential is what a source offers to be let in with. Without User, Secret is an identity token (OAuth2 refresh token); without both it is anonymous access.
+type Credential struct {
+	Source string // as users know it: "docker config"
+	User   string
+	Secret string
+}
+
+// String is the source's name, without anything secret.
+func (c Credential) String() string {
+	if c.Secret == "" {
+		return "anonymous"
+	}
+	return c.Source
+}
+
+// Place is where a credential is to be used.
+type Place struct {
+	Image Repository // as in the image's reference
+	// Names are what the repository is called there, most exact first: Image for the registry itself, and, where hosts.toml gives it another address,
+	// that too; for a mirror only the mirror's own, "mirror.example.com:5000/library/busybox".
+	Names []Repository
+	Last  string // the Source that was accepted there last, to be asked first; "" is none
+}
+
+// Credentials offers credentials for a place, one after the other until one is accepted; the sequence is not read on then, so what is expensive to
+// get comes late. An error is a source's that could not say, and the next is tried; it is told if none is accepted. It is called whenever a token
+// has to be had, maybe by many goroutines at once, and ends with ctx. Anonymous access comes last by itself, or where it is offered.
+type Credentials func(ctx context.Context, p Place) iter.Seq2[Credential, error]
 
 // authorizer keeps what one host wants to see in Authorization, for each repository: the answer to its first challenge, renewed when it
 // has run out or is refused.
+//
+// Credentials are tried in the order they are offered, the one accepted last before others of its source. One is refused if the token server says so, or the host does with the
+// token or password in hand: 401 or 403, and as long as it has not been let in to the repository 404 too, which is how some registries hide what is not for
+// everybody. After a 404 anonymous access is not tried: whoever may see a repository at all has been sent. When all are refused the answer is the first
+// refusal, or the first 404.
 //
 // The parts (challenges, token requests) are containerd's; its own authorizer is made for a pull and not for a daemon's life: it keeps a failed
 // token request as the answer for ever, keeps a token of untold life for ever, and asks for the credentials once.
@@ -35,19 +65,44 @@ type authorizer struct {
 
 	mu     sync.Mutex
 	grants map[string]*grant
+	served map[string]Credential // accepted last
 }
 
-// grant is the right to read one repository. Whoever finds done open waits for it; the fields are set before it is closed and not after.
+// grant is the right to read one repository, until it turns out to be none. Whoever finds done open waits for it; the fields are set before it is closed and
+// not after.
 type grant struct {
-	done      chan struct{}
-	challenge auth.Challenge
-	value     string    // of the Authorization header; "" is anonymous
-	expires   time.Time // zero is never
-	err       error
+	done       chan struct{}
+	challenge  auth.Challenge
+	credential Credential
+	value      string    // of the Authorization header
+	expires    time.Time // zero is never
+	err        error
+
+	tried  []Credential // and refused, before this one
+	notes  []string     // why
+	keep   *grant       // what comes back if this comes to nothing; nil is nothing
+	hidden bool         // one of tried was told 404
+
+	accepted bool // guarded by authorizer.mu: let in at least once
+}
+
+// header is what to send. nil sends nothing.
+func (g *grant) header() string {
+	if g == nil {
+		return ""
+	}
+	return g.value
+}
+
+// exhaustedError: no credential is accepted.
+type exhaustedError struct{ notes []string }
+
+func (e *exhaustedError) Error() string {
+	return "no credential is accepted (" + strings.Join(e.notes, "; ") + ")"
 }
 
 func newAuthorizer(h *host, c *Client) *authorizer {
-	a := &authorizer{h: h, c: c, grants: map[string]*grant{}}
+	a := &authorizer{h: h, c: c, grants: map[string]*grant{}, served: map[string]Credential{}}
 	a.client = &http.Client{
 		Transport: &metered{base: h.RegistryHost.Client.Transport, m: &c.meter, max: maxTokenBody},
 		// A token request carries the secret in its body or its header, so it goes nowhere else.
@@ -61,164 +116,252 @@ func newAuthorizer(h *host, c *Client) *authorizer {
 	return a
 }
 
-// known returns what to send before anything was asked: "" is nothing. It renews what has run out.
-func (a *authorizer) known(ctx context.Context, name string) (string, error) {
-	return a.grant(ctx, name, nil, "")
+// known returns what to send before anything was asked: nil is nothing. It renews what has run out.
+func (a *authorizer) known(ctx context.Context, name string) (*grant, error) {
+	return a.grant(ctx, name, nil, nil)
 }
 
-// renew returns what to send after the host has refused value, "" being nothing, with the challenge in header if there is one there. There
-// is nothing better if it returns "" or value.
-func (a *authorizer) renew(ctx context.Context, name, value string, header http.Header) (string, error) {
+// letIn notes that the host has answered a request with g.
+func (a *authorizer) letIn(name string, g *grant) {
+	if g == nil {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if !g.accepted {
+		g.accepted = true
+		a.served[name] = g.credential
+	}
+}
+
+// final reports whether another credential, or a new token, would not change the answer status to a request with g.
+func (a *authorizer) final(g *grant, status int) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	switch status {
+	case http.StatusUnauthorized:
+		return false
+	case http.StatusForbidden: // ECR says so when the password has run out
+		return g == nil || g.accepted && g.challenge.Scheme != auth.BasicAuth
+	case http.StatusNotFound:
+		return g == nil || g.accepted
+	}
+	return true
+}
+
+// refusal is a host's answer to a request with g, nil being without anything, that was not final.
+type refusal struct {
+	g      *grant
+	status int
+	header http.Header
+	again  bool // g is itself what a refused one was replaced by in this request
+}
+
+// challenge returns what the host asks for; nil if it does not say.
+func (r *refusal) challenge() *auth.Challenge {
 	const key = "Www-Authenticate"
-	short := slices.DeleteFunc(slices.Clone(header[key]), func(s string) bool { return len(s) > maxChallenge })
+	short := slices.DeleteFunc(slices.Clone(r.header[key]), func(s string) bool { return len(s) > maxChallenge })
 	for _, c := range auth.ParseAuthHeader(http.Header{key: short}) { // bearer first
 		if c.Scheme == auth.BearerAuth || c.Scheme == auth.BasicAuth {
-			return a.grant(ctx, name, &c, value)
+			return &c
 		}
 	}
-	return a.grant(ctx, name, nil, value)
+	return nil
 }
 
-// grant returns the current grant's value, unless it is the refused one or has run out: then one caller gets a new one and the others wait.
-func (a *authorizer) grant(ctx context.Context, name string, challenge *auth.Challenge, refusedValue string) (string, error) {
+// better returns what to send after r. nil is that there is nothing better, an exhaustedError that everything was tried.
+func (a *authorizer) better(ctx context.Context, name string, r *refusal) (*grant, error) {
+	return a.grant(ctx, name, r, r.challenge())
+}
+
+// grant returns the current grant, unless it is the refused one or has run out: then one caller gets a new one and the others wait.
+func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challenge *auth.Challenge) (*grant, error) {
 	a.mu.Lock()
 	old := a.grants[name]
-	if old == nil && challenge == nil {
-		a.mu.Unlock()
-		return "", nil
+	var of *grant // that was refused
+	if r != nil {
+		of = r.g
 	}
 	if old != nil {
 		select {
 		case <-old.done:
 		default:
 			a.mu.Unlock()
-			return a.wait(ctx, name, old, challenge, refusedValue)
+			return a.wait(ctx, name, old, r, challenge)
 		}
-		fresh := old.err == nil && (old.expires.IsZero() || time.Now().Before(old.expires))
-		if fresh && (refusedValue == "" || old.value != refusedValue) {
+		if old != of && (old.expires.IsZero() || time.Now().Before(old.expires)) {
 			a.mu.Unlock()
-			return old.value, nil
-		}
-		if challenge == nil {
-			challenge = &old.challenge
+			return old, nil
 		}
 	}
+	if challenge == nil {
+		if of == nil {
+			of = old
+		}
+		if of == nil {
+			a.mu.Unlock()
+			return nil, nil
+		}
+		challenge = &of.challenge
+	}
 	g := &grant{done: make(chan struct{}), challenge: *challenge}
+	if r != nil && r.g != nil {
+		g.follow(r)
+	}
 	a.grants[name] = g
+	last, known := a.served[name]
 	a.mu.Unlock()
 
-	g.value, g.expires, g.err = a.fetch(ctx, name, *challenge)
+	a.fill(ctx, name, g, last, known)
 	a.mu.Lock()
-	if g.err != nil || g.value == "" {
+	switch {
+	case g.err == nil:
+	case g.keep != nil:
+		g.keep.accepted = true
+		a.served[name] = g.keep.credential
+		a.grants[name] = g.keep
+	default:
 		delete(a.grants, name) // the next request is sent without and learns the challenge anew
 	}
 	a.mu.Unlock()
 	close(g.done)
-	return g.value, g.err
+	if g.err != nil {
+		return nil, g.err
+	}
+	return g, nil
 }
 
-func (a *authorizer) wait(ctx context.Context, name string, g *grant, challenge *auth.Challenge, refusedValue string) (string, error) {
+// follow takes over what is known from the refusal of r.g. The caller holds mu.
+func (g *grant) follow(r *refusal) {
+	was := r.g
+	if was.accepted {
+		g.keep = was
+		if g.challenge.Scheme == auth.BearerAuth && !r.again {
+			return // the token has run out before its time, and what it was got with will do for another
+		}
+	} else {
+		g.keep, g.hidden = was.keep, was.hidden
+		g.tried, g.notes = slices.Clone(was.tried), slices.Clone(was.notes)
+	}
+	if r.status == http.StatusNotFound && !g.hidden {
+		g.keep, g.hidden = was, true
+	}
+	g.refuse(was.credential, fmt.Errorf("status %d", r.status))
+}
+
+func (g *grant) refuse(c Credential, why error) {
+	g.tried = append(g.tried, c)
+	g.notes = append(g.notes, fmt.Sprintf("%s: %v", c, why))
+}
+
+func (a *authorizer) wait(ctx context.Context, name string, g *grant, r *refusal, challenge *auth.Challenge) (*grant, error) {
 	select {
 	case <-g.done:
 	case <-ctx.Done():
-		return "", ctx.Err()
+		return nil, ctx.Err()
 	}
 	if errors.Is(g.err, context.Canceled) || errors.Is(g.err, context.DeadlineExceeded) || errors.Is(g.err, errSilent) {
-		return a.grant(ctx, name, challenge, refusedValue) // whoever asked has gone; we have not
+		return a.grant(ctx, name, r, challenge) // whoever asked has gone; we have not
 	}
-	return g.value, g.err
+	if g.err != nil {
+		return nil, g.err
+	}
+	return g, nil
 }
 
-// fetch answers a challenge, with the credentials as they are now.
-func (a *authorizer) fetch(ctx context.Context, name string, c auth.Challenge) (value string, expires time.Time, err error) {
-	var user, secret string
-	if a.c.o.Credentials != nil {
-		if user, secret, err = a.c.o.Credentials(ctx, a.h.Host); err != nil {
-			return "", time.Time{}, fmt.Errorf("credentials for %s: %w", a.h.Host, err)
+// fill makes of g the answer to its challenge, with the first credential that is accepted and was not refused before.
+func (a *authorizer) fill(ctx context.Context, name string, g *grant, last Credential, known bool) {
+	for c, err := range a.offers(ctx, name, last, known) {
+		if ctx.Err() != nil {
+			g.err = ctx.Err()
+			return
+		}
+		if err != nil {
+			g.notes = append(g.notes, err.Error())
+			continue
+		}
+		if c.Secret == "" {
+			c = Credential{} // whoever offers it
+		}
+		if slices.Contains(g.tried, c) || (c == Credential{} && g.hidden) || len(g.tried) > maxOffers {
+			continue
+		}
+		g.value, g.expires, err = a.fetch(ctx, name, g.challenge, c)
+		var no *notAcceptedError
+		switch {
+		case errors.As(err, &no):
+			g.refuse(c, err)
+		case err != nil:
+			g.err = err
+			return
+		case g.value != "":
+			g.credential = c
+			return
 		}
 	}
-	if c.Scheme == auth.BasicAuth {
-		if user == "" || secret == "" {
-			return "", time.Time{}, nil
-		}
-		return "Basic " + base64.StdEncoding.EncodeToString([]byte(user+":"+secret)), time.Time{}, nil
+	if g.err = ctx.Err(); g.err == nil {
+		g.err = &exhaustedError{g.notes}
 	}
-	to, err := auth.GenerateTokenOptions(ctx, a.h.Host, user, secret, c)
-	if err != nil {
-		return "", time.Time{}, refused("host %s: %v", a.h.Host, err)
-	}
-	if len(to.Scopes) == 0 {
-		to.Scopes = []string{"repository:" + name + ":pull"}
-	}
-	realm, err := url.Parse(to.Realm)
-	if err != nil || (realm.Scheme != "https" && realm.Scheme != "http") || realm.Host == "" {
-		return "", time.Time{}, refused("host %s: token server's address is malformed", a.h.Host)
-	}
-	if (secret != "" || len(a.h.Header) > 0) && a.h.Scheme == "https" && realm.Scheme != "https" {
-		return "", time.Time{}, refused("host %s: its token server %s is not https, and credentials would be readable on the way", a.h.Host, redact(realm))
-	}
-	fetching, cancel := context.WithTimeout(ctx, a.c.o.Stall) // or a token server that is silent would use up the time of other hosts
-	defer cancel()
-	token, life, err := a.token(fetching, to)
-	if err != nil && fetching.Err() != nil && ctx.Err() == nil {
-		err = fmt.Errorf("no token within %v", a.c.o.Stall)
-	}
-	if err != nil {
-		return "", time.Time{}, tokenError(realm, err)
-	}
-	// Renewed a little early, so that a token does not run out on the way.
-	return "Bearer " + token, time.Now().Add(life * 9 / 10), nil
 }
 
-// token asks the token server: with POST if there is a secret, which keeps it out of logs, and with GET where POST is not known or there is none.
-func (a *authorizer) token(ctx context.Context, to auth.TokenOptions) (string, time.Duration, error) {
-	header := a.h.Header.Clone() // as containerd does: the token server is the registry's
-	if header == nil {
-		header = http.Header{}
-	}
-	if header.Get("User-Agent") == "" {
-		header.Set("User-Agent", a.c.o.UserAgent)
-	}
-	if to.Secret != "" {
-		r, err := auth.FetchTokenWithOAuth(ctx, a.client, header, clientID, to)
-		if err == nil {
-			return r.AccessToken, tokenLife(r.ExpiresInSeconds), nil
+// offers returns the credentials there are, the last one accepted before others of its source, and anonymous access at the end.
+func (a *authorizer) offers(ctx context.Context, name string, last Credential, known bool) iter.Seq2[Credential, error] {
+	return func(yield func(Credential, error) bool) {
+		var held []Credential // of last's source, until it is clear whether last is among them
+		flush := func() bool {
+			known = false
+			for _, c := range held {
+				if !yield(c, nil) {
+					return false
+				}
+			}
+			held = nil
+			return true
 		}
-		// These are what servers without POST have been seen to answer (containerd's list).
-		var status remoteerrors.ErrUnexpectedStatus
-		if !errors.As(err, &status) || to.Username == "" {
-			return "", 0, err
+		if a.c.o.Credentials != nil {
+			for c, err := range a.c.o.Credentials(ctx, a.place(name, last.Source)) {
+				if known && err == nil && c.Source == last.Source && c != last {
+					held = append(held, c)
+					continue
+				}
+				if known && c == last && err == nil {
+					if !yield(c, nil) || !flush() {
+						return
+					}
+					continue
+				}
+				if len(held) > 0 && !flush() || !yield(c, err) {
+					return
+				}
+			}
 		}
-		switch status.StatusCode {
-		case http.StatusBadRequest, http.StatusUnauthorized, http.StatusNotFound, http.StatusMethodNotAllowed:
-		default:
-			return "", 0, err
+		if flush() {
+			yield(Credential{}, nil)
 		}
 	}
-	r, err := auth.FetchToken(ctx, a.client, header, to)
-	if err != nil {
-		return "", 0, err
-	}
-	return r.Token, tokenLife(r.ExpiresInSeconds), nil
 }
 
-func tokenLife(seconds int) time.Duration {
-	if seconds <= 0 {
-		return defaultTokenLife
+// place is what repository name is called at this host.
+func (a *authorizer) place(name, last string) Place {
+	h := a.h
+	p := Place{Image: Repository(h.registry + "/" + name), Last: last}
+	if h.ns == "" || h.server {
+		p.Names = append(p.Names, p.Image)
 	}
-	return min(time.Duration(seconds), 1<<30) * time.Second
+	if h.ns != "" {
+		below := strings.Trim(strings.TrimPrefix(h.Path, "/v2"), "/") // override_path
+		p.Names = append(p.Names, Repository(strings.Join(slices.DeleteFunc([]string{h.Host, below, name}, func(s string) bool { return s == "" }), "/")))
+	}
+	return p
 }
 
-// tokenError makes an error of ours from one of containerd's token requests, whose texts show the whole URL.
-func tokenError(realm *url.URL, err error) error {
-	var status remoteerrors.ErrUnexpectedStatus
-	if errors.As(err, &status) {
-		// Not a StatusError of the registry: a 404 of the token server says nothing of the repository.
-		e := &StatusError{StatusCode: status.StatusCode, Host: realm.Host, URL: redact(realm)}
-		if e.Temporary() {
-			return fmt.Errorf("get token from %s: status %d", redact(realm), status.StatusCode)
-		}
-		return refused("get token from %s: status %d", redact(realm), status.StatusCode)
+// sources names what the host has accepted for its repositories.
+func (a *authorizer) sources() (list []string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for _, c := range a.served {
+		list = append(list, c.String())
 	}
-	return fmt.Errorf("get token from %s: %w", redact(realm), withoutURL(err))
+	slices.Sort(list)
+	return slices.Compact(list)
 }

@@ -3,12 +3,10 @@ package registryclient
 import (
 	"bytes"
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
+	"iter"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -220,11 +218,11 @@ func TestCredentialsChange(t *testing.T) {
 	r.RequireToken(registrytest.TokenOptions{User: "u", Password: "one"})
 	var secret atomic.Value
 	secret.Store("one")
-	c := newClient(t, Options{Credentials: func(_ context.Context, host string) (string, string, error) {
-		if host != r.Host() {
-			t.Errorf("asked for credentials of %s", host)
+	c := newClient(t, Options{Credentials: func(ctx context.Context, p Place) iter.Seq2[Credential, error] {
+		if p.Image != repoOf(r) || len(p.Names) != 1 || p.Names[0] != p.Image {
+			t.Errorf("asked for credentials of %v", p)
 		}
-		return "u", secret.Load().(string), nil
+		return fixed("u", secret.Load().(string))(ctx, p)
 	}})
 	if err := read(c); err != nil {
 		t.Fatal(err)
@@ -241,7 +239,7 @@ func TestPasswordRunsOut(t *testing.T) {
 	r, read := authFixture(t)
 	r.RequireBasic("u", "one")
 	secret := "one"
-	c := newClient(t, Options{Credentials: func(context.Context, string) (string, string, error) { return "u", secret, nil }})
+	c := newClient(t, Options{Credentials: func(ctx context.Context, p Place) iter.Seq2[Credential, error] { return fixed("u", secret)(ctx, p) }})
 	if err := read(c); err != nil {
 		t.Fatal(err)
 	}
@@ -281,72 +279,4 @@ func TestNoSecretsToPlainTokenServers(t *testing.T) {
 		t.Error("a token server that redirects elsewhere was followed")
 	}
 	wantRequests(t, plain, 0)
-}
-
-func TestDockerCredentials(t *testing.T) {
-	home, bin := t.TempDir(), t.TempDir()
-	t.Setenv("HOME", home)
-	t.Setenv("DOCKER_CONFIG", filepath.Join(home, ".docker"))
-	t.Setenv("REGISTRY_AUTH_FILE", "")
-	t.Setenv("XDG_RUNTIME_DIR", home)
-	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
-	helper := `#!/bin/sh
-[ "$1" = get ] || exit 1
-case $(cat) in
-helped.example.com) echo '{"ServerURL":"x","Username":"h","Secret":"hs"}' ;;
-identity.example.com) echo '{"ServerURL":"x","Username":"<token>","Secret":"it"}' ;;
-*) echo "credentials not found in native keychain"; exit 1 ;;
-esac
-`
-	if err := os.WriteFile(filepath.Join(bin, "docker-credential-sstest"), []byte(helper), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	config := func(s string) {
-		t.Helper()
-		if err := os.MkdirAll(filepath.Join(home, ".docker"), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(filepath.Join(home, ".docker", "config.json"), []byte(s), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	credentials := DockerCredentials()
-	want := func(host, user, secret string) {
-		t.Helper()
-		u, s, err := credentials(t.Context(), host)
-		if err != nil || u != user || s != secret {
-			t.Errorf("%s: got %q, %q, %v, want %q, %q", host, u, s, err, user, secret)
-		}
-	}
-	want("auths.example.com", "", "") // no file at all
-	auth := func(s string) string { return base64.StdEncoding.EncodeToString([]byte(s)) }
-	config(`{"auths": {"auths.example.com": {"auth": "` + auth("a:as") + `"}, "localhost:5000": {"auth": "` + auth("l:ls") + `"},
-		"token.example.com": {"auth": "` + auth("t:") + `", "identitytoken": "idt"}, "raw.example.com": {"registrytoken": "x"},
-		"https://index.docker.io/v1/": {"auth": "` + auth("d:ds") + `"}},
-		"credHelpers": {"helped.example.com": "sstest", "identity.example.com": "sstest", "unknown.example.com": "sstest"}}`)
-	want("auths.example.com", "a", "as")
-	want("localhost:5000", "l", "ls")
-	want("token.example.com", "", "idt")
-	want("registry-1.docker.io", "d", "ds")
-	want("helped.example.com", "h", "hs")
-	want("identity.example.com", "", "it")
-	want("unknown.example.com", "", "")
-	want("other.example.com", "", "")
-	if _, _, err := credentials(t.Context(), "raw.example.com"); err == nil {
-		t.Error("a registrytoken was taken for no credentials")
-	}
-	config(`{"auths": {"auths.example.com": {"auth": "` + auth("a:new") + `"}}}`)
-	want("auths.example.com", "a", "new")
-	config(`{`)
-	if _, _, err := credentials(t.Context(), "auths.example.com"); err == nil {
-		t.Error("a broken config.json was taken for no credentials")
-	}
-
-	// And all the way to a registry.
-	r, read := authFixture(t)
-	r.RequireBasic("r", "rs")
-	config(`{"auths": {"` + r.Host() + `": {"auth": "` + auth("r:rs") + `"}}}`)
-	if err := read(newClient(t, Options{Credentials: credentials})); err != nil {
-		t.Error(err)
-	}
 }

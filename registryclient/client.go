@@ -28,9 +28,9 @@ var ErrNotFound = errors.New("not found")
 
 // Options of a Client.
 type Options struct {
-	HostsDir    string                                                                  // certs.d; "" is none
-	Credentials func(ctx context.Context, host string) (user, secret string, err error) // nil is anonymous; a secret without user is an identity token
-	UserAgent   string                                                                  // "" is "streaming-snapshotter"
+	HostsDir    string      // certs.d; "" is none
+	Credentials Credentials // nil is anonymous
+	UserAgent   string      // "" is "streaming-snapshotter"
 
 	Budget time.Duration    // how long an operation goes on without getting anything before it fails; 0 is 30 s
 	Wait   time.Duration    // the same for ReadRange, whose callers cannot do without: running containers; 0 is Budget

@@ -25,6 +25,9 @@ type HostStatus struct {
 	Since    time.Time // of Away
 	Error    string    // why it is away; in OnHost also what else is wrong with it. With neither it is back
 	Wrong    time.Time // until then it is asked after the others, because it gave wrong answers; may be past
+
+	// Accepted are the sources of the credentials that it has let in, "anonymous" if it gave a token without any; nil if it asks for none. Not told in OnHost.
+	Accepted []string
 }
 
 // Hosts returns the hosts that were asked since New, in order.
@@ -34,8 +37,10 @@ func (c *Client) Hosts() (list []HostStatus) {
 	for _, r := range c.registries {
 		for _, h := range r.hosts {
 			h.mu.Lock()
-			list = append(list, h.status())
+			s := h.status()
 			h.mu.Unlock()
+			s.Accepted = h.auth.sources()
+			list = append(list, s)
 		}
 	}
 	slices.SortStableFunc(list, func(a, b HostStatus) int { return cmp.Compare(a.Registry, b.Registry) })

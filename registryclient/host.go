@@ -2,11 +2,11 @@ package registryclient
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
 	"path"
-	"strings"
 )
 
 const (
@@ -30,37 +30,47 @@ func (h *host) do(ctx context.Context, c *Client, name string, q question) (*htt
 			return nil, err
 		}
 	}
-	token, err := h.auth.known(ctx, name)
+	g, err := h.auth.known(ctx, name)
 	if err != nil {
 		return nil, err
 	}
-	resp, at, err := h.follow(ctx, c, name, q, token)
-	if err != nil {
-		return nil, err
-	}
-	// ECR says 403 when the password has run out. A bearer token that is refused so is not the right one, and a new one would not be.
-	denied := resp.StatusCode == http.StatusUnauthorized || (resp.StatusCode == http.StatusForbidden && strings.HasPrefix(token, "Basic "))
-	if denied && h.owns(at) {
-		refusal := newStatusError(resp, at.Host, h.show(at), c.o.Stall)
-		better, err := h.auth.renew(ctx, name, token, resp.Header)
+	var told *StatusError // to the caller
+	again := false
+	for {
+		resp, at, err := h.follow(ctx, c, name, q, g.header())
 		if err != nil {
 			return nil, err
 		}
-		if better == "" || better == token {
-			return nil, refusal
+		ok := resp.StatusCode/100 == 2
+		if ok || !h.owns(at) {
+			h.auth.letIn(name, g)
 		}
-		token = better
-		if resp, at, err = h.follow(ctx, c, name, q, token); err != nil {
+		if ok {
+			if q.blob != "" && !h.owns(at) {
+				c.redirects.put(key, at)
+			}
+			return resp, nil
+		}
+		answer := newStatusError(resp, at.Host, h.show(at), c.o.Stall)
+		if told == nil || answer.StatusCode == http.StatusNotFound && told.StatusCode != http.StatusNotFound {
+			told = answer
+		}
+		if !h.owns(at) || h.auth.final(g, answer.StatusCode) {
+			return nil, told
+		}
+		better, err := h.auth.better(ctx, name, &refusal{g, answer.StatusCode, resp.Header, again})
+		again = g != nil
+		var all *exhaustedError
+		switch {
+		case errors.As(err, &all):
+			return nil, fmt.Errorf("%w: %w", told, all)
+		case err != nil:
 			return nil, err
+		case better == nil:
+			return nil, told
 		}
+		g = better
 	}
-	if resp.StatusCode/100 != 2 {
-		return nil, newStatusError(resp, at.Host, h.show(at), c.o.Stall)
-	}
-	if q.blob != "" && !h.owns(at) {
-		c.redirects.put(key, at)
-	}
-	return resp, nil
 }
 
 // follow sends q to the host itself and goes where it is sent. The token goes nowhere but to the host, and not there either once it has been left.

@@ -55,6 +55,7 @@ type host struct {
 	docker.RegistryHost
 	transport http.RoundTripper // not a client: that follows redirects, or stumbles over them
 	ns        string            // registry that a mirror is asked for (the ns parameter of containerd); "" for the registry itself
+	server    bool              // the last of its registry's: the registry itself, whatever its address
 	auth      *authorizer
 	registry  string
 	onChange  func(HostStatus)
@@ -176,9 +177,9 @@ func (c *Client) readHosts(domain string) (*registry, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, f := range found {
+	for i, f := range found {
 		f.Authorizer = nil
-		h := &host{RegistryHost: f, registry: domain, onChange: c.o.OnHost, noAPI: map[string]time.Time{}}
+		h := &host{RegistryHost: f, registry: domain, server: i == len(found)-1, onChange: c.o.OnHost, noAPI: map[string]time.Time{}}
 		h.transport = &metered{base: f.Client.Transport, m: &c.meter}
 		h.auth = newAuthorizer(h, c)
 		if f.Host != domain && !(domain == "docker.io" && f.Host == "registry-1.docker.io") {

@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"log"
 	"math/big"
 	"net"
@@ -20,6 +21,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -28,8 +30,27 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
-func fixed(user, secret string) func(context.Context, string) (string, string, error) {
-	return func(context.Context, string) (string, string, error) { return user, secret, nil }
+func fixed(user, secret string) Credentials {
+	return offer(Credential{"fixed", user, secret})
+}
+
+// offer is credentials that are the same everywhere, of the source that served last first.
+func offer(list ...Credential) Credentials {
+	return func(_ context.Context, p Place) iter.Seq2[Credential, error] {
+		return func(yield func(Credential, error) bool) {
+			rank := func(c Credential) int {
+				if c.Source == p.Last {
+					return 0
+				}
+				return 1
+			}
+			for _, c := range slices.SortedStableFunc(slices.Values(list), func(a, b Credential) int { return rank(a) - rank(b) }) {
+				if !yield(c, nil) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // hostsDir makes a certs.d with one hosts.toml, for registry, and returns it.

@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
+	"github.com/streaming-snapshotter/streaming-snapshotter/credentials"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
@@ -71,7 +72,7 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 	}
 	n.reg, err = registryclient.New(registryclient.Options{
 		HostsDir:    c.HostsDir,
-		Credentials: registryclient.DockerCredentials(),
+		Credentials: credentials.Chain(credentials.Docker{}),
 		UserAgent:   "streaming-snapshotter/" + version(),
 		Wait:        c.RegistryWait.std(),
 		OnHost:      logHost,

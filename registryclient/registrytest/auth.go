@@ -20,6 +20,7 @@ type authentication struct {
 type grant struct {
 	scope string
 	till  time.Time
+	other bool // than who is let in
 }
 
 // TokenOptions describe the token server.
@@ -29,6 +30,7 @@ type TokenOptions struct {
 	Lifetime       time.Duration // of a token; 0 is an hour
 	HideLifetime   bool          // the client is not told, and its refused token is not called invalid
 	NoPost         bool          // only GET, as on old token servers
+	Refusal        int           // status; not 0: everybody, anonymous or wrong, is given a token, and this with it unless it is the right user's
 }
 
 // RequireBasic asks for user and password from now on.
@@ -70,7 +72,10 @@ func (r *Registry) authorized(w http.ResponseWriter, req *http.Request) bool {
 		scope := "repository:" + repositoryOf(req.URL.Path) + ":pull"
 		sent := req.Header.Get("Authorization")
 		if g, ok := a.tokens[sent]; ok && g.scope == scope && time.Now().Before(g.till) {
-			return true
+			if g.other {
+				w.WriteHeader(a.o.Refusal)
+			}
+			return !g.other
 		}
 		scheme := "http"
 		if req.TLS != nil {
@@ -108,12 +113,13 @@ func (r *Registry) serveToken(w http.ResponseWriter, req *http.Request) {
 	}
 	anonymous := a.o.User == "" && a.o.Identity == ""
 	named := a.o.User != "" && user == a.o.User && password == a.o.Password
-	if !anonymous && !named && (a.o.Identity == "" || identity != a.o.Identity) {
+	other := !anonymous && !named && (a.o.Identity == "" || identity != a.o.Identity)
+	if other && a.o.Refusal == 0 {
 		w.WriteHeader(http.StatusUnauthorized)
 		return
 	}
 	token := rand.Text()
-	a.tokens["Bearer "+token] = grant{req.FormValue("scope"), time.Now().Add(a.o.Lifetime)}
+	a.tokens["Bearer "+token] = grant{req.FormValue("scope"), time.Now().Add(a.o.Lifetime), other}
 	answer := map[string]any{"token": token, "access_token": token}
 	if !a.o.HideLifetime {
 		answer["expires_in"] = int(a.o.Lifetime / time.Second)

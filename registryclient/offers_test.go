@@ -1,0 +1,187 @@
+package registryclient
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+func wantAccepted(t *testing.T, c *Client, sources ...string) {
+	t.Helper()
+	if hosts := c.Hosts(); len(hosts) != 1 || !slices.Equal(hosts[0].Accepted, sources) {
+		t.Errorf("got %+v, want %v to be accepted", hosts, sources)
+	}
+}
+
+// What an earlier source has, and is wrong, does not hinder a later one, wherever the refusal comes: at the token server, or at the registry, with any status.
+func TestSecondCredential(t *testing.T) {
+	wrong, right, identity := Credential{"wrong", "u", "no"}, Credential{"right", "u", "hush"}, Credential{"identity", "", "no"}
+	token := func(refusal int) func(*registrytest.Registry) {
+		return func(r *registrytest.Registry) {
+			r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush", Refusal: refusal})
+		}
+	}
+	for name, tc := range map[string]struct {
+		require  func(*registrytest.Registry)
+		requests int // of the first read
+		renewal  int // requests of the first read after the tokens are dead
+	}{
+		"basic":     {func(r *registrytest.Registry) { r.RequireBasic("u", "hush") }, 3, 1}, // there is no Basic header to make of an identity token
+		"token":     {token(0), 1 + 1 + 2 + 1 + 1, 3},                                       // blob, POST, POST and GET, POST, blob
+		"token 401": {token(401), 1 + 3*2, 3},
+		"token 403": {token(403), 1 + 3*2, 3},
+		"token 404": {token(404), 1 + 3*2, 3},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, read := authFixture(t)
+			tc.require(r)
+			// A source that has several is asked for all of them.
+			same := right
+			same.Source = wrong.Source
+			for _, list := range [][]Credential{{identity, wrong, right}, {identity, wrong, same}} {
+				r.Reset()
+				c := newClient(t, Options{Credentials: offer(list...)})
+				if err := read(c); err != nil {
+					t.Fatal(err)
+				}
+				wantRequests(t, r, tc.requests)
+				wantAccepted(t, c, list[2].Source)
+				r.ExpireTokens()
+				r.Reset()
+				if err := read(c); err != nil {
+					t.Fatal(err)
+				}
+				wantRequests(t, r, tc.renewal)
+			}
+		})
+	}
+}
+
+// A bad credential does not break what everybody may read.
+func TestBadCredentialOfPublicImage(t *testing.T) {
+	r, read := authFixture(t)
+	r.RequireToken(registrytest.TokenOptions{})
+	r.Inject(func(req *http.Request) bool {
+		_, _, named := req.BasicAuth()
+		return registrytest.Tokens(req) && (named || req.Method == http.MethodPost)
+	}, -1, registrytest.Status(401))
+	c := newClient(t, Options{Credentials: fixed("u", "no")})
+	if err := read(c); err != nil {
+		t.Fatal(err)
+	}
+	wantAccepted(t, c, "anonymous")
+}
+
+// When the credential that served stops being accepted, the next one serves, also in the middle of a client's life.
+func TestCredentialStops(t *testing.T) {
+	for name, refusal := range map[string]int{"token server": 0, "401": 401, "403": 403} {
+		t.Run(name, func(t *testing.T) {
+			r, read := authFixture(t)
+			r.RequireToken(registrytest.TokenOptions{User: "u", Password: "one", Refusal: refusal})
+			c := newClient(t, Options{Credentials: offer(Credential{"first", "u", "one"}, Credential{"second", "u", "two"})})
+			if err := read(c); err != nil {
+				t.Fatal(err)
+			}
+			wantAccepted(t, c, "first")
+			r.RequireToken(registrytest.TokenOptions{User: "u", Password: "two", Refusal: refusal})
+			if err := read(c); err != nil {
+				t.Fatal(err)
+			}
+			wantAccepted(t, c, "second")
+		})
+	}
+}
+
+// What is not there costs no more than it did: the sources have nothing else to offer, and nobody is anonymous who has an account. It stays "not found"
+// where others are refused.
+func TestNotFoundWithCredentials(t *testing.T) {
+	right, wrong := Credential{"right", "u", "hush"}, Credential{"wrong", "u", "no"}
+	for name, tc := range map[string]struct {
+		offer  []Credential
+		counts [2]int
+	}{
+		"one":  {[]Credential{right}, [2]int{3, 1}},
+		"two":  {[]Credential{right, wrong}, [2]int{5, 1}}, // POST and GET for the second, once
+		"both": {[]Credential{wrong, right}, [2]int{5, 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, read := authFixture(t)
+			r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush"})
+			c := newClient(t, Options{Credentials: offer(tc.offer...)})
+			for _, n := range tc.counts {
+				r.Reset()
+				if _, _, err := c.Resolve(t.Context(), string(repoOf(r))+":missing"); !errors.Is(err, ErrNotFound) {
+					t.Errorf("got %v", err)
+				}
+				wantRequests(t, r, n)
+			}
+			r.Reset()
+			if err := read(c); err != nil {
+				t.Error(err)
+			}
+			wantRequests(t, r, 1)
+			wantAccepted(t, c, "right")
+		})
+	}
+}
+
+// A source that fails does not hinder the others, and is told when they are of no use either.
+func TestSourceFails(t *testing.T) {
+	r, read := authFixture(t)
+	r.RequireBasic("u", "hush")
+	right := Credential{"right", "u", "hush"}
+	c := newClient(t, Options{Credentials: func(context.Context, Place) iter.Seq2[Credential, error] {
+		return func(yield func(Credential, error) bool) {
+			_ = yield(Credential{}, errors.New("helper: no such file")) && yield(right, nil)
+		}
+	}})
+	if err := read(c); err != nil {
+		t.Fatal(err)
+	}
+	r.RequireBasic("u", "other")
+	err := read(c)
+	var status *StatusError
+	if !errors.As(err, &status) || status.StatusCode != 401 {
+		t.Errorf("got %v, want the registry's 401", err)
+	}
+	for _, s := range []string{"helper: no such file", "right: status 401"} {
+		if !strings.Contains(err.Error(), s) {
+			t.Errorf("got %v, want %q in it", err, s)
+		}
+	}
+}
+
+// A mirror is asked for by its own name, the registry by the image's, and by its own too if hosts.toml moves it.
+func TestPlaces(t *testing.T) {
+	first, second := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
+	first.RequireBasic("u", "hush")
+	second.RequireBasic("u", "hush")
+	blob := second.PutBlob("team/app", []byte("x"))
+	var places []Place
+	c := newClient(t, Options{
+		HostsDir: hostsDir(t, "images.example.com", fmt.Sprintf("server = %q\n[host.\"%s/v2/proxy\"]\noverride_path = true\n", second.URL(), first.URL())),
+		Credentials: func(ctx context.Context, p Place) iter.Seq2[Credential, error] {
+			places = append(places, p)
+			return fixed("u", "hush")(ctx, p)
+		},
+	})
+	for range 2 {
+		if _, err := c.Blob(t.Context(), "images.example.com/team/app", blob, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const image = "images.example.com/team/app"
+	mirror := Place{Image: image, Names: []Repository{Repository(first.Host() + "/proxy/team/app")}}
+	want := []Place{mirror, mirror, {Image: image, Names: []Repository{image, repoOf(second)}}} // the mirror has it not: is there another credential?
+	if !slices.EqualFunc(places, want, func(a, b Place) bool { return a.Image == b.Image && a.Last == b.Last && slices.Equal(a.Names, b.Names) }) {
+		t.Errorf("got %v, want %v", places, want)
+	}
+}
