@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
@@ -58,6 +60,35 @@ func (n *testNode) base(top string) string {
 		n.t.Fatalf("base of %s: %v, %v", top, base, err)
 	}
 	return n.sn.fsPath(base.id)
+}
+
+// Who keeps something for the images that are streamed from a repository can tell when the last snapshot of one is gone.
+func TestOrigins(t *testing.T) {
+	n, img, top := pulled(t)
+	var told [][]stream.Origin
+	n.onForget = func() {
+		list, err := n.images.Origins()
+		if err != nil {
+			t.Error(err)
+		}
+		told = append(told, list)
+	}
+	want := []stream.Origin{{Repository: registryclient.Repository(n.reg.Host() + "/app"), Config: n.artifactOf(img).Config.Digest}}
+	if got, err := n.images.Origins(); err != nil || !slices.Equal(got, want) {
+		t.Errorf("got %v, %v, want %v", got, err, want)
+	}
+	names := n.names()
+	if err := n.sn.Remove(testContext(), top); err != nil || len(told) > 0 {
+		t.Errorf("%v, told %v while there are snapshots", err, told)
+	}
+	for _, name := range slices.Backward(names[:len(names)-1]) {
+		if err := n.sn.Remove(testContext(), name); err != nil {
+			t.Error(err)
+		}
+	}
+	if len(told) != 1 || len(told[0]) != 0 {
+		t.Errorf("told %v, want once, with none left", told)
+	}
 }
 
 // A container must not start on the bare directory of a snapshot that somebody has unmounted.

@@ -52,6 +52,7 @@ type testNode struct {
 	background        int64
 	budget            time.Duration // of registryclient.Options
 	limit             int64         // of cache.Options
+	onForget          func()
 }
 
 // logBuffer counts the lines that operators would see.
@@ -110,6 +111,11 @@ func (n *testNode) start() {
 		RetryAfter: n.retryAfter,
 		StartQuiet: n.quiet,
 		Background: n.background,
+		OnForget: func() {
+			if n.onForget != nil {
+				n.onForget()
+			}
+		},
 	})
 	check(err)
 	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)))

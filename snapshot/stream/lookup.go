@@ -181,7 +181,7 @@ func (src *source) check(manifest digest.Digest, m *artifact.Manifest) error {
 // adopt fetches the indexes of an artifact, checks them and adds the image to the set. Then the hot blob has where to go.
 func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, m *artifact.Manifest, src *source, hot *hotFetch) (_ *image, err error) {
 	rec := &record{
-		Version: recordVersion, Artifact: dgst, Manifest: manifest, Repository: repo,
+		Version: recordVersion, Artifact: dgst, Manifest: manifest, Config: m.Config.Digest, Repository: repo,
 		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers,
 	}
 	for _, l := range src.manifest.Layers {

@@ -2,6 +2,7 @@ package stream
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -26,11 +27,12 @@ const (
 // record is what the node keeps of an image: all that mounting it takes, but for its indexes.
 type record struct {
 	Version    int                       `json:"version"`
-	Artifact   digest.Digest             `json:"artifact"`   // of the artifact's manifest
-	Manifest   digest.Digest             `json:"manifest"`   // of the image's platform manifest
-	Repository registryclient.Repository `json:"repository"` // where its blobs are read
-	ChainIDs   []digest.Digest           `json:"chainIDs"`   // of the image's own config, bottom first
-	DiffIDs    []digest.Digest           `json:"diffIDs"`    // likewise
+	Artifact   digest.Digest             `json:"artifact"`         // of the artifact's manifest
+	Manifest   digest.Digest             `json:"manifest"`         // of the image's platform manifest
+	Config     digest.Digest             `json:"config,omitempty"` // of the image's config: the image's ID for CRI. Releases before it wrote none
+	Repository registryclient.Repository `json:"repository"`       // where its blobs are read
+	ChainIDs   []digest.Digest           `json:"chainIDs"`         // of the image's own config, bottom first
+	DiffIDs    []digest.Digest           `json:"diffIDs"`          // likewise
 	Layers     []artifact.Layer          `json:"layers"`
 	Sources    []ocispec.Descriptor      `json:"sources,omitempty"` // the image's own layers: type, digest, size. Releases before it wrote none
 }
@@ -66,7 +68,33 @@ func (rec *record) digests() []digest.Digest {
 	for _, d := range rec.Sources {
 		list = append(list, d.Digest)
 	}
+	if rec.Config != "" {
+		list = append(list, rec.Config)
+	}
 	return list
+}
+
+// Origin is where an image's blobs are read.
+type Origin struct {
+	Repository registryclient.Repository
+	Config     digest.Digest // of the image's config; "" if that is not known, of what older releases have recorded
+}
+
+// Origins lists those of all images on disk. An error says that there may be others.
+func (s *Store) Origins() (list []Origin, err error) {
+	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	for _, d := range dirs {
+		rec, loadErr := loadRecord(s.imageDir(d.Name()))
+		if errors.Is(loadErr, os.ErrNotExist) {
+			continue // it goes, or does not come
+		}
+		if loadErr != nil {
+			err = errors.Join(err, loadErr)
+			continue
+		}
+		list = append(list, Origin{rec.Repository, rec.Config})
+	}
+	return list, err
 }
 
 // save makes the record durable: snapshots refer to it, and a node must be able to mount them again without a registry.

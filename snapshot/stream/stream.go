@@ -87,7 +87,9 @@ type Options struct {
 	StartQuiet time.Duration
 	// Background is how much of what no container has asked for is fetched when its start is over, bytes per second. 0 is nothing.
 	Background int64
-	Log        *slog.Logger // nil is slog.Default()
+	// OnForget is called after an image was forgotten. Nil is nobody.
+	OnForget func()
+	Log      *slog.Logger // nil is slog.Default()
 }
 
 // Store is the set of images. It is safe for concurrent use.
@@ -343,6 +345,9 @@ func (s *Store) load(id string) (*image, error) {
 
 // Forget drops an image that nothing uses any more, and the indexes and cached chunks of layers that only it used.
 func (s *Store) Forget(id string) error {
+	if s.o.OnForget != nil {
+		defer s.o.OnForget()
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.endHots(s.images[id])
