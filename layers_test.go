@@ -31,7 +31,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"fs/cache":                          {[]string{"artifact", "fs/mapped"}, []string{"net/http", containerd, fuse, ggcr}},
 	"fs":                                {[]string{"fs/erofs", "fs/mapped"}, []string{"net/http", containerd, ggcr}},
 	"registryclient":                    {nil, []string{client, fuse}},
-	"credentials":                       {[]string{"registryclient"}, []string{client, fuse}},
+	"credentials":                       {[]string{"registryclient"}, []string{containerd, fuse, ggcr}},
 	"criproxy":                          {[]string{"credentials", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},
 	"snapshot":                          {nil, []string{"net/http", fuse, ggcr}},
 	"snapshot/stream":                   {[]string{"artifact", "fs", "fs/cache", "fs/erofs", "fs/mapped", "fs/tree", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},

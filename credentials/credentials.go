@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
@@ -101,5 +102,5 @@ func (l *lookup) offer(yield func(registryclient.Credential, error) bool) bool {
 			return false
 		}
 	}
-	return l.err == nil || yield(registryclient.Credential{}, fmt.Errorf("%s: %w", l.name, l.err))
+	return l.err == nil || yield(registryclient.Credential{}, fmt.Errorf("%s: %s", l.name, strings.ReplaceAll(l.err.Error(), "\n", "; "))) // joined errors have lines
 }

@@ -5,7 +5,9 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
@@ -31,9 +33,13 @@ identity.example.com) echo '{"ServerURL":"x","Username":"<token>","Secret":"it"}
 *) echo "credentials not found in native keychain"; exit 1 ;;
 esac
 `
-	if err := os.WriteFile(filepath.Join(bin, "docker-credential-sstest"), []byte(helper), 0o755); err != nil {
-		t.Fatal(err)
+	write := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(bin, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
 	}
+	write("docker-credential-sstest", helper)
 	config := func(s string) {
 		t.Helper()
 		if err := os.MkdirAll(filepath.Join(home, ".docker"), 0o755); err != nil {
@@ -43,7 +49,8 @@ esac
 			t.Fatal(err)
 		}
 	}
-	var source Docker
+	source := NewDocker()
+	defer source.Close()
 	want := func(host, user, secret string) {
 		t.Helper()
 		list, err := source.Lookup(t.Context(), at(host+"/team/app"))
@@ -71,6 +78,17 @@ esac
 	want("other.example.com", "", "")
 	if _, err := source.Lookup(t.Context(), at("raw.example.com/team/app")); err == nil {
 		t.Error("a registrytoken was taken for no credentials")
+	}
+	write("docker-credential-hangs", "#!/bin/sh\nsleep 3600\n")
+	source.timeout = time.Second
+	config(`{"auths": {"hung.example.com": {"auth": "` + auth("a:as") + `"}}, "credHelpers": {"hung.example.com": "hangs", "gone.example.com": "gone"}}`)
+	for host, want := range map[string]string{"hung": "docker-credential-hangs: no answer within 1s", "gone": "docker-credential-gone: executable file not found"} {
+		if _, err := source.Lookup(t.Context(), at(host+".example.com/x")); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
+	}
+	if list, _ := source.Lookup(t.Context(), at("hung.example.com/x")); !slices.Equal(list, []Login{{"a", "as"}}) {
+		t.Errorf("got %v, want what the file has beside its helper", list)
 	}
 	config(`{"auths": {"auths.example.com": {"auth": "` + auth("a:new") + `"}}}`)
 	want("auths.example.com", "a", "new")

@@ -33,6 +33,9 @@ type config struct {
 	CacheSize      size        `toml:"cache_size" comment:"How much disk the chunk cache may use: a share of root's file system, as in \"25%\", or as in \"20GiB\". \"0\" for no limit.\nThe chunks used least recently are given back, also those of running containers, which fetch them again. kubelet removes images when the\nfile system is 85% full, and evicts pods soon after: leave it room for unpacked images, logs and what containers write."`
 	Background     size        `toml:"background_bandwidth" comment:"How much per second, as in \"8MiB\", is fetched of what containers did not read at their start, once that is over and while no container waits for the\nregistry: so that the node needs it no more. It stops before chunks that were used would have to go. \"0\" for nothing."`
 	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
+	Plugins        string      `toml:"credential_provider_config" comment:"The kubelet's credential provider plugins: its --image-credential-provider-config, a file or a directory; empty for none.\nWhat the plugins have is tried first."`
+	PluginDir      string      `toml:"credential_provider_bin_dir" comment:"Where the plugins are: the kubelet's --image-credential-provider-bin-dir; empty for where their configuration is."`
+	DockerConfig   bool        `toml:"docker_config" comment:"Whether docker's config.json with its credential helpers (of the user that runs the daemon), or podman's auth.json, is tried last."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
 	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
 	LogLevel       level       `toml:"log_level" comment:"debug, info, warn or error."`
@@ -48,6 +51,7 @@ func defaults() config {
 		CacheSize:      "25%",
 		Background:     "8MiB",
 		HostsDir:       "/etc/containerd/certs.d",
+		DockerConfig:   true,
 		ResolveTimeout: duration{15 * time.Second},
 		RegistryWait:   duration{5 * time.Minute},
 		LogLevel:       level(slog.LevelInfo),
@@ -119,6 +123,11 @@ func example(key string) string {
 func (c *config) validate() error {
 	for _, p := range []struct{ key, path string }{{"root", c.Root}, {"address", c.Address}} {
 		if !filepath.IsAbs(p.path) {
+			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
+		}
+	}
+	for _, p := range []struct{ key, path string }{{"credential_provider_config", c.Plugins}, {"credential_provider_bin_dir", c.PluginDir}} {
+		if p.path != "" && !filepath.IsAbs(p.path) {
 			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
 		}
 	}

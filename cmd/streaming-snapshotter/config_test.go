@@ -47,6 +47,7 @@ func TestConfigErrors(t *testing.T) {
 		"unknown table":         {"[cache]\nsize = 1\n", `unknown key "cache"`},
 		"syntax":                {"root = \n", "line 1"},
 		"relative root":         {"root = 'var'\n", "root"},
+		"relative plugins":      {"credential_provider_config = 'config.yaml'\n", "want an absolute path"},
 		"mode":                  {"mount_mode = 'nfs'\n", "want auto, file, loop or tree"},
 		"duration":              {"resolve_timeout = 'soon'\n", `line 1, column 19: toml: "soon" is no duration`},
 		"duration without unit": {"registry_wait = 5\n", `"5" is no duration`},

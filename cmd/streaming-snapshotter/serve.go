@@ -31,6 +31,7 @@ type node struct {
 	mounts *nodefs.Server
 	cache  *cache.Cache
 	reg    *registryclient.Client
+	logins sources
 	images *stream.Store
 }
 
@@ -70,9 +71,10 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 	}); err != nil {
 		return n, err
 	}
+	n.logins = newSources(c)
 	n.reg, err = registryclient.New(registryclient.Options{
 		HostsDir:    c.HostsDir,
-		Credentials: credentials.Chain(credentials.Docker{}),
+		Credentials: credentials.Chain(n.logins...),
 		UserAgent:   "streaming-snapshotter/" + version(),
 		Wait:        c.RegistryWait.std(),
 		OnHost:      logHost,
@@ -148,6 +150,7 @@ func (n *node) close() error {
 	if n.reg != nil {
 		errs = append(errs, n.reg.Close())
 	}
+	errs = append(errs, n.logins.close())
 	return errors.Join(errs...)
 }
 
