@@ -93,8 +93,8 @@ func (k *call) ask(f func(*host) error) error {
 	for {
 		for _, c := range k.round() {
 			err := f(c.host)
-			if cerr := k.ctx.Err(); cerr != nil {
-				return cerr
+			if k.ctx.Err() != nil {
+				return k.ended()
 			}
 			if err == nil {
 				return nil
@@ -218,8 +218,19 @@ func (k *call) pause(d time.Duration) error {
 	case <-t.C:
 		return nil
 	case <-k.ctx.Done():
-		return k.ctx.Err()
+		return k.ended()
 	}
+}
+
+// ended is the context's error, with what the hosts said until its deadline: whoever gave it wants to know why it was not enough.
+func (k *call) ended() error {
+	err := k.ctx.Err()
+	if err == context.DeadlineExceeded && slices.ContainsFunc(k.asked, func(c *candidate) bool { return c.err != nil }) {
+		if told := k.verdict(); !errors.Is(told, ErrNotFound) {
+			return fmt.Errorf("%w: %w", err, told)
+		}
+	}
+	return err
 }
 
 func (k *call) gaveUp() error {
@@ -245,11 +256,11 @@ func (k *call) verdict() error {
 	}
 	switch {
 	case told == nil: // all were on hold
-		return fmt.Errorf("the hosts of %s asked to wait for longer", k.repo)
+		told = fmt.Errorf("the hosts of %s asked to wait for longer", k.repo)
 	case len(others) > 0:
-		return fmt.Errorf("%w (before: %s)", told, strings.Join(others, "; "))
+		told = fmt.Errorf("%w (before: %s)", told, strings.Join(others, "; "))
 	}
-	return told
+	return hostsError{told}
 }
 
 // get sends q to h. The caller closes the body.

@@ -139,7 +139,7 @@ func (c *Client) fetch(ctx context.Context, repo Repository, kind string, dgst d
 		}
 		if got := dgst.Algorithm().FromBytes(b); got != dgst {
 			h.wrong("it gave bytes that are not those of their digest")
-			return refused("content has digest %s", got)
+			return refusedAs(ErrMismatch, "content has digest %s", got)
 		}
 		return nil
 	})
@@ -190,7 +190,7 @@ func (c *Client) resolve(ctx context.Context, ref string) (ocispec.Descriptor, [
 		}
 		got := algorithm.FromBytes(b)
 		if dgst != "" && got != dgst {
-			return refused("content has digest %s", got)
+			return refusedAs(ErrMismatch, "content has digest %s", got)
 		}
 		mediaType, err := mediaTypeOf(header, b)
 		if err != nil {

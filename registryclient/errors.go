@@ -14,7 +14,20 @@ import (
 	"time"
 )
 
-// StatusError is an answer of a host that is no success. errors.Is(err, ErrNotFound) holds for 404.
+// What an error of a Client is, for who has to decide: errors.Is tells. Beside ErrNotFound:
+var (
+	// ErrHosts: the hosts were asked, and none gave what was wanted. The others below are such errors, too; without one of them it is a failure that may pass:
+	// no connection, silence, a status of 500.
+	ErrHosts = errors.New("no host gave it")
+	// ErrDenied: a host or its token server refuses the credentials, or the lack of them.
+	ErrDenied = errors.New("access denied")
+	// ErrBadAnswer: a host answered, to something else than what was asked or with what is no such thing.
+	ErrBadAnswer = errors.New("wrong answer")
+	// ErrMismatch: the bytes are not those of their digest. It is an ErrBadAnswer, too.
+	ErrMismatch = errors.New("not the bytes of that digest")
+)
+
+// StatusError is an answer of a host that is no success. errors.Is(err, ErrNotFound) holds for 404, ErrDenied for 401 and 403.
 type StatusError struct {
 	StatusCode int
 	Host       string // host:port that answered; not always the registry
@@ -33,10 +46,22 @@ func (e *StatusError) Error() string {
 	return s
 }
 
-// Is makes 404 an ErrNotFound.
+// Is makes 404 an ErrNotFound, 401 and 403 an ErrDenied.
 func (e *StatusError) Is(target error) bool {
-	return target == ErrNotFound && e.StatusCode == http.StatusNotFound
+	switch e.StatusCode {
+	case http.StatusNotFound:
+		return target == ErrNotFound
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return target == ErrDenied
+	}
+	return false
 }
+
+// hostsError is what the hosts of a repository answered when none gave what was wanted.
+type hostsError struct{ error }
+
+func (e hostsError) Unwrap() error        { return e.error }
+func (e hostsError) Is(target error) bool { return target == ErrHosts }
 
 // Temporary reports whether the same request may succeed a little later.
 func (e *StatusError) Temporary() bool {
@@ -95,11 +120,21 @@ func redact(u *url.URL) string {
 }
 
 // refusedError is an answer that was understood and is wrong: asking the same host again is of no use.
-type refusedError struct{ msg string }
+type refusedError struct {
+	msg  string
+	kind error // ErrBadAnswer, ErrMismatch, ErrDenied
+}
 
 func (e *refusedError) Error() string { return e.msg }
+func (e *refusedError) Is(target error) bool {
+	return target == e.kind || target == ErrBadAnswer && e.kind == ErrMismatch
+}
 
-func refused(format string, a ...any) error { return &refusedError{cut(fmt.Sprintf(format, a...))} }
+func refused(format string, a ...any) error { return refusedAs(ErrBadAnswer, format, a...) }
+
+func refusedAs(kind error, format string, a ...any) error {
+	return &refusedError{cut(fmt.Sprintf(format, a...)), kind}
+}
 
 // cut bounds a text that ends up in logs and may show a megabyte of an answer.
 func cut(s string) string {
@@ -115,8 +150,9 @@ type mistakenError struct {
 	why error // nil, or what kind
 }
 
-func (e *mistakenError) Error() string { return e.msg }
-func (e *mistakenError) Unwrap() error { return e.why }
+func (e *mistakenError) Error() string        { return e.msg }
+func (e *mistakenError) Unwrap() error        { return e.why }
+func (e *mistakenError) Is(target error) bool { return target == ErrBadAnswer }
 
 func mistaken(format string, a ...any) error {
 	err := fmt.Errorf(format, a...)

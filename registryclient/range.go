@@ -140,8 +140,8 @@ func (r *rangeReader) resume(err error) error {
 		err = io.ErrUnexpectedEOF
 	}
 	r.body.Close()
-	if cerr := r.k.ctx.Err(); cerr != nil {
-		return cerr
+	if r.k.ctx.Err() != nil {
+		return r.k.ended()
 	}
 	r.k.c.redirects.forget(redirectKey{r.from, r.k.name, r.dgst}, nil)
 	for _, c := range r.k.asked {

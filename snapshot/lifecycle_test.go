@@ -2,7 +2,6 @@ package snapshot
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net/http"
 	"os"
@@ -18,6 +17,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
@@ -336,10 +336,10 @@ func TestEndSearches(t *testing.T) {
 	}()
 	<-asked
 	n.images.EndSearches()
-	if err := <-found; !errors.Is(err, stream.ErrNotStreamable) {
-		t.Errorf("got %v, want ErrNotStreamable", err)
+	if err := <-found; reason.Of(err) != reason.Stopping {
+		t.Errorf("got %v, want STOPPING", err)
 	}
-	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); !errors.Is(err, stream.ErrNotStreamable) {
-		t.Errorf("after Close: got %v, want ErrNotStreamable", err)
+	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); reason.Of(err) != reason.Stopping {
+		t.Errorf("after Close: got %v, want STOPPING", err)
 	}
 }

@@ -118,7 +118,7 @@ func (n *testNode) start() {
 		},
 	})
 	check(err)
-	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)))
+	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)), nil)
 	check(err)
 	n.stop = func() {
 		n.sn.Close()

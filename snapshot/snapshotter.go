@@ -39,7 +39,7 @@ import (
 // Images are the images that this node can stream. *stream.Store is one.
 type Images interface {
 	// Find says whether the image that ref names, with this platform manifest, can be streamed: under which id, and its
-	// chain IDs, bottom first. An error is the reason why not.
+	// chain IDs, bottom first. An error is the reason why not, as a rule a *reason.Error.
 	Find(ctx context.Context, ref string, manifest digest.Digest) (id string, chainIDs []digest.Digest, err error)
 	// Mount mounts the chain of the first n layers of image id at target. It needs no network for an image that was found
 	// before, in this life of the daemon or an earlier one.
@@ -67,13 +67,14 @@ type Snapshotter struct {
 	ms     *storage.MetaStore
 	images Images
 	log    *slog.Logger
+	onPull func(Pull)
 
 	mountMu keyedMutex // by snapshot id: held while its chain is mounted or unmounted
 	making  sync.Mutex // held while streamed snapshots are made
 
 	mu       sync.Mutex
 	streamed map[string]*streamedSnapshot // by snapshot id
-	logged   map[string]time.Time         // fallbacks logged lately, by reference and manifest digest
+	told     map[string]time.Time         // normal pulls told of lately, by reference, manifest digest and reason
 	finds    int                          // searches whose snapshots are not made yet
 	unused   map[string]bool              // images of which the last snapshot may be gone
 }
@@ -82,8 +83,11 @@ var _ snapshots.Snapshotter = (*Snapshotter)(nil)
 var _ snapshots.Cleaner = (*Snapshotter)(nil)
 
 // New opens or creates the snapshotter's state in root. It detaches what a former life left mounted there and nobody
-// serves, and needs no network.
-func New(root string, images Images, log *slog.Logger) (*Snapshotter, error) {
+// serves, and needs no network. onPull is told of each pull, in the call that decides it; it must not block. Nil is nobody.
+func New(root string, images Images, log *slog.Logger, onPull func(Pull)) (*Snapshotter, error) {
+	if onPull == nil {
+		onPull = func(Pull) {}
+	}
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, err
 	}
@@ -105,8 +109,8 @@ func New(root string, images Images, log *slog.Logger) (*Snapshotter, error) {
 		return nil, errors.Join(err, ms.Close())
 	}
 	s := &Snapshotter{
-		Snapshotter: inner, root: root, ms: ms, images: images, log: log,
-		streamed: map[string]*streamedSnapshot{}, logged: map[string]time.Time{}, unused: map[string]bool{},
+		Snapshotter: inner, root: root, ms: ms, images: images, log: log, onPull: onPull,
+		streamed: map[string]*streamedSnapshot{}, told: map[string]time.Time{}, unused: map[string]bool{},
 	}
 	ctx := context.Background()
 	if err := errors.Join(s.loadStreamed(ctx), s.Cleanup(ctx)); err != nil {

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -18,6 +17,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
 
 // labels are what Prepare needs of a snapshot's labels. Every other key may come from an image's author and is not looked at.
@@ -25,6 +26,17 @@ type labels struct {
 	target   string        // chain ID of the layer that is prepared
 	ref      string        // the image's reference
 	manifest digest.Digest // of the image's platform manifest
+}
+
+// check makes an error of labels that name no image.
+func (l labels) check() error {
+	if l.ref == "" || l.manifest == "" {
+		return reason.New(reason.NoLabels, errors.New("containerd passes no image labels: set enable_remote_snapshot_annotations in the proxy plugin's exports, or disable_snapshot_annotations = false"))
+	}
+	if err := l.manifest.Validate(); err != nil {
+		return reason.New(reason.NoLabels, fmt.Errorf("manifest digest %q: %w", l.manifest, err))
+	}
+	return nil
 }
 
 func parseLabels(opts []snapshots.Opt) (labels, error) {
@@ -93,15 +105,12 @@ func (s *Snapshotter) stream(ctx context.Context, key, parent string, l labels) 
 	if s.lookup(l.target, parent) {
 		return true
 	}
-	if l.ref == "" || l.manifest == "" {
-		s.fallback(l, errors.New("containerd passes no image labels: set enable_remote_snapshot_annotations in the proxy plugin's exports, or disable_snapshot_annotations = false"))
-		return false
-	}
-	if err := l.manifest.Validate(); err != nil {
-		s.fallback(l, fmt.Errorf("manifest digest %q: %w", l.manifest, err))
+	if err := l.check(); err != nil {
+		s.fallback(l, err)
 		return false
 	}
 	s.beginFind()
+	began := time.Now()
 	id, chainIDs, err := s.images.Find(ctx, l.ref, l.manifest)
 	defer func() { s.endFind(id) }()
 	if ctx.Err() != nil {
@@ -113,35 +122,18 @@ func (s *Snapshotter) stream(ctx context.Context, key, parent string, l labels) 
 	}
 	first := slices.Index(chainIDs, digest.Digest(l.target))
 	if first < 0 {
-		s.fallback(l, fmt.Errorf("chain %s is not one of the image's", l.target))
+		s.fallback(l, reason.New(reason.NoLabels, fmt.Errorf("chain %s is not one of the image's", l.target)))
 		return false
 	}
-	if err := s.commitStreamed(ctx, key, parent, id, chainIDs, first); err != nil {
+	made, err := s.commitStreamed(ctx, key, parent, id, chainIDs, first)
+	if err != nil {
 		s.fallback(l, err)
 		return false
 	}
+	if made {
+		s.onPull(Pull{Image: l.ref, Manifest: l.manifest, Artifact: id, At: time.Now(), Took: time.Since(began)})
+	}
 	return true
-}
-
-// fallback logs why an image is pulled in the normal way, once for each pull: its other layers are told at debug level.
-func (s *Snapshotter) fallback(l labels, why error) {
-	const quiet = time.Minute // about a pull
-	now := time.Now()
-	k := l.ref + " " + string(l.manifest)
-	level := slog.LevelInfo
-	s.mu.Lock()
-	for old, t := range s.logged {
-		if now.Sub(t) > quiet {
-			delete(s.logged, old)
-		}
-	}
-	if _, seen := s.logged[k]; seen {
-		level = slog.LevelDebug
-	} else {
-		s.logged[k] = now
-	}
-	s.mu.Unlock()
-	s.log.Log(context.Background(), level, "normal pull", "image", l.ref, "manifest", l.manifest, "reason", why)
 }
 
 func (s *Snapshotter) lookup(ref, parent string) bool {
@@ -156,13 +148,14 @@ func (s *Snapshotter) lookup(ref, parent string) bool {
 }
 
 // commitStreamed commits snapshots for chains first.. of the image, on top of parent, in one transaction: containerd asks for them one
-// after the other, and finds them made. Names are unique to the key; the chain ID as a name may belong to another namespace.
-func (s *Snapshotter) commitStreamed(ctx context.Context, key, parent, image string, chainIDs []digest.Digest, first int) error {
+// after the other, and finds them made. Names are unique to the key; the chain ID as a name may belong to another namespace. It reports false if another
+// Prepare was quicker.
+func (s *Snapshotter) commitStreamed(ctx context.Context, key, parent, image string, chainIDs []digest.Digest, first int) (bool, error) {
 	s.making.Lock()
 	defer s.making.Unlock()
-	// Another Prepare may have been quicker: it is the same image then, or one with the same chain.
+	// It is the same image then, or one with the same chain.
 	if s.lookup(chainIDs[first].String(), parent) {
-		return nil
+		return false, nil
 	}
 	var made []*streamedSnapshot
 	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
@@ -179,14 +172,14 @@ func (s *Snapshotter) commitStreamed(ctx context.Context, key, parent, image str
 	})
 	if err != nil {
 		// An id is used again after a transaction that was rolled back: nothing may lie in its directory.
-		return errors.Join(err, s.Cleanup(context.WithoutCancel(ctx)))
+		return false, errors.Join(err, s.Cleanup(context.WithoutCancel(ctx)))
 	}
 	s.mu.Lock()
 	for _, sn := range made {
 		s.streamed[sn.id] = sn
 	}
 	s.mu.Unlock()
-	return s.dropGone(ctx, made)
+	return true, s.dropGone(ctx, made)
 }
 
 // dropGone drops those of made that were removed between their transaction and their being noted, when Remove did not find them: a

@@ -14,7 +14,7 @@ import (
 func TestSnapshotterSuite(t *testing.T) {
 	testsuite.SnapshotterSuite(t, "overlayfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 		n := newTestNode(t)
-		sn, err := New(root, n.images, slog.New(slog.NewTextHandler(io.Discard, nil)))
+		sn, err := New(root, n.images, slog.New(slog.NewTextHandler(io.Discard, nil)), nil)
 		if err != nil {
 			return nil, nil, err
 		}

@@ -21,6 +21,7 @@ import (
 
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
 
 // config is the configuration file. It is decoded over the defaults, so a zero can be said; a key that is not here is an error.
@@ -225,14 +226,14 @@ func (ps patterns) validate() error {
 	return nil
 }
 
-// allow says why images of repo are not streamed; nil if they are.
+// allow says why images of repo are not streamed, as a *reason.Error; nil if they are.
 func (ps patterns) allow(repo registryclient.Repository) error {
 	for _, p := range ps {
 		if matchParts(strings.Split(p, "/"), strings.Split(string(repo), "/")) {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s is not listed in `stream` in the configuration", repo)
+	return reason.New(reason.NotListed, fmt.Errorf("%s is not listed in `stream` in the configuration", repo))
 }
 
 // String says what is listed.

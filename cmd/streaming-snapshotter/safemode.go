@@ -19,6 +19,7 @@ import (
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
 
 // Safe mode. A daemon that has failed to start maxFailedStarts times running starts as what it can be without its own parts: a plain overlay
@@ -117,9 +118,9 @@ func attempt[T any](f func() (T, error)) (v T, err error) {
 	return f()
 }
 
-// startSafe opens what can be opened, in safe mode for reason. Nothing is streamed that is not there already.
-func startSafe(c config, reason string, keep nodefs.Keeper, log *slog.Logger) (*node, *snapshot.Snapshotter, error) {
-	safe := inSafeMode{reason}
+// startSafe opens what can be opened, in safe mode for why. Nothing is streamed that is not there already.
+func startSafe(c config, why string, keep nodefs.Keeper, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
+	safe := reason.New(reason.SafeMode, fmt.Errorf("the daemon is in safe mode, in which nothing new is streamed: %s", why))
 	n, err := attempt(func() (*node, error) {
 		return newNode(c, func(registryclient.Repository) error { return safe }, keep, false)
 	})
@@ -130,7 +131,7 @@ func startSafe(c config, reason string, keep nodefs.Keeper, log *slog.Logger) (*
 	} else {
 		images = n.images
 	}
-	start := func() (*snapshot.Snapshotter, error) { return snapshot.New(c.Root, images, log) }
+	start := func() (*snapshot.Snapshotter, error) { return snapshot.New(c.Root, images, log, onPull) }
 	sn, err := attempt(start)
 	if err == nil {
 		return n, sn, nil
@@ -210,9 +211,3 @@ func (noImages) Forget(string) error                                 { return ni
 func (noImages) Retain(func(string) bool) error                      { return nil }
 func (noImages) Blobs(string, int) []digest.Digest                   { return nil }
 func (noImages) Usage(string, int, []digest.Digest) (int64, error)   { return 0, nil }
-
-type inSafeMode struct{ reason string }
-
-func (s inSafeMode) Error() string {
-	return "the daemon is in safe mode, in which nothing new is streamed: " + s.reason
-}

@@ -180,8 +180,8 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	if configErr != nil {
 		c = salvage(cmp.Or(file, defaultConfig))
 	}
-	p := newProblems(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(c.LogLevel)}))
-	log := slog.New(p)
+	seen := newSeen(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.Level(c.LogLevel)}))
+	log := slog.New(seen.problems)
 	slog.SetDefault(log)
 	lock, err := lockDir(c.Root)
 	if err != nil {
@@ -211,16 +211,16 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	ready := false
 	if err = configErr; err == nil {
 		if safe != "" {
-			n, sn, err = startSafe(c, safe, keep, log)
+			n, sn, err = startSafe(c, safe, keep, log, seen.pulls.note)
 		} else {
-			n, sn, err = startNormal(c, keep, log)
+			n, sn, err = startNormal(c, keep, log, seen.pulls.note)
 		}
 	}
 	if err == nil {
 		err = serveNode(ctx, c, n, sn, st, func() error {
 			ready = true
 			return count.succeeded(safe != "")
-		}, status{SafeMode: safe}, p)
+		}, status{SafeMode: safe}, seen)
 	}
 	if sn != nil {
 		err = errors.Join(err, sn.Close())
@@ -240,17 +240,17 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 }
 
 // startNormal opens everything.
-func startNormal(c config, keep nodefs.Keeper, log *slog.Logger) (*node, *snapshot.Snapshotter, error) {
+func startNormal(c config, keep nodefs.Keeper, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
 	n, err := attempt(func() (*node, error) { return newNode(c, c.Stream.allow, keep, false) })
 	if err != nil {
 		return nil, nil, err
 	}
-	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return snapshot.New(c.Root, n.images, log) })
+	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return snapshot.New(c.Root, n.images, log, onPull) })
 	return n, sn, err
 }
 
 // serveNode serves until ctx ends. It calls started once clients are answered.
-func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter, st *fdstore.Store, started func() error, s status, p *problems) error {
+func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter, st *fdstore.Store, started func() error, s status, seen *seen) error {
 	log := slog.Default()
 	s.Version, s.Since, s.Stream, s.Kept = version(), time.Now().UTC().Format(time.RFC3339), c.Stream, st.Keeps()
 	if n.mounts != nil {
@@ -261,7 +261,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	if err != nil {
 		return err
 	}
-	stopStatus, err := n.serveStatus(c.Root, s, p)
+	stopStatus, err := n.serveStatus(c.Root, s, seen)
 	if err != nil {
 		log.Warn("nobody can ask for the status", "error", err)
 	} else {

@@ -1,21 +1,19 @@
 package main
 
 import (
-	"context"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
 	"io/fs"
-	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
 	"runtime/metrics"
-	"slices"
 	"strings"
-	"sync"
 	"syscall"
+	"text/tabwriter"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
@@ -44,6 +42,8 @@ type status struct {
 	Goroutines    int                `json:"goroutines"`            // of the daemon: what leaks shows here first
 	Heap          int64              `json:"heap"`                  // of the daemon: bytes of what it has not freed yet
 	Problems      []string           `json:"problems"`              // the last ones, the newest at the end
+	pullCounts
+	NotStreamed []normalPull `json:"not_streamed"` // the last ones, the newest at the end
 }
 
 // host is how a registry's host does.
@@ -93,7 +93,7 @@ func (h host) String() string {
 }
 
 // measure fills in what changes.
-func (s status) measure(root string, n *node, p *problems) status {
+func (s status) measure(root string, n *node, seen *seen) status {
 	s.Cache, s.Background = n.stats(), n.background()
 	if entries, err := os.ReadDir(filepath.Join(root, "images")); err == nil {
 		for _, e := range entries {
@@ -128,7 +128,8 @@ func (s status) measure(root string, n *node, p *problems) status {
 	heap := []metrics.Sample{{Name: "/memory/classes/heap/objects:bytes"}}
 	metrics.Read(heap)
 	s.Heap = int64(heap[0].Value.Uint64())
-	s.Problems = p.list()
+	s.Problems = seen.problems.list()
+	s.pullCounts, s.NotStreamed = seen.pulls.list()
 	return s
 }
 
@@ -136,9 +137,9 @@ func (s status) measure(root string, n *node, p *problems) status {
 func statusSocket(root string) string { return filepath.Join(root, "status.sock") }
 
 // serveStatus answers until stop, which waits for the end.
-func (n *node) serveStatus(root string, s status, p *problems) (stop func(), err error) {
+func (n *node) serveStatus(root string, s status, seen *seen) (stop func(), err error) {
 	return serveSocket(statusSocket(root), func(conn net.Conn) {
-		json.NewEncoder(conn).Encode(s.measure(root, n, p)) // who has gone does not want it
+		json.NewEncoder(conn).Encode(s.measure(root, n, seen)) // who has gone does not want it
 	})
 }
 
@@ -202,6 +203,16 @@ func printStatus(root string, asJSON bool, w io.Writer) error {
 	if b := s.Background; b != nil {
 		fmt.Fprintf(w, "in the background: %s, %s of %s\n", b.Image, bytesText(b.Done), bytesText(b.Total))
 	}
+	if len(s.NotStreamed) > 0 {
+		fmt.Fprintln(w)
+		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+		fmt.Fprintln(t, "NOT STREAMED\tREASON\tWHEN")
+		for _, p := range s.NotStreamed {
+			fmt.Fprintf(t, "%s\t%s\t%s\n", cmp.Or(p.Image, "(unknown)"), p.Reason, p.At)
+		}
+		t.Flush()
+		fmt.Fprintln(w)
+	}
 	for _, p := range s.Problems {
 		fmt.Fprintf(w, "problem: %s\n", p)
 	}
@@ -236,87 +247,4 @@ func (s status) cache() string {
 		text += ", the disk has failed before: " + s.CacheError
 	}
 	return text
-}
-
-// problems is a handler that remembers the last warnings and errors on their way to another one.
-type problems struct {
-	slog.Handler
-	last *lastLines
-	with []slog.Attr
-}
-
-// maxProblems bounds what is remembered.
-const maxProblems = 20
-
-type lastLines struct {
-	mu    sync.Mutex
-	lines []problem
-}
-
-// problem is one line, and what it is about, "" for nothing that can be well again.
-type problem struct{ about, text string }
-
-type aboutKey struct{}
-
-// about is a context to log what happens to one thing with: a line below a warning says that it is well again, and ends the problems of before.
-func about(what string) context.Context {
-	return context.WithValue(context.Background(), aboutKey{}, what)
-}
-
-func newProblems(h slog.Handler) *problems { return &problems{Handler: h, last: &lastLines{}} }
-
-func (p *problems) list() []string {
-	p.last.mu.Lock()
-	defer p.last.mu.Unlock()
-	list := []string{}
-	for _, l := range p.last.lines {
-		list = append(list, l.text)
-	}
-	return list
-}
-
-// Enabled is slog's: what ends a problem is looked at, too.
-func (p *problems) Enabled(_ context.Context, l slog.Level) bool {
-	return l >= slog.LevelInfo || p.Handler.Enabled(context.Background(), l)
-}
-
-// Handle is slog's.
-func (p *problems) Handle(ctx context.Context, r slog.Record) error {
-	what, _ := ctx.Value(aboutKey{}).(string)
-	if r.Level >= slog.LevelWarn {
-		var b strings.Builder
-		fmt.Fprintf(&b, "%s %s: %s", r.Time.UTC().Format(time.RFC3339), r.Level, r.Message)
-		add := func(a slog.Attr) bool {
-			if a.Key != "stack" {
-				fmt.Fprintf(&b, " %s=%q", a.Key, a.Value)
-			}
-			return true
-		}
-		for _, a := range p.with {
-			add(a)
-		}
-		r.Attrs(add)
-		p.last.mu.Lock()
-		p.last.lines = append(p.last.lines, problem{what, b.String()})
-		p.last.lines = p.last.lines[max(0, len(p.last.lines)-maxProblems):]
-		p.last.mu.Unlock()
-	} else if what != "" {
-		p.last.mu.Lock()
-		p.last.lines = slices.DeleteFunc(p.last.lines, func(l problem) bool { return l.about == what })
-		p.last.mu.Unlock()
-	}
-	if !p.Handler.Enabled(ctx, r.Level) {
-		return nil
-	}
-	return p.Handler.Handle(ctx, r)
-}
-
-// WithAttrs is slog's.
-func (p *problems) WithAttrs(as []slog.Attr) slog.Handler {
-	return &problems{Handler: p.Handler.WithAttrs(as), last: p.last, with: append(append([]slog.Attr{}, p.with...), as...)}
-}
-
-// WithGroup is slog's.
-func (p *problems) WithGroup(name string) slog.Handler {
-	return &problems{Handler: p.Handler.WithGroup(name), last: p.last, with: p.with}
 }

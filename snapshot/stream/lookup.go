@@ -19,6 +19,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
 
 // maxConfigSize bounds an image's config, bytes: containerd's own bound for what it reads whole is the same order.
@@ -67,7 +68,7 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 			}
 		}
 		if err == nil && len(artifacts) == 0 {
-			err = fmt.Errorf("%s@%s has no streaming artifact (`streamctl create` makes one)", repo, manifest)
+			err = reason.New(reason.NoArtifact, fmt.Errorf("%s@%s has no streaming artifact (`streamctl create` makes one)", repo, manifest))
 		}
 		return err
 	})
@@ -110,7 +111,7 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 				return img, nil
 			}
 		}
-		errs = append(errs, fmt.Errorf("artifact %s: %w", r.Digest, err))
+		errs = append(errs, withReason(fmt.Errorf("artifact %s: %w", r.Digest, err))) // the newest one's is the image's
 		if ctx.Err() != nil {
 			break
 		}
@@ -138,10 +139,10 @@ func (s *Store) readConfig(ctx context.Context, repo registryclient.Repository, 
 	}
 	diffIDs, err := decodeConfig(b)
 	if err != nil {
-		return fmt.Errorf("config %s: %w", src.manifest.Config.Digest, err)
+		return fmt.Errorf("%w: config %s: %w", errImage, src.manifest.Config.Digest, err)
 	}
 	if len(diffIDs) != len(src.manifest.Layers) || len(diffIDs) == 0 {
-		return fmt.Errorf("config %s has %d diffIDs, the manifest %d layers", src.manifest.Config.Digest, len(diffIDs), len(src.manifest.Layers))
+		return fmt.Errorf("%w: config %s has %d diffIDs, the manifest %d layers", errImage, src.manifest.Config.Digest, len(diffIDs), len(src.manifest.Layers))
 	}
 	src.diffIDs = diffIDs
 	src.chainIDs = identity.ChainIDs(slices.Clone(diffIDs))

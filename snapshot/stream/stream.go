@@ -48,10 +48,8 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
-
-// ErrNotStreamable: this image is not streamed, for the reason that wraps it. A normal pull is the answer.
-var ErrNotStreamable = errors.New("not streamed")
 
 // Registry is where artifacts are looked for and read from. *registryclient.Client is one.
 type Registry interface {
@@ -198,8 +196,8 @@ func (s *Store) Close() error {
 	return errors.Join(errs...)
 }
 
-// Find looks for the artifact of the image that ref names and whose platform manifest is manifest. The error wraps
-// ErrNotStreamable unless ctx ended. A success stands as long as the image is in use, a failure for seconds.
+// Find looks for the artifact of the image that ref names and whose platform manifest is manifest. The error is a
+// *reason.Error unless ctx ended: a normal pull is the answer. A success stands as long as the image is in use, a failure for seconds.
 //
 // The id names the artifact on this node; chainIDs are those of the image's own config, bottom first.
 func (s *Store) Find(ctx context.Context, ref string, manifest digest.Digest) (id string, chainIDs []digest.Digest, err error) {
@@ -213,11 +211,11 @@ func (s *Store) Find(ctx context.Context, ref string, manifest digest.Digest) (i
 func (s *Store) find(ctx context.Context, ref string, manifest digest.Digest) (*image, error) {
 	repo, _, _, err := registryclient.ParseReference(ref)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrNotStreamable, err)
+		return nil, reason.New(reason.NoLabels, err)
 	}
 	if s.o.Allow != nil {
 		if err := s.o.Allow(repo); err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrNotStreamable, err)
+			return nil, reason.New(reason.NotListed, err)
 		}
 	}
 	for {
@@ -244,7 +242,7 @@ func (s *Store) join(ctx context.Context, key searchKey) (*search, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return nil, fmt.Errorf("%w: the daemon is stopping", ErrNotStreamable)
+		return nil, reason.New(reason.Stopping, errors.New("the daemon is stopping"))
 	}
 	maps.DeleteFunc(s.searches, func(_ searchKey, q *search) bool { return s.stale(q) })
 	q := s.searches[key]
@@ -280,7 +278,7 @@ func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 		err = fmt.Errorf("the search took longer than %v: %w", s.o.Timeout, err)
 	}
 	if err != nil {
-		q.err = fmt.Errorf("%w: %w", ErrNotStreamable, err)
+		q.err = withReason(err)
 		q.expires = time.Now().Add(s.o.RetryAfter)
 		if took := time.Since(start); took > time.Second {
 			q.expires = q.expires.Add(4 * took) // or searches would take most of the time of a normal pull of many layers

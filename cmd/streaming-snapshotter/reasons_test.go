@@ -1,0 +1,288 @@
+package main
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+)
+
+// reasonNode is a daemon that streams from the repositories team/* of registries of this machine.
+type reasonNode struct {
+	root, address, config string
+	daemon                *process
+}
+
+func newReasonNode(t *testing.T, failedStarts int) *reasonNode {
+	t.Helper()
+	dir := t.TempDir()
+	n := &reasonNode{root: filepath.Join(dir, "root"), address: filepath.Join(dir, "s.sock")}
+	n.config = writeConfig(t, n.root, n.address)
+	addConfig(t, n.config, "stream = ['127.0.0.1:*/team/*']\nresolve_timeout = '2s'")
+	t.Cleanup(func() { unix.Unmount(filepath.Join(n.root, "devices"), unix.MNT_DETACH) })
+	if failedStarts > 0 {
+		if err := os.Mkdir(n.root, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		for range failedStarts {
+			if _, err := readStarts(n.root).begin(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	n.daemon = serving(t, n.config, n.address)
+	return n
+}
+
+// pull begins to pull an image, as containerd does, and wants it to be a normal pull.
+func (n *reasonNode) pull(t *testing.T, labels map[string]string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	if _, err := connect(t, n.address).Prepare(ctx, fmt.Sprint("extract ", labels), "", snapshots.WithLabels(labels)); err != nil {
+		t.Errorf("not a normal pull: %v", err)
+	}
+}
+
+// why is the reason that the status has for the last pull.
+func (n *reasonNode) why(t *testing.T) reason.Code {
+	t.Helper()
+	s := askStatus(t, n.config, func(s status) bool { return len(s.NotStreamed) > 0 })
+	last := s.NotStreamed[len(s.NotStreamed)-1]
+	if last.Error == "" || last.At == "" || s.Normal[last.Reason] == 0 || s.Streamed != 0 {
+		t.Errorf("%+v of %+v", last, s.pullCounts)
+	}
+	if text := statusText(t, n.config); !strings.Contains(text, string(last.Reason)) || !strings.Contains(text, last.Image) {
+		t.Errorf("no %s in\n%s", last.Reason, text)
+	}
+	return last.Reason
+}
+
+// image pushes an image as ref, with an artifact or without, and returns the labels of its first layer.
+func image(t *testing.T, ref string, converted bool) map[string]string {
+	t.Helper()
+	manifest, diffIDs := push(t, ref)
+	if converted {
+		convert(t, ref)
+	}
+	return labelsOf(ref, manifest, diffIDs[0])
+}
+
+func labelsOf(ref, manifest, diffID string) map[string]string {
+	return map[string]string{snapshots.LabelSnapshotRef: diffID, snapshotters.TargetRefLabel: ref, snapshotters.TargetManifestDigestLabel: manifest}
+}
+
+// brokenLink pushes an image with a hard link to nothing, and its artifact, as ref.
+func brokenLink(t *testing.T, ref string) map[string]string {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	if err := w.WriteHeader(&tar.Header{Name: "link", Linkname: "nothing", Typeflag: tar.TypeLink}); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
+	var img v1.Image
+	if err == nil {
+		img, err = mutate.ConfigFile(empty.Image, &v1.ConfigFile{OS: "linux", Architecture: runtime.GOARCH})
+	}
+	if err == nil {
+		img, err = mutate.AppendLayers(img, l)
+	}
+	var r name.Reference
+	if err == nil {
+		r, err = name.ParseReference(ref)
+	}
+	if err == nil {
+		err = remote.Write(r, img)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	convert(t, ref)
+	dgst, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	diffID, err := l.DiffID()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return labelsOf(ref, dgst.String(), diffID.String())
+}
+
+// newerArtifact pushes an image as ref whose artifact is of a version to come.
+func newerArtifact(t *testing.T, reg *registrytest.Registry, ref string) map[string]string {
+	t.Helper()
+	labels := image(t, ref, true)
+	repo, _, _, err := registryclient.ParseReference(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client, err := registryclient.New(registryclient.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	desc, b, err := client.Resolve(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	artifacts, err := client.Referrers(t.Context(), repo, desc.Digest, artifact.ArtifactType)
+	if err != nil || len(artifacts) != 1 {
+		t.Fatalf("got artifacts %v, %v", artifacts, err)
+	}
+	raw, err := client.Manifest(t.Context(), repo, artifacts[0].Digest, artifact.MaxManifestSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		t.Fatal(err)
+	}
+	m.Annotations[artifact.AnnotationVersion] = "v99"
+	if raw, err = json.Marshal(m); err != nil {
+		t.Fatal(err)
+	}
+	// In a repository that does not have the good one.
+	other := string(repo) + "-newer"
+	path := strings.TrimPrefix(other, reg.Host()+"/")
+	reg.PutManifest(path, "v1", ocispec.MediaTypeImageManifest, b)
+	reg.PutManifest(path, "", ocispec.MediaTypeImageManifest, raw)
+	reg.PutBlob(path, configOf(t, client, repo, b))
+	labels[snapshotters.TargetRefLabel] = other + ":v1"
+	return labels
+}
+
+func configOf(t *testing.T, client *registryclient.Client, repo registryclient.Repository, manifest []byte) []byte {
+	t.Helper()
+	var m ocispec.Manifest
+	if err := json.Unmarshal(manifest, &m); err != nil {
+		t.Fatal(err)
+	}
+	b, err := client.Blob(t.Context(), repo, m.Config.Digest, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// reasonCases provoke each reason at a node and a registry, and return the labels of the image to pull.
+func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string {
+	fault := func(match func(*http.Request) bool, f registrytest.Fault) func(*testing.T, *reasonNode, *registrytest.Registry) map[string]string {
+		return func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			labels := image(t, reg.Host()+"/team/app:v1", true)
+			t.Cleanup(reg.Inject(match, -1, f))
+			return labels
+		}
+	}
+	return map[reason.Code]func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string{
+		reason.NoLabels: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			labels := image(t, reg.Host()+"/team/app:v1", true)
+			return map[string]string{snapshots.LabelSnapshotRef: labels[snapshots.LabelSnapshotRef]}
+		},
+		reason.NotListed: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			return image(t, reg.Host()+"/others/app:v1", true)
+		},
+		reason.SafeMode: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			return image(t, reg.Host()+"/team/app:v1", true)
+		},
+		reason.NoArtifact: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			return image(t, reg.Host()+"/team/app:v1", false)
+		},
+		reason.Auth: fault(registrytest.Referrers, registrytest.Status(http.StatusForbidden)),
+		reason.Unreachable: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			labels := image(t, reg.Host()+"/team/app:v1", true)
+			reg.Close()
+			return labels
+		},
+		reason.Timeout: fault(registrytest.Any, registrytest.Stall(-1)),
+		reason.Stopping: func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string {
+			labels := image(t, reg.Host()+"/team/app:v1", true)
+			stop := sync.OnceFunc(func() { n.daemon.Process.Signal(unix.SIGTERM) }) // a second one would kill
+			t.Cleanup(reg.Inject(registrytest.Any, -1, func(r *registrytest.Registry, next http.Handler) http.Handler {
+				stop() // it searches
+				return registrytest.Stall(-1)(r, next)
+			}))
+			return labels
+		},
+		reason.BadAnswer:  fault(registrytest.Referrers, registrytest.Answer(ocispec.MediaTypeImageIndex, `[1, 2`)),
+		reason.Incomplete: fault(registrytest.Blobs, registrytest.Status(http.StatusNotFound)),
+		reason.Damaged:    fault(registrytest.Manifests, registrytest.Flip(300)),
+		reason.Unsupported: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			return newerArtifact(t, reg, reg.Host()+"/team/app:v1")
+		},
+		reason.Content: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			return brokenLink(t, reg.Host()+"/team/app:v1")
+		},
+		reason.NodeFailure: func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string {
+			indexes := filepath.Join(n.root, "indexes")
+			if err := os.Remove(indexes); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(indexes, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			return image(t, reg.Host()+"/team/app:v1", true)
+		},
+	}
+}
+
+// Each reason of the list is one that a pull meets, and the log and the status say it.
+func TestReasons(t *testing.T) {
+	cases := reasonCases()
+	for _, code := range reason.All() {
+		t.Run(string(code), func(t *testing.T) {
+			if cases[code] == nil {
+				t.Fatal("nothing provokes it")
+			}
+			t.Parallel()
+			failed := 0
+			if code == reason.SafeMode {
+				failed = maxFailedStarts
+			}
+			reg := registrytest.Start(t, registrytest.Options{})
+			n := newReasonNode(t, failed)
+			labels := cases[code](t, n, reg)
+			n.pull(t, labels)
+			if code != reason.Stopping {
+				if got := n.why(t); got != code {
+					t.Errorf("the status says %s", got)
+				}
+				n.daemon.signal(unix.SIGTERM)
+			}
+			if err := n.daemon.wait(); err != nil {
+				t.Fatalf("%v\n%s", err, &n.daemon.stderr)
+			}
+			if !strings.Contains(n.daemon.stderr.String(), " reason="+string(code)+" error=") {
+				t.Errorf("the log says\n%s", &n.daemon.stderr)
+			}
+		})
+	}
+}

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+)
+
+// seen is what the daemon remembers for its status.
+type seen struct {
+	problems *problems // a log handler
+	pulls    *pulls
+}
+
+// newSeen returns one whose problems go on to h.
+func newSeen(h slog.Handler) *seen {
+	return &seen{&problems{Handler: h, last: &lastLines{}}, &pulls{}}
+}
+
+// pulls counts pulls, and remembers those that were not streamed.
+type pulls struct {
+	mu     sync.Mutex
+	counts pullCounts
+	normal []normalPull
+}
+
+// pullCounts are numbers of pulls since the start.
+type pullCounts struct {
+	Streamed int64                 `json:"streamed_pulls"`
+	Normal   map[reason.Code]int64 `json:"normal_pulls,omitempty"` // by reason
+}
+
+// normalPull is a pull that was not streamed.
+type normalPull struct {
+	Image    string      `json:"image"` // its reference; "" if containerd did not say
+	Manifest string      `json:"manifest"`
+	Reason   reason.Code `json:"reason"`
+	Error    string      `json:"error"`
+	At       string      `json:"at"`
+}
+
+// maxNormalPulls bounds what is remembered.
+const maxNormalPulls = 20
+
+// note is snapshot.New's onPull.
+func (p *pulls) note(pull snapshot.Pull) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if pull.Err == nil {
+		p.counts.Streamed++
+		return
+	}
+	code := reason.Of(pull.Err)
+	if p.counts.Normal == nil {
+		p.counts.Normal = map[reason.Code]int64{}
+	}
+	p.counts.Normal[code]++
+	p.normal = append(p.normal, normalPull{pull.Image, pull.Manifest.String(), code, pull.Err.Error(), pull.At.UTC().Format(time.RFC3339)})
+	p.normal = p.normal[max(0, len(p.normal)-maxNormalPulls):]
+}
+
+// list returns copies of the counts and the pulls that were not streamed.
+func (p *pulls) list() (pullCounts, []normalPull) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return pullCounts{p.counts.Streamed, maps.Clone(p.counts.Normal)}, append([]normalPull{}, p.normal...)
+}
+
+// problems is a handler that remembers the last warnings and errors on their way to another one.
+type problems struct {
+	slog.Handler
+	last *lastLines
+	with []slog.Attr
+}
+
+// maxProblems bounds what is remembered.
+const maxProblems = 20
+
+type lastLines struct {
+	mu    sync.Mutex
+	lines []problem
+}
+
+// problem is one line, and what it is about, "" for nothing that can be well again.
+type problem struct{ about, text string }
+
+type aboutKey struct{}
+
+// about is a context to log what happens to one thing with: a line below a warning says that it is well again, and ends the problems of before.
+func about(what string) context.Context {
+	return context.WithValue(context.Background(), aboutKey{}, what)
+}
+
+func (p *problems) list() []string {
+	p.last.mu.Lock()
+	defer p.last.mu.Unlock()
+	list := []string{}
+	for _, l := range p.last.lines {
+		list = append(list, l.text)
+	}
+	return list
+}
+
+// Enabled is slog's: what ends a problem is looked at, too.
+func (p *problems) Enabled(_ context.Context, l slog.Level) bool {
+	return l >= slog.LevelInfo || p.Handler.Enabled(context.Background(), l)
+}
+
+// Handle is slog's.
+func (p *problems) Handle(ctx context.Context, r slog.Record) error {
+	what, _ := ctx.Value(aboutKey{}).(string)
+	if r.Level >= slog.LevelWarn {
+		var b strings.Builder
+		fmt.Fprintf(&b, "%s %s: %s", r.Time.UTC().Format(time.RFC3339), r.Level, r.Message)
+		add := func(a slog.Attr) bool {
+			if a.Key != "stack" {
+				fmt.Fprintf(&b, " %s=%q", a.Key, a.Value)
+			}
+			return true
+		}
+		for _, a := range p.with {
+			add(a)
+		}
+		r.Attrs(add)
+		p.last.mu.Lock()
+		p.last.lines = append(p.last.lines, problem{what, b.String()})
+		p.last.lines = p.last.lines[max(0, len(p.last.lines)-maxProblems):]
+		p.last.mu.Unlock()
+	} else if what != "" {
+		p.last.mu.Lock()
+		p.last.lines = slices.DeleteFunc(p.last.lines, func(l problem) bool { return l.about == what })
+		p.last.mu.Unlock()
+	}
+	if !p.Handler.Enabled(ctx, r.Level) {
+		return nil
+	}
+	return p.Handler.Handle(ctx, r)
+}
+
+// WithAttrs is slog's.
+func (p *problems) WithAttrs(as []slog.Attr) slog.Handler {
+	return &problems{Handler: p.Handler.WithAttrs(as), last: p.last, with: append(append([]slog.Attr{}, p.with...), as...)}
+}
+
+// WithGroup is slog's.
+func (p *problems) WithGroup(name string) slog.Handler {
+	return &problems{Handler: p.Handler.WithGroup(name), last: p.last, with: p.with}
+}
