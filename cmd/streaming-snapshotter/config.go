@@ -39,6 +39,9 @@ type config struct {
 	DockerConfig   bool        `toml:"docker_config" comment:"Whether docker's config.json with its credential helpers (of the user that runs the daemon), or podman's auth.json, is tried last."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
 	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
+	CRIProxy       string      `toml:"cri_proxy" comment:"Unix socket of a proxy of containerd's CRI, for the kubelet's image service endpoint: what a pull comes with (imagePullSecrets) then serves the\nreads of its image, too. Empty for none."`
+	Containerd     string      `toml:"cri_containerd" comment:"Unix socket of containerd, where the proxy passes everything on."`
+	CRIKey         string      `toml:"cri_credentials_key" comment:"File of the key with which the credentials of images that are streamed are kept in root over restarts of the daemon. On a tmpfs, so that a reboot\nends them. Empty keeps them in memory only: after a restart images are read with other credentials, or have to be pulled again."`
 	LogLevel       level       `toml:"log_level" comment:"debug, info, warn or error."`
 }
 
@@ -55,6 +58,8 @@ func defaults() config {
 		DockerConfig:   true,
 		ResolveTimeout: duration{15 * time.Second},
 		RegistryWait:   duration{5 * time.Minute},
+		Containerd:     "/run/containerd/containerd.sock",
+		CRIKey:         "/run/streaming-snapshotter/credentials.key",
 		LogLevel:       level(slog.LevelInfo),
 	}
 }
@@ -122,15 +127,17 @@ func example(key string) string {
 }
 
 func (c *config) validate() error {
-	for _, p := range []struct{ key, path string }{{"root", c.Root}, {"address", c.Address}} {
-		if !filepath.IsAbs(p.path) {
+	for _, p := range []struct {
+		key, path string
+		optional  bool
+	}{{"root", c.Root, false}, {"address", c.Address, false}, {"cri_proxy", c.CRIProxy, true}, {"cri_containerd", c.Containerd, false}, {"cri_credentials_key", c.CRIKey, true},
+		{"credential_provider_config", c.Plugins, true}, {"credential_provider_bin_dir", c.PluginDir, true}} {
+		if !filepath.IsAbs(p.path) && (p.path != "" || !p.optional) {
 			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
 		}
 	}
-	for _, p := range []struct{ key, path string }{{"credential_provider_config", c.Plugins}, {"credential_provider_bin_dir", c.PluginDir}} {
-		if p.path != "" && !filepath.IsAbs(p.path) {
-			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
-		}
+	if p := filepath.Clean(c.CRIProxy); p == filepath.Clean(c.Address) || p == filepath.Clean(c.Containerd) {
+		return fmt.Errorf("cri_proxy = %q: want a socket of its own", c.CRIProxy)
 	}
 	if !slices.Contains([]nodefs.Mode{nodefs.ModeAuto, nodefs.ModeFile, nodefs.ModeLoop, nodefs.ModeTree}, c.MountMode) {
 		return fmt.Errorf("mount_mode = %q: want auto, file, loop or tree", c.MountMode)

@@ -11,13 +11,16 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
 )
 
-// keptSocket is the name under which the socket of the snapshots service is kept.
-const keptSocket = "listen-snapshots"
+// The names under which sockets are kept.
+const (
+	snapshotsSocket = "listen-snapshots" // of the snapshots service
+	criSocket       = "listen-cri"       // of the proxy of CRI
+)
 
-// listen returns the socket at address that st has from a predecessor or from a systemd socket unit, or a new one, which st is given to keep.
+// listen returns the socket at address that st has under name from a predecessor, or, for the snapshots service, from a systemd socket unit; or a new one, which st is given to keep.
 // A kept one stays at its address when the listener is closed, and clients that connect meanwhile wait.
-func listen(address string, st *fdstore.Store) (net.Listener, error) {
-	if l := inherited(address, st); l != nil {
+func listen(name, address string, st *fdstore.Store) (net.Listener, error) {
+	if l := inherited(name, address, st); l != nil {
 		return l, nil
 	}
 	l, err := newSocket(address)
@@ -26,7 +29,7 @@ func listen(address string, st *fdstore.Store) (net.Listener, error) {
 	}
 	f, err := l.File()
 	if err == nil {
-		err = st.Keep(keptSocket, f)
+		err = st.Keep(name, f)
 		f.Close()
 	}
 	if err != nil {
@@ -36,9 +39,9 @@ func listen(address string, st *fdstore.Store) (net.Listener, error) {
 	return l, nil
 }
 
-// removeSocket removes the socket that listen has given to st to keep.
-func removeSocket(st *fdstore.Store) error {
-	f := st.Kept(keptSocket)
+// removeSocket removes the socket that listen has given to st to keep under name.
+func removeSocket(name string, st *fdstore.Store) error {
+	f := st.Kept(name)
 	if f == nil {
 		return nil
 	}
@@ -54,12 +57,12 @@ func removeSocket(st *fdstore.Store) error {
 }
 
 // inherited returns the socket at address that st has, or nil. One that has lost its place in the file system is of no use.
-func inherited(address string, st *fdstore.Store) (found net.Listener) {
-	for _, name := range st.KeptNames() {
-		if name != keptSocket && !strings.HasSuffix(name, ".socket") {
+func inherited(name, address string, st *fdstore.Store) (found net.Listener) {
+	for _, kept := range st.KeptNames() {
+		if kept != name && (name != snapshotsSocket || !strings.HasSuffix(kept, ".socket")) {
 			continue
 		}
-		f := st.Kept(name)
+		f := st.Kept(kept)
 		l, err := net.FileListener(f)
 		f.Close()
 		if err != nil {

@@ -54,7 +54,7 @@ func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store
 	if st.Keeps() {
 		keep = st
 	}
-	n, err := newNode(c, nil, keep, true)
+	n, err := newNode(c, nil, keep, true, nil)
 	if err != nil {
 		return err
 	}

@@ -123,7 +123,7 @@ func manifestOf(ctx context.Context, c config, ref, platform string) (digest.Dig
 // newRegistry returns a client for what a command asks of registries itself.
 func newRegistry(c config) (*registryclient.Client, error) {
 	return registryclient.New(registryclient.Options{
-		HostsDir: c.HostsDir, Credentials: credentials.Chain(newSources(c)...), UserAgent: "streaming-snapshotter/" + version(),
+		HostsDir: c.HostsDir, Credentials: credentials.Chain(newSources(c, nil)...), UserAgent: "streaming-snapshotter/" + version(),
 	})
 }
 

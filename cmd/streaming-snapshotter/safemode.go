@@ -16,6 +16,7 @@ import (
 	"github.com/pelletier/go-toml/v2"
 	bolt "go.etcd.io/bbolt"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/criproxy"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
@@ -119,10 +120,10 @@ func attempt[T any](f func() (T, error)) (v T, err error) {
 }
 
 // startSafe opens what can be opened, in safe mode for why. Nothing is streamed that is not there already.
-func startSafe(c config, why string, keep nodefs.Keeper, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
+func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
 	safe := reason.New(reason.SafeMode, fmt.Errorf("the daemon is in safe mode, in which nothing new is streamed: %s", why))
 	n, err := attempt(func() (*node, error) {
-		return newNode(c, func(registryclient.Repository) error { return safe }, keep, false)
+		return newNode(c, func(registryclient.Repository) error { return safe }, keep, false, cri)
 	})
 	var images snapshot.Images = noImages{safe}
 	if err != nil {

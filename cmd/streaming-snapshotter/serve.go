@@ -18,6 +18,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
 	"github.com/streaming-snapshotter/streaming-snapshotter/credentials"
+	"github.com/streaming-snapshotter/streaming-snapshotter/criproxy"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
@@ -36,8 +37,8 @@ type node struct {
 }
 
 // newNode opens the node's parts with their files in root, which the caller has locked. allow is nil to stream from everywhere. keep is nil
-// if mounts end with the process. foreign is nodefs.Options.Foreign.
-func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.Keeper, foreign bool) (n *node, err error) {
+// if mounts end with the process. foreign is nodefs.Options.Foreign. cri is nil without the proxy of CRI.
+func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.Keeper, foreign bool, cri *criproxy.Store) (n *node, err error) {
 	n = &node{keeps: keep != nil}
 	defer func() {
 		if err != nil {
@@ -71,7 +72,7 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 	}); err != nil {
 		return n, err
 	}
-	n.logins = newSources(c)
+	n.logins = newSources(c, cri)
 	n.reg, err = registryclient.New(registryclient.Options{
 		HostsDir:    c.HostsDir,
 		Credentials: credentials.Chain(n.logins...),
@@ -86,13 +87,20 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 	if err != nil {
 		return n, err
 	}
-	n.images, err = stream.New(stream.Options{
+	images := stream.Options{
 		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.std(), Background: background,
-	})
-	if err == nil {
-		close(opened)
 	}
-	return n, err
+	if cri != nil {
+		images.OnForget = cri.Sweep
+	}
+	if n.images, err = stream.New(images); err != nil {
+		return n, err
+	}
+	close(opened)
+	if cri != nil {
+		cri.Follow(n.pulled)
+	}
+	return n, nil
 }
 
 // rest gives back the memory that reads have taken: the daemon is idle most of its life.
@@ -202,6 +210,13 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 			defer stop()
 		}
 	}
+	cri := openCRI(c)
+	stopCRI, err := serveCRI(ctx, c, cri, st)
+	if err != nil {
+		log.Error("CRI proxy: pulls through it fail", "address", c.CRIProxy, "error", err)
+	} else {
+		defer stopCRI()
+	}
 	var keep nodefs.Keeper
 	if st.Keeps() {
 		keep = st
@@ -211,9 +226,9 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	ready := false
 	if err = configErr; err == nil {
 		if safe != "" {
-			n, sn, err = startSafe(c, safe, keep, log, seen.pulls.note)
+			n, sn, err = startSafe(c, safe, keep, cri, log, seen.pulls.note)
 		} else {
-			n, sn, err = startNormal(c, keep, log, seen.pulls.note)
+			n, sn, err = startNormal(c, keep, cri, log, seen.pulls.note)
 		}
 	}
 	if err == nil {
@@ -240,8 +255,8 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 }
 
 // startNormal opens everything.
-func startNormal(c config, keep nodefs.Keeper, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
-	n, err := attempt(func() (*node, error) { return newNode(c, c.Stream.allow, keep, false) })
+func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
+	n, err := attempt(func() (*node, error) { return newNode(c, c.Stream.allow, keep, false, cri) })
 	if err != nil {
 		return nil, nil, err
 	}
@@ -257,7 +272,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 		mode, why := n.mounts.Mode()
 		s.MountMode, s.NotTaken = string(mode), why
 	}
-	l, err := listen(c.Address, st)
+	l, err := listen(snapshotsSocket, c.Address, st)
 	if err != nil {
 		return err
 	}

@@ -153,7 +153,7 @@ func (s *supervisor) release() error {
 		s.log.Warn("a mount is in use: who uses it gets errors from now on", "error", err)
 		err = nil
 	}
-	return errors.Join(err, removeRoot(st), removeSocket(st))
+	return errors.Join(err, removeRoot(st), removeSocket(snapshotsSocket, st), removeSocket(criSocket, st))
 }
 
 // runOnce runs the command to its end, which it asks for when ctx ends, or at a signal from hangup: asked.
