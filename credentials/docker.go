@@ -23,17 +23,17 @@ const helperTimeout = 30 * time.Second
 //
 // go-containerregistry's reader of the same files waits for a helper as long as that takes, whatever the context.
 type Docker struct {
-	programs *programs
-	timeout  time.Duration
+	calls   *calls
+	timeout time.Duration
 }
 
 // NewDocker returns a source of the first of these files that there is: config.json in $DOCKER_CONFIG or else ~/.docker, $REGISTRY_AUTH_FILE,
 // containers/auth.json in $XDG_RUNTIME_DIR, .config/containers/auth.json in ~.
-func NewDocker() *Docker { return &Docker{newPrograms(), helperTimeout} }
+func NewDocker() *Docker { return &Docker{newCalls(), helperTimeout} }
 
 // Close kills the helpers that are running.
 func (s *Docker) Close() error {
-	s.programs.close()
+	s.calls.close()
 	return nil
 }
 
@@ -87,7 +87,7 @@ func (s *Docker) Lookup(ctx context.Context, p registryclient.Place) (list []Log
 
 // help asks a helper (docker-credential-helpers' protocol) for a server's login.
 func (s *Docker) help(ctx context.Context, name, server string) (Login, error) {
-	l, err := s.programs.once(ctx, name+" "+server, func(ctx context.Context) (any, error) {
+	l, err := s.calls.once(ctx, name+" "+server, func(ctx context.Context) (any, error) {
 		path, err := exec.LookPath("docker-credential-" + name)
 		if err != nil {
 			return Login{}, errors.Unwrap(err)

@@ -38,7 +38,7 @@ var apiVersions = []string{"v1", "v1beta1", "v1alpha1"}
 type Plugins struct {
 	config, bin string
 	timeout     time.Duration
-	programs    *programs
+	calls       *calls
 
 	mu        sync.Mutex
 	stamp     string // of the configuration
@@ -47,12 +47,12 @@ type Plugins struct {
 
 // NewPlugins returns a source of the plugins in bin (--image-credential-provider-bin-dir). Nothing is read before the first Lookup.
 func NewPlugins(config, bin string) *Plugins {
-	return &Plugins{config: config, bin: bin, timeout: pluginTimeout, programs: newPrograms()}
+	return &Plugins{config: config, bin: bin, timeout: pluginTimeout, calls: newCalls()}
 }
 
 // Close kills the plugins that are running.
 func (s *Plugins) Close() error {
-	s.programs.close()
+	s.calls.close()
 	return nil
 }
 
@@ -233,7 +233,7 @@ func (p *provider) lookup(ctx context.Context, s *Plugins, image string) ([]Logi
 	if a, ok := p.cached(image); ok {
 		return a.lookup(registryclient.Repository(image))
 	}
-	a, err := s.programs.once(ctx, fmt.Sprintf("%p %s", p, image), func(ctx context.Context) (any, error) {
+	a, err := s.calls.once(ctx, fmt.Sprintf("%p %s", p, image), func(ctx context.Context) (any, error) {
 		return p.ask(ctx, s, image)
 	})
 	if err != nil {

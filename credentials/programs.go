@@ -9,63 +9,14 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
-
-	"golang.org/x/sync/singleflight"
 )
 
 const (
 	maxOutput = 1 << 20 // bytes of a program's answer
 	maxSaid   = 200     // bytes of what it says of its failure
 )
-
-// programs runs helpers and plugins. One program with the same question runs once at a time, for all who ask, and goes on when they have left:
-// its answer may be what the next ones find.
-type programs struct {
-	group  singleflight.Group
-	ctx    context.Context // of all that run
-	cancel context.CancelFunc
-
-	mu      sync.Mutex
-	running sync.WaitGroup // grows under mu, as long as ctx lives
-}
-
-func newPrograms() *programs {
-	p := &programs{}
-	p.ctx, p.cancel = context.WithCancel(context.Background())
-	return p
-}
-
-// close kills what runs.
-func (p *programs) close() {
-	p.mu.Lock()
-	p.cancel()
-	p.mu.Unlock()
-	p.running.Wait()
-}
-
-// once calls f once for all who ask with the same key while it runs.
-func (p *programs) once(ctx context.Context, key string, f func(context.Context) (any, error)) (any, error) {
-	answer := p.group.DoChan(key, func() (any, error) {
-		p.mu.Lock()
-		if err := p.ctx.Err(); err != nil {
-			p.mu.Unlock()
-			return nil, err
-		}
-		p.running.Add(1)
-		p.mu.Unlock()
-		defer p.running.Done()
-		return f(p.ctx)
-	})
-	select {
-	case r := <-answer:
-		return r.Val, r.Err
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-}
 
 // program is a command that is not trusted to end, nor to be brief.
 type program struct {

@@ -36,6 +36,8 @@ type config struct {
 	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
 	Plugins        string      `toml:"credential_provider_config" comment:"The kubelet's credential provider plugins: its --image-credential-provider-config, a file or a directory; empty for none.\nWhat the plugins have is tried first."`
 	PluginDir      string      `toml:"credential_provider_bin_dir" comment:"Where the plugins are: the kubelet's --image-credential-provider-bin-dir; empty for where their configuration is."`
+	Kubeconfig     string      `toml:"kubeconfig" comment:"With which to get the image pull secrets of this node's pods from the API server; the kubelet's own has just the rights for that. Empty for none."`
+	NodeName       string      `toml:"node_name" comment:"What the node is called in Kubernetes; empty for this machine's name, as the kubelet has it."`
 	DockerConfig   bool        `toml:"docker_config" comment:"Whether docker's config.json with its credential helpers (of the user that runs the daemon), or podman's auth.json, is tried last."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
 	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
@@ -138,6 +140,11 @@ func (c *config) validate() error {
 	}
 	if p := filepath.Clean(c.CRIProxy); p == filepath.Clean(c.Address) || p == filepath.Clean(c.Containerd) {
 		return fmt.Errorf("cri_proxy = %q: want a socket of its own", c.CRIProxy)
+	}
+	for _, p := range []struct{ key, path string }{{"credential_provider_config", c.Plugins}, {"credential_provider_bin_dir", c.PluginDir}, {"kubeconfig", c.Kubeconfig}} {
+		if p.path != "" && !filepath.IsAbs(p.path) {
+			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
+		}
 	}
 	if !slices.Contains([]nodefs.Mode{nodefs.ModeAuto, nodefs.ModeFile, nodefs.ModeLoop, nodefs.ModeTree}, c.MountMode) {
 		return fmt.Errorf("mount_mode = %q: want auto, file, loop or tree", c.MountMode)

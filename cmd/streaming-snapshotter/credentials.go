@@ -4,7 +4,10 @@ import (
 	"cmp"
 	"errors"
 	"io"
+	"log/slog"
+	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/credentials"
 	"github.com/streaming-snapshotter/streaming-snapshotter/criproxy"
@@ -21,10 +24,25 @@ func newSources(c config, cri *criproxy.Store) (list sources) {
 	if cri != nil {
 		list = append(list, cri)
 	}
+	if c.Kubeconfig != "" {
+		list = append(list, credentials.NewKubernetes(c.Kubeconfig, c.node()))
+	}
 	if c.DockerConfig {
 		list = append(list, credentials.NewDocker())
 	}
 	return list
+}
+
+// node returns the node's name as the kubelet has it.
+func (c *config) node() string {
+	if c.NodeName != "" {
+		return c.NodeName
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		slog.Warn("this machine has no name: set node_name in the configuration", "error", err)
+	}
+	return strings.ToLower(name)
 }
 
 // close ends what runs for them.

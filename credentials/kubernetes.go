@@ -1,0 +1,280 @@
+package credentials
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+const (
+	podsFresh    = 5 * time.Second  // a list of pods is good for so long
+	secretsFresh = 30 * time.Second // and a secret or service account
+	maxFormer    = 1024             // images whose secrets are remembered when their pods are gone
+)
+
+// Kubernetes is the kubernetes.io/dockerconfigjson and dockercfg secrets that pods of this node refer to, themselves or by their service accounts. An image is
+// offered the secrets of the pods that have it, and of those that had it since the daemon's start, by name: each secret is got from the API server when it is
+// wanted, and none is listed or watched.
+//
+// // So what it takes is: list pods with the field selector spec.nodeName, get secrets, and, for the secrets of service accounts (the pods have those already that
+// there were when they were made), get serviceaccounts. The kubelet's own kubeconfig has these rights for the secrets of its own pods and for no others; that it may
+// not get service accounts is no error.
+//
+// // While the API server is away, what was got before is offered.
+type Kubernetes struct {
+	node  string
+	calls *calls
+	api   *kubeAPI
+
+	mu     sync.Mutex
+	pods   []pod
+	listed time.Time
+	got    map[object]*got
+	former map[registryclient.Repository][]object
+}
+
+// object is a secret or a service account.
+type object struct{ kind, namespace, name string }
+
+func (o object) String() string { return o.kind + " " + o.namespace + "/" + o.name }
+
+const (
+	secrets         = "secrets"
+	serviceAccounts = "serviceaccounts"
+)
+
+// got is what was said of an object.
+type got struct {
+	auths auths    // of a secret
+	refs  []object // of a service account
+	at    time.Time
+}
+
+// pod is what of a pod matters here.
+type pod struct {
+	refs   []object
+	images []registryclient.Repository
+}
+
+// NewKubernetes returns a source of the secrets for the pods of a node, got with a kubeconfig, which is read again when it changes. Nothing is read before the first Lookup.
+func NewKubernetes(kubeconfig, node string) *Kubernetes {
+	return &Kubernetes{
+		node: node, calls: newCalls(), api: &kubeAPI{file: kubeconfig},
+		got: map[object]*got{}, former: map[registryclient.Repository][]object{},
+	}
+}
+
+// Close ends what is asked of the API server.
+func (s *Kubernetes) Close() error {
+	s.calls.close()
+	s.api.close()
+	return nil
+}
+
+// Name implements Source.
+func (s *Kubernetes) Name() string { return "kubernetes secret" }
+
+// Lookup implements Source.
+func (s *Kubernetes) Lookup(ctx context.Context, p registryclient.Place) (list []Login, err error) {
+	_, err = s.calls.once(ctx, "pods", func(ctx context.Context) (any, error) { return nil, s.list(ctx) })
+	errs := []error{err}
+	found, err := s.follow(ctx, s.of(p.Image))
+	errs = append(errs, err)
+	var of []object // secrets, of service accounts too
+	for _, f := range found {
+		of = append(of, f.refs...)
+	}
+	more, err := s.follow(ctx, of)
+	errs = append(errs, err)
+	for _, f := range append(found, more...) {
+		for _, name := range p.Names {
+			logins, err := f.auths.lookup(name)
+			errs = append(errs, err)
+			for _, l := range logins {
+				if !slices.Contains(list, l) {
+					list = append(list, l)
+				}
+			}
+		}
+	}
+	return list, errors.Join(errs...)
+}
+
+// of returns what pods with the image refer to, and those that had it.
+func (s *Kubernetes) of(image registryclient.Repository) (refs []object) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, p := range s.pods {
+		if slices.Contains(p.images, image) {
+			refs = append(refs, p.refs...)
+		}
+	}
+	for _, o := range s.former[image] {
+		if !slices.Contains(refs, o) {
+			refs = append(refs, o)
+		}
+	}
+	seen := map[object]bool{}
+	return slices.DeleteFunc(refs, func(o object) bool {
+		was := seen[o]
+		seen[o] = true
+		return was
+	})
+}
+
+// follow gets refs, all at once, and returns what there is of them in order.
+func (s *Kubernetes) follow(ctx context.Context, refs []object) ([]*got, error) {
+	list, errs := make([]*got, len(refs)), make([]error, len(refs))
+	var g errgroup.Group
+	g.SetLimit(8)
+	for i, o := range refs {
+		g.Go(func() error {
+			_, err := s.calls.once(ctx, o.String(), func(ctx context.Context) (any, error) { return nil, s.get(ctx, o) })
+			errs[i] = err
+			return nil
+		})
+	}
+	g.Wait() // they return nil
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, o := range refs {
+		list[i] = s.got[o]
+	}
+	return slices.DeleteFunc(list, func(g *got) bool { return g == nil }), errors.Join(errs...)
+}
+
+// list gets the node's pods.
+func (s *Kubernetes) list(ctx context.Context) error {
+	s.mu.Lock()
+	fresh := time.Since(s.listed) < podsFresh
+	s.mu.Unlock()
+	if fresh {
+		return nil
+	}
+	type named struct{ Name string }
+	type container struct{ Image string }
+	var l struct {
+		Items []struct {
+			Metadata struct{ Namespace string }
+			Spec     struct {
+				ServiceAccountName                              string
+				ImagePullSecrets                                []named
+				Containers, InitContainers, EphemeralContainers []container
+				Volumes                                         []struct{ Image *struct{ Reference string } }
+			}
+		}
+	}
+	if err := s.api.get(ctx, "pods", map[string]string{"fieldSelector": "spec.nodeName=" + s.node, "resourceVersion": "0"}, &l); err != nil { // 0: out of the server's memory
+		return fmt.Errorf("list pods of node %s: %w", s.node, err)
+	}
+	pods := make([]pod, len(l.Items))
+	for i, item := range l.Items {
+		p, namespace := &pods[i], item.Metadata.Namespace
+		for _, r := range item.Spec.ImagePullSecrets {
+			p.refs = append(p.refs, object{secrets, namespace, r.Name})
+		}
+		if name := item.Spec.ServiceAccountName; name != "" {
+			p.refs = append(p.refs, object{serviceAccounts, namespace, name})
+		}
+		for _, c := range slices.Concat(item.Spec.Containers, item.Spec.InitContainers, item.Spec.EphemeralContainers) {
+			p.add(c.Image)
+		}
+		for _, v := range item.Spec.Volumes {
+			if v.Image != nil {
+				p.add(v.Image.Reference)
+			}
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.remember()
+	s.pods, s.listed = pods, time.Now()
+	return nil
+}
+
+func (p *pod) add(image string) {
+	if repo, _, _, err := registryclient.ParseReference(image); err == nil {
+		p.images = append(p.images, repo)
+	}
+}
+
+// remember keeps what the pods refer to for when they are gone: their image may stay, and be read. The caller holds mu.
+func (s *Kubernetes) remember() {
+	for _, p := range s.pods {
+		for _, image := range p.images {
+			if len(s.former) >= maxFormer && s.former[image] == nil {
+				clear(s.former) // the pods that there are come again
+			}
+			s.former[image] = p.refs
+		}
+	}
+}
+
+// get gets o into s.got. What is gone or forbidden goes from there, and what cannot be asked for stays.
+func (s *Kubernetes) get(ctx context.Context, o object) error {
+	s.mu.Lock()
+	old := s.got[o]
+	s.mu.Unlock()
+	if old != nil && time.Since(old.at) < secretsFresh {
+		return nil
+	}
+	g := &got{at: time.Now()}
+	var r struct {
+		Data             map[string][]byte // of a secret
+		ImagePullSecrets []struct{ Name string }
+	}
+	err := s.api.get(ctx, "namespaces/"+o.namespace+"/"+o.kind+"/"+o.name, nil, &r)
+	var status *kubeStatus
+	refused := errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusForbidden)
+	if refused && o.kind == serviceAccounts {
+		err = nil // most have no secrets
+	}
+	if err != nil && !refused {
+		return err
+	}
+	for _, ref := range r.ImagePullSecrets {
+		g.refs = append(g.refs, object{secrets, o.namespace, ref.Name})
+	}
+	if err == nil && o.kind == secrets {
+		g.auths, err = parseSecret(r.Data)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.got) > maxFormer {
+		clear(s.got)
+	}
+	s.got[o] = g
+	if err != nil {
+		return fmt.Errorf("%s: %w", o, err)
+	}
+	return nil
+}
+
+// parseSecret reads a secret of one of the two types.
+func parseSecret(data map[string][]byte) (auths, error) {
+	var entries map[string]json.RawMessage
+	var err error
+	switch {
+	case data[".dockerconfigjson"] != nil:
+		var c struct{ Auths map[string]json.RawMessage }
+		err = json.Unmarshal(data[".dockerconfigjson"], &c)
+		entries = c.Auths
+	case data[".dockercfg"] != nil:
+		err = json.Unmarshal(data[".dockercfg"], &entries)
+	default:
+		return nil, errors.New("neither of type kubernetes.io/dockerconfigjson nor kubernetes.io/dockercfg")
+	}
+	if err != nil {
+		return nil, errors.New("malformed") // the text of err may show some of a secret
+	}
+	return parseAuths(entries), nil
+}
