@@ -78,10 +78,11 @@ type grant struct {
 	expires    time.Time // zero is never
 	err        error
 
-	tried  []Credential // and refused, before this one
-	notes  []string     // why
-	keep   *grant       // what comes back if this comes to nothing; nil is nothing
-	hidden bool         // one of tried was told 404
+	tried   []Credential // and refused, before this one
+	notes   []string     // why
+	sources bool         // as in exhaustedError
+	keep    *grant       // what comes back if this comes to nothing; nil is nothing
+	hidden  bool         // one of tried was told 404
 
 	accepted bool // guarded by authorizer.mu: let in at least once
 }
@@ -95,11 +96,16 @@ func (g *grant) header() string {
 }
 
 // exhaustedError: no credential is accepted.
-type exhaustedError struct{ notes []string }
+type exhaustedError struct {
+	notes   []string
+	sources bool // one could not say, and may the next time
+}
 
 func (e *exhaustedError) Error() string {
 	return "no credential is accepted (" + strings.Join(e.notes, "; ") + ")"
 }
+
+func (e *exhaustedError) Is(target error) bool { return target == ErrDenied }
 
 func newAuthorizer(h *host, c *Client) *authorizer {
 	a := &authorizer{h: h, c: c, grants: map[string]*grant{}, served: map[string]Credential{}}
@@ -277,7 +283,7 @@ func (a *authorizer) fill(ctx context.Context, name string, g *grant, last Crede
 			return
 		}
 		if err != nil {
-			g.notes = append(g.notes, err.Error())
+			g.notes, g.sources = append(g.notes, err.Error()), true
 			continue
 		}
 		if c.Secret == "" {
@@ -300,7 +306,7 @@ func (a *authorizer) fill(ctx context.Context, name string, g *grant, last Crede
 		}
 	}
 	if g.err = ctx.Err(); g.err == nil {
-		g.err = &exhaustedError{g.notes}
+		g.err = &exhaustedError{g.notes, g.sources}
 	}
 }
 

@@ -136,6 +136,11 @@ func (k *call) failed(c *candidate, err error) {
 		return
 	}
 	c.mistakes = 0
+	var denied *exhaustedError
+	if errors.As(err, &denied) && denied.sources && k.reads {
+		c.next = time.Now().Add(c.pause()) // a container waits: its image could be read, and will be when that source is well
+		return
+	}
 	if !temporary(err) {
 		c.out = true
 		c.worked()

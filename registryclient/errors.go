@@ -174,7 +174,7 @@ func temporary(err error) bool {
 	switch {
 	case errors.As(err, &status):
 		return status.Temporary()
-	case errors.Is(err, ErrNotFound), errors.Is(err, http.ErrSchemeMismatch):
+	case errors.Is(err, ErrNotFound), errors.Is(err, ErrDenied), errors.Is(err, http.ErrSchemeMismatch):
 		return false
 	case errors.As(err, &wrong), errors.As(err, &cert), errors.As(err, &record):
 		return false

@@ -8,7 +8,9 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
@@ -156,6 +158,36 @@ func TestSourceFails(t *testing.T) {
 		if !strings.Contains(err.Error(), s) {
 			t.Errorf("got %v, want %q in it", err, s)
 		}
+	}
+}
+
+// A source that fails when a token has to be renewed is no end of reads: they wait for it as for a registry that is away, and nobody else does.
+func TestSourceFailsForAWhile(t *testing.T) {
+	r, read := authFixture(t)
+	r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush"})
+	var fails atomic.Int32
+	c := newClient(t, Options{Credentials: func(ctx context.Context, p Place) iter.Seq2[Credential, error] {
+		if fails.Add(-1) < 0 {
+			return fixed("u", "hush")(ctx, p)
+		}
+		return func(yield func(Credential, error) bool) { yield(Credential{}, errors.New("out of luck")) }
+	}})
+	for range 2 { // the second time with a token that has run out, the first without any
+		fails.Store(2)
+		if err := read(c); err != nil {
+			t.Fatal(err)
+		}
+		if h := c.Hosts()[0]; h.Away {
+			t.Errorf("got %+v: it is not the host that fails", h)
+		}
+		c.registries[r.Host()].hosts[0].auth.grants["team/app"].expires = time.Now().Add(-time.Millisecond)
+	}
+	fails.Store(2)
+	if _, _, err := c.Resolve(t.Context(), string(repoOf(r))+":v1"); !errors.Is(err, ErrDenied) || !strings.Contains(err.Error(), "out of luck") {
+		t.Errorf("got %v", err)
+	}
+	if fails.Load() != 1 {
+		t.Errorf("a pull has asked more than once")
 	}
 }
 
