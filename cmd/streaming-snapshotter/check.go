@@ -1,34 +1,159 @@
 package main
 
 import (
+	"cmp"
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path/filepath"
 
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 )
 
-// check prints what c makes of this machine. It changes nothing.
-func check(c config, w io.Writer) (err error) {
+// What `check` finds beside the traps of package traps.
+const (
+	nothingListed traps.Code = "NOTHING_LISTED" // every image is pulled in the normal way
+	daemonDown    traps.Code = "DAEMON_DOWN"    // pulls fail
+	safeMode      traps.Code = "SAFE_MODE"
+	cacheTooLarge traps.Code = "CACHE_SIZE" // the disk is full before the cache is
+	noHoles       traps.Code = "NO_HOLES"   // the cache gives nothing back
+)
+
+// checkReport is what `check -o json` prints.
+type checkReport struct {
+	Version    string           `json:"version"`
+	Kernel     string           `json:"kernel"`
+	MountMode  string           `json:"mount_mode"`
+	NotTaken   string           `json:"not_taken,omitempty"` // the modes before it, and why
+	Stream     patterns         `json:"stream"`
+	Disk       diskReport       `json:"disk"`
+	Daemon     string           `json:"daemon"` // its version; "" if it does not answer
+	Containerd containerdReport `json:"containerd"`
+	Traps      []traps.Trap     `json:"traps"`           // all of them
+	Unknown    []string         `json:"unknown"`         // what could not be looked at, and why
+	Image      *imageReport     `json:"image,omitempty"` // of REF
+}
+
+type checkOptions struct {
+	ref        string // "" for none
+	platform   string
+	containerd string // its socket
+	config     string // containerd's configuration; "" is that of the containerd that runs
+	json       bool
+}
+
+// exitStatus is an error that says nothing more: all is printed.
+type exitStatus int
+
+func (s exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(s)) }
+
+// The exit status of check, for scripts.
+const (
+	checkFound   exitStatus = 1 // a trap, or REF would not be streamed
+	checkUnknown exitStatus = 2 // wrong arguments, or something could not be looked at
+)
+
+func newCheckCommand(configFile *string) *cobra.Command {
+	var o checkOptions
+	var output string
+	cmd := &cobra.Command{
+		Use:   "check [REF]",
+		Short: "Say how images would be mounted on this machine, what keeps them from being streamed, and whether REF would be",
+		Long: `Looks at the kernel, the disk, the daemon and containerd's effective configuration, and names each trap with what to do about it.
+With REF it asks the registry's hosts for the image, and looks for its artifact as a pull does, with the configuration and the credentials
+that it finds itself; what kubelet has given the daemon for pods it does not know. It changes nothing, and needs root.
+
+Exit status: 0 if all is well and REF would be streamed, 1 if there is a trap or REF would not be streamed, 2 for wrong arguments, or if no trap was
+found and something could not be looked at.`,
+		Args: cobra.MaximumNArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if output != "text" && output != "json" {
+				return fmt.Errorf("--output %s: want text or json", output)
+			}
+			c, err := loadConfig(*configFile)
+			if err != nil {
+				return err
+			}
+			if len(args) > 0 {
+				o.ref = args[0]
+			}
+			o.json, o.containerd = output == "json", cmp.Or(o.containerd, c.Containerd)
+			return check(cmd.Context(), c, o, cmd.OutOrStdout())
+		},
+	}
+	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
+	cmd.Flags().StringVar(&o.platform, "platform", "", "os/arch[/variant] of an index (default: this machine's)")
+	cmd.Flags().StringVar(&o.containerd, "containerd", "", "containerd's socket (default: the configuration's)")
+	cmd.Flags().StringVar(&o.config, "containerd-config", "", "containerd's configuration file (default: that of the containerd that runs)")
+	return cmd
+}
+
+// check prints what c makes of this machine, and of o.ref. It changes nothing. Its error is an exitStatus once something is printed.
+func check(ctx context.Context, c config, o checkOptions, w io.Writer) (err error) {
 	dir, err := os.MkdirTemp(existing(c.Root), "streaming-snapshotter-check-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	r := checkReport{Version: version(), Kernel: kernel(), Stream: c.Stream, Traps: []traps.Trap{}, Unknown: []string{}}
+	if err := r.checkMounts(c, dir); err != nil {
+		return err
+	}
+	if len(c.Stream) == 0 {
+		r.trap(nothingListed, "list repositories under `stream` in the configuration, and restart the daemon", "no repository is listed in `stream`: every image is pulled in the normal way")
+	}
+	r.checkDisk(c, dir)
+	r.checkDaemon(c)
+	r.checkContainerd(ctx, c, o)
+	if o.ref != "" {
+		if r.Image, err = checkImage(ctx, c, o, dir); err != nil {
+			return err
+		}
+	}
+	if err := r.print(w, o.json); err != nil {
+		return err
+	}
+	switch {
+	case len(r.Traps) > 0, r.Image != nil && r.Image.Reason != "":
+		return checkFound
+	case len(r.Unknown) > 0, r.Image != nil && r.Image.Unknown != "":
+		return checkUnknown
+	}
+	return nil
+}
+
+func (r *checkReport) trap(c traps.Code, remedy, format string, a ...any) {
+	r.Traps = append(r.Traps, traps.Trap{Code: c, Text: fmt.Sprintf(format, a...), Remedy: remedy})
+}
+
+func (r *checkReport) unknown(format string, a ...any) {
+	r.Unknown = append(r.Unknown, fmt.Sprintf(format, a...))
+}
+
+// checkMounts tries the ways to mount in dir.
+func (r *checkReport) checkMounts(c config, dir string) error {
 	s, err := nodefs.New(nodefs.Options{Dir: filepath.Join(dir, "devices"), Mode: c.MountMode})
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.Close()) }()
 	mode, why := s.Mode()
-	fmt.Fprintf(w, "mount mode: %s\n", mode)
-	if why != "" {
-		fmt.Fprintf(w, "not taken: %s\n", why)
+	r.MountMode, r.NotTaken = string(mode), why
+	return s.Close()
+}
+
+func kernel() string {
+	var u unix.Utsname
+	if unix.Uname(&u) != nil {
+		return ""
 	}
-	fmt.Fprintf(w, "stream: %s\n", c.Stream)
-	return nil
+	return unix.ByteSliceToString(u.Release[:])
 }
 
 // existing returns path or the nearest directory above it that exists: what can be mounted depends on the file system there.
@@ -40,4 +165,31 @@ func existing(path string) string {
 		path = filepath.Dir(path)
 	}
 	return path
+}
+
+func (r *checkReport) print(w io.Writer, asJSON bool) error {
+	if asJSON {
+		e := json.NewEncoder(w)
+		e.SetIndent("", "  ")
+		return e.Encode(r)
+	}
+	fmt.Fprintf(w, "mount mode: %s\n", r.MountMode)
+	if r.NotTaken != "" {
+		fmt.Fprintf(w, "not taken: %s\n", r.NotTaken)
+	}
+	fmt.Fprintf(w, "kernel: %s\nstream: %s\ndisk: %s\n", r.Kernel, r.Stream, r.Disk)
+	if r.Daemon != "" {
+		fmt.Fprintf(w, "daemon: %s\n", r.Daemon)
+	}
+	fmt.Fprintf(w, "containerd: %s\n", r.Containerd)
+	for _, t := range r.Traps {
+		fmt.Fprintf(w, "TRAP %s: %s\n  what to do: %s\n", t.Code, t.Text, t.Remedy)
+	}
+	for _, u := range r.Unknown {
+		fmt.Fprintf(w, "UNKNOWN: %s\n", u)
+	}
+	if r.Image != nil {
+		r.Image.print(w)
+	}
+	return nil
 }

@@ -26,11 +26,18 @@ func main() {
 	defer stop()
 	context.AfterFunc(ctx, stop)                                   // a second signal kills, whatever the first is waiting for
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, nil))) // as the daemon's
-	if err := newCommand().ExecuteContext(ctx); err != nil {
+	if cmd, err := newCommand().ExecuteContextC(ctx); err != nil {
+		var status exitStatus
+		if errors.As(err, &status) {
+			os.Exit(int(status))
+		}
 		if errors.Is(err, context.Canceled) && ctx.Err() != nil {
 			err = errors.New("interrupted")
 		}
 		fmt.Fprintln(os.Stderr, "streaming-snapshotter:", err)
+		if cmd.Name() == "check" {
+			os.Exit(int(checkUnknown))
+		}
 		os.Exit(1)
 	}
 }
@@ -72,18 +79,7 @@ func newCommand() *cobra.Command {
 				return c.write(cmd.OutOrStdout())
 			},
 		},
-		&cobra.Command{
-			Use:   "check",
-			Short: "Check the configuration and say how images would be mounted on this machine",
-			Args:  cobra.NoArgs,
-			RunE: func(cmd *cobra.Command, _ []string) error {
-				c, err := loadConfig(configFile)
-				if err != nil {
-					return err
-				}
-				return check(c, cmd.OutOrStdout())
-			},
-		},
+		newCheckCommand(&configFile),
 		newMountCommand(&configFile),
 		newStatusCommand(&configFile),
 		newProfileCommand(&configFile),

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -28,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
@@ -82,6 +84,46 @@ func (n *reasonNode) why(t *testing.T) reason.Code {
 		t.Errorf("no %s in\n%s", last.Reason, text)
 	}
 	return last.Reason
+}
+
+// check wants `check` to name the reason why the image of labels is not streamed.
+func (n *reasonNode) check(t *testing.T, code reason.Code, labels map[string]string) {
+	t.Helper()
+	repo, _, _, err := registryclient.ParseReference(labels[snapshotters.TargetRefLabel])
+	if code == reason.NoLabels {
+		return // there is no image to ask for: the trap NO_ANNOTATIONS is its name there
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, "check", "-o", "json", "--config", n.config, "--containerd", n.root+"/none", string(repo)+"@"+labels[snapshotters.TargetManifestDigestLabel])
+	var r checkReport
+	if err := json.NewDecoder(p.stdout).Decode(&r); err != nil {
+		p.wait()
+		t.Fatalf("%v\n%s", err, &p.stderr)
+	}
+	p.wait()
+	if got := p.ProcessState.ExitCode(); got != int(checkFound) {
+		t.Errorf("exit status %d, want %d", got, checkFound)
+	}
+	got := r.Image.Reason
+	switch code {
+	case reason.SafeMode: // the daemon's, and not the image's
+		if slices.ContainsFunc(r.Traps, func(t traps.Trap) bool { return t.Code == safeMode }) && got == "" {
+			got = code
+		}
+	case reason.NodeFailure: // of the daemon's files: those of check are well
+		if r.Image.LastPull != nil && got == "" {
+			got = r.Image.LastPull.Reason
+		}
+	}
+	if got != code || code != reason.SafeMode && code != reason.NodeFailure && (r.Image.Error == "" || r.Image.Remedy == "") {
+		t.Errorf("check says %+v, traps %+v", r.Image, r.Traps)
+	}
+	if want := code != reason.Unreachable && code != reason.Timeout && code != reason.Damaged; len(r.Image.Hosts) != 1 || (r.Image.Hosts[0].Error == "") != want {
+		t.Errorf("hosts: %+v", r.Image.Hosts)
+	}
+	p.wantNothingLeft()
 }
 
 // image pushes an image as ref, with an artifact or without, and returns the labels of its first layer.
@@ -173,7 +215,7 @@ func newerArtifact(t *testing.T, reg *registrytest.Registry, ref string) map[str
 	// In a repository that does not have the good one.
 	other := string(repo) + "-newer"
 	path := strings.TrimPrefix(other, reg.Host()+"/")
-	reg.PutManifest(path, "v1", ocispec.MediaTypeImageManifest, b)
+	reg.PutManifest(path, "v1", desc.MediaType, b)
 	reg.PutManifest(path, "", ocispec.MediaTypeImageManifest, raw)
 	reg.PutBlob(path, configOf(t, client, repo, b))
 	labels[snapshotters.TargetRefLabel] = other + ":v1"
@@ -275,6 +317,7 @@ func TestReasons(t *testing.T) {
 				if got := n.why(t); got != code {
 					t.Errorf("the status says %s", got)
 				}
+				n.check(t, code, labels)
 				n.daemon.signal(unix.SIGTERM)
 			}
 			if err := n.daemon.wait(); err != nil {

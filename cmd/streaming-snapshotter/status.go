@@ -105,17 +105,7 @@ func (s status) measure(root string, n *node, seen *seen) status {
 	if n.mounts != nil {
 		s.MountedCount, s.Mounts = n.mounts.Count()
 	}
-	filepath.WalkDir(filepath.Join(root, "cache"), func(_ string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return nil // it is removed, or cannot be read: the cache says so itself
-		}
-		if fi, err := d.Info(); err == nil {
-			if st, ok := fi.Sys().(*syscall.Stat_t); ok {
-				s.CacheBytes += st.Blocks * 512
-			}
-		}
-		return nil
-	})
+	s.CacheBytes = diskUse(filepath.Join(root, "cache"))
 	if n.cache != nil {
 		c := n.cache.Status()
 		s.CacheLimit, s.NotCaching = c.Limit, c.NotCaching
@@ -131,6 +121,22 @@ func (s status) measure(root string, n *node, seen *seen) status {
 	s.Problems = seen.problems.list()
 	s.pullCounts, s.NotStreamed = seen.pulls.list()
 	return s
+}
+
+// diskUse returns the bytes on disk of the files below dir, 0 if there is none.
+func diskUse(dir string) (total int64) {
+	filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return nil // it is removed, or cannot be read: the cache says so itself
+		}
+		if fi, err := d.Info(); err == nil {
+			if st, ok := fi.Sys().(*syscall.Stat_t); ok {
+				total += st.Blocks * 512
+			}
+		}
+		return nil
+	})
+	return total
 }
 
 // statusSocket is the path of the second socket.
@@ -171,17 +177,25 @@ func serveSocket(path string, answer func(conn net.Conn)) (stop func(), err erro
 	}, os.Chmod(path, 0o600)
 }
 
-// printStatus asks the daemon whose files are in root.
-func printStatus(root string, asJSON bool, w io.Writer) error {
+// askStatusOf asks the daemon whose files are in root.
+func askStatusOf(root string) (s status, err error) {
 	conn, err := dialDaemon(statusSocket(root))
 	if err != nil {
-		return err
+		return s, err
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(time.Minute))
-	var s status
 	if err := json.NewDecoder(conn).Decode(&s); err != nil {
-		return fmt.Errorf("read status from %s: %w", statusSocket(root), err)
+		return s, fmt.Errorf("read status from %s: %w", statusSocket(root), err)
+	}
+	return s, nil
+}
+
+// printStatus prints how the daemon is whose files are in root.
+func printStatus(root string, asJSON bool, w io.Writer) error {
+	s, err := askStatusOf(root)
+	if err != nil {
+		return err
 	}
 	if asJSON {
 		e := json.NewEncoder(w)

@@ -111,7 +111,7 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 				return img, nil
 			}
 		}
-		errs = append(errs, withReason(fmt.Errorf("artifact %s: %w", r.Digest, err))) // the newest one's is the image's
+		errs = append(errs, WithReason(fmt.Errorf("artifact %s: %w", r.Digest, err))) // the newest one's is the image's
 		if ctx.Err() != nil {
 			break
 		}

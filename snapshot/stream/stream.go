@@ -278,7 +278,7 @@ func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 		err = fmt.Errorf("the search took longer than %v: %w", s.o.Timeout, err)
 	}
 	if err != nil {
-		q.err = withReason(err)
+		q.err = WithReason(err)
 		q.expires = time.Now().Add(s.o.RetryAfter)
 		if took := time.Since(start); took > time.Second {
 			q.expires = q.expires.Add(4 * took) // or searches would take most of the time of a normal pull of many layers

@@ -34,8 +34,8 @@ var codes = []struct {
 	{context.Canceled, reason.Stopping},
 }
 
-// withReason gives an error of a search its code.
-func withReason(err error) error {
+// WithReason gives an error of a search its code, or an error of what else was asked of the registry for one.
+func WithReason(err error) error {
 	for _, c := range codes {
 		if errors.Is(err, c.is) {
 			return reason.New(c.code, err)

@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
+)
+
+// imageReport is what was found of an image.
+type imageReport struct {
+	Ref      string       `json:"ref"`
+	Manifest string       `json:"manifest,omitempty"` // the platform manifest's digest
+	Hosts    []hostReport `json:"hosts"`
+	Artifact string       `json:"artifact,omitempty"` // the hex of its manifest's digest
+	Layers   int          `json:"layers,omitempty"`
+	Reason   reason.Code  `json:"reason,omitempty"` // it would not be streamed
+	Error    string       `json:"error,omitempty"`
+	Remedy   string       `json:"remedy,omitempty"`
+	Unknown  string       `json:"unknown,omitempty"`   // the image itself could not be found
+	LastPull *normalPull  `json:"last_pull,omitempty"` // that was not streamed, as the daemon remembers
+}
+
+// hostReport is what a host of the image's registry answers when it is asked for the image.
+type hostReport struct {
+	Host         string   `json:"host"`
+	Capabilities string   `json:"capabilities"`
+	Credentials  []string `json:"credentials,omitempty"` // the sources of those that it has let in; none: it asks for none
+	Error        string   `json:"error,omitempty"`       // "": it has the image
+}
+
+// checkImage looks for the artifact of o.ref as a pull does, with files of its own in dir.
+func checkImage(ctx context.Context, c config, o checkOptions, dir string) (_ *imageReport, err error) {
+	r := &imageReport{Ref: o.ref, Hosts: []hostReport{}}
+	_, _, _, err = registryclient.ParseReference(o.ref)
+	if err != nil {
+		return nil, err
+	}
+	matcher, err := platformMatcher(o.platform)
+	if err != nil {
+		return nil, err
+	}
+	root := c.Root // the daemon's
+	c.Root, c.CacheSize, c.Background, c.RegistryWait = filepath.Join(dir, "image"), "0", "0", c.ResolveTimeout
+	lock, err := lockDir(c.Root)
+	if err != nil {
+		return nil, err
+	}
+	defer lock.Close()
+	n, err := newNode(c, c.Stream.allow, nil, true, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, n.close()) }()
+	if err := r.askHosts(ctx, n.reg, c.ResolveTimeout.std()); err != nil {
+		return nil, err
+	}
+	asked, cancel := context.WithTimeout(ctx, c.ResolveTimeout.std())
+	defer cancel()
+	manifest, err := resolve(asked, n.reg, mountOptions{ref: o.ref, platform: o.platform}, matcher)
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	if err != nil {
+		if !errors.Is(err, registryclient.ErrHosts) && asked.Err() == nil || errors.Is(err, registryclient.ErrNotFound) {
+			r.Unknown = err.Error()
+		} else {
+			r.notStreamed(stream.WithReason(err))
+		}
+		return r, nil
+	}
+	r.Manifest = manifest.String()
+	r.askLast(root)
+	id, chainIDs, err := n.images.Find(ctx, o.ref, manifest)
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	if err != nil {
+		r.notStreamed(err)
+		return r, nil
+	}
+	r.Artifact, r.Layers = id, len(chainIDs)
+	return r, nil
+}
+
+// notStreamed notes why.
+func (r *imageReport) notStreamed(err error) {
+	r.Reason, r.Error = reason.Of(err), err.Error()
+	r.Remedy = r.Reason.Remedy()
+}
+
+// askLast asks the daemon whose files are in root for the last pull that was not streamed.
+func (r *imageReport) askLast(root string) {
+	s, err := askStatusOf(root)
+	if err != nil {
+		return // a trap says so
+	}
+	for _, p := range slices.Backward(s.NotStreamed) {
+		if p.Image == r.Ref || p.Manifest == r.Manifest {
+			r.LastPull = &p
+			return
+		}
+	}
+}
+
+// askHosts asks each host for the image, at most for patience.
+func (r *imageReport) askHosts(ctx context.Context, reg *registryclient.Client, patience time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	answers, err := reg.AskEach(ctx, r.Ref)
+	for _, a := range answers {
+		h := hostReport{Host: a.Host, Capabilities: a.Capabilities, Credentials: a.Accepted}
+		if a.Err != nil {
+			h.Error = a.Err.Error()
+		}
+		r.Hosts = append(r.Hosts, h)
+	}
+	return err
+}
+
+func (r *imageReport) print(w io.Writer) {
+	fmt.Fprintf(w, "image: %s\n", r.Ref)
+	for _, h := range r.Hosts {
+		answer := h.Error
+		if answer == "" {
+			answer = "has it"
+		}
+		fmt.Fprintf(w, "  host %s (%s): %s", h.Host, h.Capabilities, answer)
+		if len(h.Credentials) > 0 {
+			fmt.Fprintf(w, "; credentials: %s", strings.Join(h.Credentials, ", "))
+		}
+		fmt.Fprintln(w)
+	}
+	if r.Manifest != "" {
+		fmt.Fprintf(w, "  manifest: %s\n", r.Manifest)
+	}
+	if p := r.LastPull; p != nil {
+		fmt.Fprintf(w, "  last pull, not streamed: %s, %s: %s\n", p.At, p.Reason, p.Error)
+	}
+	switch {
+	case r.Unknown != "":
+		fmt.Fprintf(w, "UNKNOWN: the image cannot be found: %s\n", r.Unknown)
+	case r.Reason != "":
+		fmt.Fprintf(w, "NOT STREAMED %s: %s\n  what to do: %s\n", r.Reason, r.Error, r.Remedy)
+	default:
+		fmt.Fprintf(w, "STREAMED: artifact sha256:%s, %d layers\n", r.Artifact, r.Layers)
+	}
+}

@@ -1,0 +1,229 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	containerd "github.com/containerd/containerd/v2/client"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
+)
+
+// diskReport is how the file system of root is.
+type diskReport struct {
+	Path       string `json:"path"` // root, or what is there of it
+	Free       int64  `json:"free"` // bytes
+	CacheBytes int64  `json:"cache_bytes"`
+	CacheLimit int64  `json:"cache_limit"` // 0 is none
+}
+
+func (d diskReport) String() string {
+	s := fmt.Sprintf("%s: %s free, cache %s", d.Path, bytesText(d.Free), bytesText(d.CacheBytes))
+	if d.CacheLimit > 0 {
+		s += " of at most " + bytesText(d.CacheLimit)
+	}
+	return s
+}
+
+// checkDisk looks at the file system of root, on which dir is.
+func (r *checkReport) checkDisk(c config, dir string) {
+	r.Disk.Path = existing(c.Root)
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		r.unknown("the file system of %s: %v", r.Disk.Path, err)
+		return
+	}
+	r.Disk.Free, r.Disk.CacheBytes = int64(st.Bavail)*st.Bsize, diskUse(filepath.Join(c.Root, "cache"))
+	limit, err := c.CacheSize.in(dir)
+	if err != nil {
+		r.unknown("cache_size: %v", err)
+	}
+	r.Disk.CacheLimit = limit
+	if room := r.Disk.Free + r.Disk.CacheBytes; limit > room {
+		r.trap(cacheTooLarge, "a smaller cache_size, or more room", "cache_size is %s, and there is room for %s: the disk is full before the cache gives anything back", bytesText(limit), bytesText(room))
+	}
+	f, err := os.CreateTemp(dir, "hole")
+	if err == nil {
+		defer f.Close()
+		if _, err = f.Write(make([]byte, 8192)); err == nil {
+			err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 4096)
+		}
+	}
+	if err != nil {
+		r.trap(noHoles, "another file system for `root`: ext4, xfs, btrfs, tmpfs", "holes cannot be punched in files of %s, so the cache cannot give back parts of layers: %v", r.Disk.Path, err)
+	}
+}
+
+func (r *checkReport) checkDaemon(c config) {
+	s, err := askStatusOf(c.Root)
+	if err != nil {
+		r.trap(daemonDown, "start it: `systemctl start streaming-snapshotter`", "%v: pulls and new containers of streamed images fail", err)
+		return
+	}
+	r.Daemon = fmt.Sprintf("%s, since %s", s.Version, s.Since)
+	if s.SafeMode != "" {
+		r.trap(safeMode, "put right what it says, and restart the daemon", "the daemon is in safe mode, in which nothing new is streamed: %s", s.SafeMode)
+	}
+	if !reaches(c.Address) {
+		r.trap(daemonDown, "restart the daemon: it may have been started with another `address`", "the daemon runs, and nobody answers at %s", c.Address)
+	}
+}
+
+// containerdReport is what was found of containerd.
+type containerdReport struct {
+	Address string `json:"address"`
+	Version string `json:"version,omitempty"` // of the one that runs
+	Config  string `json:"config"`            // the file
+	traps.Found
+}
+
+func (c containerdReport) String() string {
+	version := c.Version
+	if version == "" {
+		version = "does not answer"
+	}
+	s := fmt.Sprintf("%s at %s, configuration %s", version, c.Address, c.Config)
+	if c.Root != "" {
+		s += fmt.Sprintf(" (root %s, state %s)", c.Root, c.State)
+	}
+	if c.Snapshotter != "" {
+		s += fmt.Sprintf("; snapshotter %s for %s", c.Snapshotter, strings.Join(c.Uses, ", "))
+	}
+	if c.Pull == "transfer" {
+		s += "; pulls by the transfer service"
+	} else if c.Pull != "" {
+		s += "; local pulls, for " + c.Why
+	}
+	return s
+}
+
+// checkContainerd asks the containerd that runs, and reads the configuration that its program makes of its file.
+func (r *checkReport) checkContainerd(ctx context.Context, c config, o checkOptions) {
+	at := &r.Containerd
+	at.Address = o.containerd
+	program, config := "containerd", "/etc/containerd/config.toml"
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	loaded, err := at.ask(ctx)
+	if err != nil {
+		r.unknown("containerd does not answer at %s (`--containerd` takes another socket): %v", o.containerd, err)
+	} else if pid := peerOf(o.containerd); pid > 0 {
+		program = fmt.Sprintf("/proc/%d/exe", pid)
+		config = startedWith(pid, config)
+	}
+	if o.config != "" {
+		config = o.config
+	}
+	at.Config = config
+	cmd := exec.CommandContext(ctx, program, "--config", config, "config", "dump")
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	dump, err := cmd.Output()
+	if err != nil && loaded == nil {
+		r.unknown("containerd's configuration: %s: %v", strings.Join(cmd.Args, " "), err)
+		return
+	}
+	w := traps.Want{Address: c.Address, Root: c.Root, DropIns: dropIns(config, c.Address)}
+	at.Found = traps.Find(dump, w)
+	if err != nil {
+		at.Found = traps.Found{Traps: []traps.Trap{{Code: traps.Unreadable, Text: fmt.Sprintf("%s: %v: %s", config, err, strings.TrimSpace(said.String())), Remedy: "mend the file: containerd does not start with it"}}}
+	}
+	r.Traps = append(r.Traps, at.Traps...)
+	if at.Snapshotter != "" && loaded != nil && !slices.Contains(loaded, at.Snapshotter) {
+		r.trap(traps.NotLoaded, "restart containerd", "%s has the proxy plugin %s, and the containerd that runs has not: it was started before", config, at.Snapshotter)
+	}
+}
+
+// ask returns the names of the snapshotters that the running containerd has.
+func (c *containerdReport) ask(ctx context.Context) (loaded []string, err error) {
+	if !reaches(c.Address) {
+		return nil, os.ErrNotExist
+	}
+	client, err := containerd.New(c.Address, containerd.WithTimeout(5*time.Second))
+	if err != nil {
+		return nil, err
+	}
+	defer client.Close()
+	v, err := client.Version(ctx)
+	if err != nil {
+		return nil, err
+	}
+	c.Version = strings.TrimPrefix(v.Version, "v")
+	plugins, err := client.IntrospectionService().Plugins(ctx, "type==io.containerd.snapshotter.v1")
+	if err != nil {
+		return nil, err
+	}
+	loaded = []string{}
+	for _, p := range plugins.Plugins {
+		if p.InitErr == nil {
+			loaded = append(loaded, p.ID)
+		}
+	}
+	return loaded, nil
+}
+
+// peerOf returns the ID of the process that serves the socket at address, 0 if that cannot be known: it is of another PID namespace.
+func peerOf(address string) int {
+	conn, err := net.Dial("unix", address)
+	if err != nil {
+		return 0
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0
+	}
+	var cred *unix.Ucred
+	var credErr error
+	if err := raw.Control(func(fd uintptr) { cred, credErr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil || credErr != nil {
+		return 0
+	}
+	return int(cred.Pid)
+}
+
+// startedWith returns the configuration file that the containerd with this process ID was started with.
+func startedWith(pid int, fallback string) string {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil {
+		return fallback
+	}
+	args := strings.Split(strings.TrimRight(string(b), "\x00"), "\x00")
+	for i, a := range args {
+		name, value, has := strings.Cut(a, "=")
+		if name != "--config" && name != "-config" && name != "-c" {
+			continue
+		}
+		if !has && i+1 < len(args) {
+			value = args[i+1]
+		}
+		if !filepath.IsAbs(value) {
+			if dir, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid)); err == nil {
+				value = filepath.Join(dir, value)
+			}
+		}
+		return value
+	}
+	return fallback
+}
+
+// dropIns lists the files with the snapshotter's address in the directories that are imported as a rule.
+func dropIns(config, address string) (files []string) {
+	for _, dir := range []string{"/etc/containerd/conf.d", filepath.Join(filepath.Dir(config), "conf.d")} {
+		names, _ := filepath.Glob(filepath.Join(dir, "*.toml"))
+		for _, name := range names {
+			if b, err := os.ReadFile(name); err == nil && strings.Contains(string(b), address) && !slices.Contains(files, name) {
+				files = append(files, name)
+			}
+		}
+	}
+	return files
+}
