@@ -26,14 +26,31 @@ type call struct {
 // The child is a fork that runs nothing but these calls, because it has only one of the Go runtime's threads. What it writes is seen by
 // nobody, but in memory that is shared.
 func aside(fd int, calls ...call) error {
-	pid, err := fork(fd, calls)
-	runtime.KeepAlive(calls)
-	if err != 0 {
-		return fmt.Errorf("fork: %w", err)
+	c, err := startAside(fd, calls)
+	if err != nil {
+		return err
 	}
+	return c.wait()
+}
+
+// child makes the calls of an aside.
+type child struct{ pid int }
+
+// startAside is the begin of aside. Its child must be waited for.
+func startAside(fd int, calls []call) (child, error) {
+	pid, err := fork(fd, calls)
+	runtime.KeepAlive(calls) // the child has its own copy of them
+	if err != 0 {
+		return child{}, fmt.Errorf("fork: %w", err)
+	}
+	return child{int(pid)}, nil
+}
+
+// wait waits for the end of c.
+func (c child) wait() error {
 	var status unix.WaitStatus
 	for {
-		if _, err := unix.Wait4(int(pid), &status, unix.WALL, nil); err == nil {
+		if _, err := unix.Wait4(c.pid, &status, unix.WALL, nil); err == nil {
 			break
 		} else if err != unix.EINTR {
 			return os.NewSyscallError("wait4", err)

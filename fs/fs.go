@@ -127,10 +127,11 @@ type mount struct {
 	id       string
 	tree     *tree // mode tree, or
 	devices  *devices
-	device   *device  // nil for a direct mount
-	record   int      // in the state of devices' session
-	metadata string   // path
-	bdi      []string // that have the read-ahead; none of a predecessor's mount
+	device   *device     // nil for a direct mount
+	record   int         // in the state of devices' session
+	metadata string      // path
+	bdi      []string    // that have the read-ahead; none of a predecessor's mount
+	ahead    *os.Process // of a ReadAhead
 
 	ready   bool
 	resumed bool // mounted by a predecessor

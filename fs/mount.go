@@ -109,6 +109,9 @@ func (s *Server) unmount(target string) error {
 	}
 	if m != nil {
 		m.ready = false
+		if m.ahead != nil {
+			m.ahead.Kill() // or it has ended
+		}
 	}
 	s.mu.Unlock()
 

@@ -316,7 +316,7 @@ func tellWrong(body io.Reader, off, n int64, err error) {
 
 // decode returns chunk i out of its frame, verified.
 func (s *store) decode(i int, frame []byte) (*buffer, error) {
-	buf := s.cache.bufs.get(int(s.index.Chunk(i).TarSize))
+	buf := s.cache.bufs.get(int(s.index.Chunk(i).TarSize) + artifact.DecodeSlack)
 	b, err := s.index.Decompress(i, frame, buf.mem[:0])
 	if err != nil {
 		err = wrongBytes{err}
@@ -424,6 +424,6 @@ func (p *buffers) put(buf *buffer) { p.pool.Put(buf) }
 // grow makes room for n bytes in mem; what was there is gone if there was none.
 func (b *buffer) grow(n int) {
 	if cap(b.mem) < n {
-		b.mem = make([]byte, max(n, 128<<10))
+		b.mem = make([]byte, max(n, 128<<10+artifact.DecodeSlack))
 	}
 }

@@ -77,6 +77,7 @@ type readAhead struct {
 	layer *Layer
 
 	mu      sync.Mutex
+	quiet   bool
 	streams []*stream // most recently used last
 	running int       // requests in flight
 
@@ -96,6 +97,13 @@ type stream struct {
 	walked int64 // bytes read of them, less what was left out between them
 }
 
+// Quiet says that all that will be read is here, as far as is known: nothing is read ahead until a read misses.
+func (l *Layer) Quiet() {
+	l.ahead.mu.Lock()
+	defer l.ahead.mu.Unlock()
+	l.ahead.quiet = true
+}
+
 // read notes a read of [off, end), which is in chunks [lo, hi) and waits for flights, and fetches ahead if that continues a stream, or around it.
 func (r *readAhead) read(off, end int64, lo, hi int, flights []*flight) {
 	if r.layer.store.cache.exact {
@@ -105,6 +113,9 @@ func (r *readAhead) read(off, end int64, lo, hi int, flights []*flight) {
 	defer r.mu.Unlock()
 	mapped.Guard(func() { // of the index: what cannot be read ahead is left to the reads
 		news, missed := r.want(lo, hi, flights)
+		if r.quiet = r.quiet && !missed; r.quiet {
+			return
+		}
 		if st := r.note(off, end); st != nil {
 			r.pump(st)
 		}

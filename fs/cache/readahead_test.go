@@ -420,3 +420,34 @@ func TestStreamsAreSeenInAnyOrder(t *testing.T) {
 		t.Errorf("%d streams after 1000 random reads, want %d", len(r.streams), maxStreams)
 	}
 }
+
+// TestQuiet: reads of what is here predict nothing after Quiet, until one misses.
+func TestQuiet(t *testing.T) {
+	ly := aheadLayer(t)
+	c := openCache(t, t.TempDir())
+	b := ly.serve()
+	l := openLayer(t, c, ly, b)
+	off, end := body(ly, 0)
+	middle := off + 2<<20
+	p := make([]byte, 1<<20)
+	for o := middle - int64(len(p)); o >= off; o -= int64(len(p)) { // backwards, which is no stream
+		readRange(t, l, ly, p, o)
+	}
+	poll(t, "end of the fills", l.store.idle)
+	here := b.requests.Load()
+	l.Quiet()
+	p = p[:64<<10]
+	for o := off; o < middle; o += int64(len(p)) {
+		readRange(t, l, ly, p, o)
+	}
+	poll(t, "end of the fills", l.store.idle)
+	if got := b.requests.Load() - here; got != 0 {
+		t.Errorf("%d requests by reads of what is here", got)
+	}
+	for o := middle; o < end; o += int64(len(p)) {
+		readRange(t, l, ly, p, o)
+	}
+	if s := c.Stats(); s.ReadAhead < s.Misses {
+		t.Errorf("after a miss %d chunks were read ahead and %d waited for", s.ReadAhead, s.Misses)
+	}
+}

@@ -7,6 +7,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
@@ -325,5 +327,51 @@ func BenchmarkReader(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// TestWalk: each name once, directories first, and no path that the kernel does not take.
+func TestWalk(t *testing.T) {
+	deep := &erofs.Inode{Mode: unix.S_IFDIR | 0o755}
+	at := deep
+	long := strings.Repeat("d", 255)
+	for range 17 { // 4095 bytes with the slashes of the first 16
+		next := &erofs.Inode{Mode: unix.S_IFDIR | 0o755}
+		at.Entries = []erofs.Dirent{{Name: long, Inode: next}}
+		at = next
+	}
+	shared := &erofs.Inode{Mode: unix.S_IFREG | 0o644, Nlink: 2}
+	root := &erofs.Inode{Mode: unix.S_IFDIR | 0o755, Entries: []erofs.Dirent{
+		{Name: "a", Inode: shared},
+		{Name: "b", Inode: &erofs.Inode{Mode: unix.S_IFDIR | 0o755, Entries: []erofs.Dirent{{Name: "c", Inode: shared}, {Name: "d", Inode: &erofs.Inode{Mode: unix.S_IFLNK | 0o777, Size: 1, Data: []byte("c")}}}}},
+		{Name: "e", Inode: deep},
+	}}
+	var image bytes.Buffer
+	if err := erofs.Write(&image, root, erofs.Options{BlockSize: 512}); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"a 8", "b 4", "b/c 8", "b/d 10", "e 4"}
+	for n := 1; n <= 15; n++ {
+		want = append(want, "e"+strings.Repeat("/"+long, n)+" 4")
+	}
+	var got []string
+	nids := map[string]uint64{}
+	m := open(t, image.Bytes())
+	if err := m.Walk(func(path []byte, nid uint64, typ uint8) error {
+		got = append(got, fmt.Sprintf("%s %d", path, typ))
+		nids[string(path)] = nid
+		return nil
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(got, want) {
+		t.Errorf("%d paths, want %d:\n%.200q\n%.200q", len(got), len(want), got, want)
+	}
+	if nids["a"] != nids["b/c"] || nids["b/c"] != find(t, m, "b", "c") {
+		t.Errorf("inodes %v", nids["a"])
+	}
+	stop := errors.New("stop")
+	if err := m.Walk(func([]byte, uint64, uint8) error { return stop }); !errors.Is(err, stop) {
+		t.Errorf("its function's error became %v", err)
 	}
 }

@@ -3,6 +3,7 @@ package erofs
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 )
 
@@ -137,4 +138,31 @@ func (m *Image) ReadDir(nid uint64, pos uint64, f func(name []byte, child uint64
 		k = 0
 	}
 	return nil
+}
+
+// maxPath is the kernel's bound for a path, bytes (PATH_MAX, its zero included).
+const maxPath = 4096
+
+// Walk calls f for each entry of the image but the root, directories before what is in them, with its path from the root; what has a longer path than the kernel takes is left out. The
+// path is only valid during the call. typ is that of ReadDir.
+func (m *Image) Walk(f func(path []byte, nid uint64, typ uint8) error) error {
+	return m.walk(m.root, nil, f)
+}
+
+func (m *Image) walk(dir uint64, prefix []byte, f func(path []byte, nid uint64, typ uint8) error) error {
+	var fail error
+	err := m.ReadDir(dir, 0, func(name []byte, nid uint64, typ uint8, _ uint64) bool {
+		if string(name) == "." || string(name) == ".." {
+			return true
+		}
+		path := append(prefix, name...)
+		if len(path) >= maxPath {
+			return true
+		}
+		if fail = f(path, nid, typ); fail == nil && typ == direntType[2] {
+			fail = m.walk(nid, append(path, '/'), f)
+		}
+		return fail == nil
+	})
+	return errors.Join(err, fail)
 }

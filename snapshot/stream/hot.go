@@ -86,6 +86,7 @@ func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest,
 			case <-ctx.Done():
 			case <-time.After(hotLinger):
 			}
+			use.image.cool()
 			use.Close()
 		}
 		cancel()
@@ -214,7 +215,16 @@ func (h *hotFetch) fill(ctx context.Context, p ocispec.Descriptor) (int, error) 
 	if err != nil {
 		return 0, err
 	}
-	return len(frames), h.share.Fill(ctx, b, head.Frames(), b.size-head.Frames(), frames, patience)
+	if err := h.share.Fill(ctx, b, head.Frames(), b.size-head.Frames(), frames, patience); err != nil {
+		return 0, err
+	}
+	// What was seen, and not what a static profile supposes: the kernel's cache is not for what nobody reads, and a record of this start (firstUses) has all that is read ahead.
+	if p.Annotations[artifact.AnnotationProfileSource] != artifact.ProfileStatic {
+		if err := use.image.warm(use.device, &head.Profile); err != nil {
+			h.store.log.Warn("read ahead", "image", string(h.repo)+"@"+h.manifest.String(), "error", err)
+		}
+	}
+	return len(frames), nil
 }
 
 // find describes the hot blob of profile p: from the list of referrers, or the profile's manifest where that list lacks annotations.

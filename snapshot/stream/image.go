@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"runtime/debug"
 	"sort"
 	"sync"
 	"sync/atomic"
@@ -37,6 +36,8 @@ type Mounter interface {
 	// At lists where a metadata image, by its path, is mounted; Replace puts a direct mount in the place of such a one.
 	At(metadata string) []string
 	Replace(img fs.Image, target string) (gone <-chan struct{}, err error)
+	// ReadAhead has the kernel read what is mounted at target.
+	ReadAhead(target string, ranges []fs.Range) error
 }
 
 // image is an image that can be streamed.
@@ -47,9 +48,10 @@ type image struct {
 
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex
-	mounts int     // targets mounted, and other uses
-	dev    *device // open while mounts > 0
-	proven bool    // all of it was, in this life
+	mounts int        // targets mounted, and other uses
+	dev    *device    // open while mounts > 0
+	proven bool       // all of it was, in this life
+	hot    []fs.Range // what the next container's start will read, see warm
 }
 
 func (img *image) mount(ctx context.Context, n int, target string) error {
@@ -78,20 +80,30 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	img.store.targets[target] = img
 	img.store.mu.Unlock()
 	if n == len(img.rec.Layers) { // a container's, and not a build's
+		if i := img.hot; i != nil {
+			img.hot = nil
+			img.readAhead(target, i)
+		}
 		img.store.recordFirstUses(img)
 	}
 	return nil
 }
 
-// prepare makes the metadata image of the whole chain, the one that containers of the image mount, and returns a use of the image.
-func (img *image) prepare(ctx context.Context) (*deviceUse, error) {
+// prepare makes the metadata image of the whole chain, the one that containers of the image mount. Before that, opened gets a use of the image, so that the hot blob's chunks are
+// decoded meanwhile.
+func (img *image) prepare(ctx context.Context, opened func(*deviceUse)) error {
+	img.mu.Lock()
+	use, err := img.use(ctx)
+	img.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	opened(use)
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	if _, err := img.metadata(ctx, len(img.rec.Layers)); err != nil {
-		img.release()
-		return nil, err
-	}
-	return img.use(ctx)
+	_, err = img.metadata(ctx, len(img.rec.Layers))
+	img.release()
+	return err
 }
 
 // Unmount undoes Mount. A target that is not mounted is no error. EBUSY says that nothing is mounted at target any more, but somebody
@@ -258,17 +270,8 @@ func (img *image) makeMetadata(ctx context.Context, dev *device, path string, n 
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	// The file is used as it is after a power loss, so its bytes are durable before its name is.
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	// The tree of a large image is garbage by the megabyte now, in a daemon that is idle most of its life.
-	root = nil
-	debug.FreeOSMemory()
-	return syncDir(filepath.Dir(path))
+	// Not synced: what a power loss leaves is verified before it is mounted, and made again.
+	return os.Rename(f.Name(), path)
 }
 
 // device is an image's data device over the cache: the layers' tars end to end, each at a 512-aligned base, zeros between.

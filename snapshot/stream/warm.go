@@ -1,0 +1,147 @@
+package stream
+
+import (
+	"cmp"
+	"os"
+	"slices"
+	"sort"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
+)
+
+// extent is a chunk of a profile on the data device.
+type extent struct {
+	off, end int64
+	order    int // in the profile
+}
+
+// extents are the chunks of p on d, by offset.
+func (d *device) extents(p *artifact.Profile) []extent {
+	all := make([]extent, 0, len(p.Chunks))
+	for order, c := range p.Chunks {
+		i := slices.Index(d.digests, p.Layers[c.Layer])
+		if i < 0 || c.Chunk >= d.indexes[i].NumChunks() {
+			continue
+		}
+		chunk := d.indexes[i].Chunk(c.Chunk)
+		off := d.bases[i] + chunk.TarOffset
+		all = append(all, extent{off, off + chunk.TarSize, order})
+	}
+	slices.SortFunc(all, func(a, b extent) int { return cmp.Compare(a.off, b.off) })
+	return all
+}
+
+// rangesOf are the whole pages of m's files that lie in extents, in the order of those.
+func rangesOf(m *erofs.Image, extents []extent) ([]fs.Range, error) {
+	page := int64(os.Getpagesize())
+	type piece struct {
+		fs.Range
+		order int
+		dev   int64
+		last  bool // it ends with the file
+	}
+	var pieces []piece
+	seen := make(map[uint64]bool) // an inode may have several names
+	err := m.Walk(func(path []byte, nid uint64, typ uint8) error {
+		if typ != unix.DT_REG || seen[nid] {
+			return nil
+		}
+		st, err := m.Stat(nid)
+		if err != nil {
+			return err
+		}
+		for off := int64(0); off < st.Size; {
+			_, dev, hole, n, err := m.Map(nid, off)
+			if err != nil {
+				return err
+			}
+			if !hole && dev > 0 {
+				for k := sort.Search(len(extents), func(k int) bool { return extents[k].end > dev }); k < len(extents) && extents[k].off < dev+n; k++ {
+					x := &extents[k]
+					from, end := max(x.off, dev), min(x.end, dev+n)
+					pieces = append(pieces, piece{fs.Range{Path: string(path), Off: off + from - dev, Size: end - from}, x.order, from, off+end-dev == st.Size})
+					seen[nid] = true
+				}
+			}
+			off += n
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	slices.SortFunc(pieces, func(a, b piece) int { return cmp.Or(cmp.Compare(a.order, b.order), cmp.Compare(a.dev, b.dev)) })
+	merged := pieces[:0]
+	for _, p := range pieces {
+		if n := len(merged); n > 0 && merged[n-1].Path == p.Path && merged[n-1].Off+merged[n-1].Size == p.Off {
+			merged[n-1].Size += p.Size
+			merged[n-1].last = p.last
+			continue
+		}
+		merged = append(merged, p)
+	}
+	var ranges []fs.Range
+	for _, p := range merged {
+		// The kernel reads pages, and what else is in one may not be here.
+		from, end := (p.Off+page-1)&^(page-1), p.Off+p.Size
+		if !p.last {
+			end &^= page - 1
+		}
+		if from < end {
+			ranges = append(ranges, fs.Range{Path: p.Path, Off: from, Size: end - from})
+		}
+	}
+	return ranges, nil
+}
+
+// warm has the kernel read what p lists, all of which is on this node now, where the image is mounted, or will be before cool. What a container's start reads is then in the
+// kernel's cache: of the requests that it would make to this process none is left, and those that are made instead are larger, and nobody waits for them.
+func (img *image) warm(d *device, p *artifact.Profile) error {
+	for _, l := range d.layers {
+		l.Quiet()
+	}
+	path := img.metadataPath(len(img.rec.Layers))
+	img.mu.Lock() // it may be being made
+	mem, err := mapFile(path)
+	img.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(mem)
+	m, err := erofs.Open(mem)
+	if err != nil {
+		return err
+	}
+	ranges, err := rangesOf(m, d.extents(p))
+	if err != nil {
+		return err
+	}
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	if targets := img.store.o.Mounter.At(path); len(targets) > 0 {
+		img.readAhead(targets[0], ranges)
+	} else {
+		img.hot = ranges
+	}
+	return nil
+}
+
+// cool undoes warm for mounts to come.
+func (img *image) cool() {
+	img.mu.Lock()
+	defer img.mu.Unlock()
+	img.hot = nil
+}
+
+// readAhead does not wait for its end, which may be as far away as the end of this process.
+func (img *image) readAhead(target string, ranges []fs.Range) {
+	go func() {
+		if err := img.store.o.Mounter.ReadAhead(target, ranges); err != nil {
+			img.store.log.Debug("read ahead", "error", err)
+		}
+	}()
+}
