@@ -159,7 +159,7 @@ func (h *hot) fill(ctx context.Context, src Blob, off, n int64, frames []Frame) 
 		}
 		return err
 	})
-	for range min(max(runtime.GOMAXPROCS(0)-1, 1), maxDecoders) { // one processor for the pull, which waits for the image's tree
+	for range min(max(runtime.GOMAXPROCS(0)-1, 1), maxDecoders) { // one processor for the container that is about to start
 		g.Go(func() error {
 			for j := range jobs {
 				if err := h.bring(j); err != nil {

@@ -89,21 +89,15 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	return nil
 }
 
-// prepare makes the metadata image of the whole chain, the one that containers of the image mount. Before that, opened gets a use of the image, so that the hot blob's chunks are
-// decoded meanwhile.
-func (img *image) prepare(ctx context.Context, opened func(*deviceUse)) error {
-	img.mu.Lock()
-	use, err := img.use(ctx)
-	img.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	opened(use)
+// prepare makes the metadata image of the whole chain, the one that containers of the image mount, and returns a use of the image.
+func (img *image) prepare(ctx context.Context) (*deviceUse, error) {
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	_, err = img.metadata(ctx, len(img.rec.Layers))
-	img.release()
-	return err
+	if _, err := img.metadata(ctx, len(img.rec.Layers)); err != nil {
+		img.release()
+		return nil, err
+	}
+	return img.use(ctx)
 }
 
 // Unmount undoes Mount. A target that is not mounted is no error. EBUSY says that nothing is mounted at target any more, but somebody

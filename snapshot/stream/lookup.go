@@ -225,12 +225,14 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 		return nil, err
 	}
 	// What cannot be mounted must be known now: once a layer is promised to containerd, there is no normal pull to fall back to.
-	if err := img.prepare(ctx, hot.give); err != nil {
+	use, err := img.prepare(ctx)
+	if err != nil {
 		if isNew { // snapshots of a former life may need what was there
 			err = errors.Join(err, s.drop(img))
 		}
 		return nil, err
 	}
+	hot.give(use)
 	return img, nil
 }
 

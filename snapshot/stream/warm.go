@@ -35,6 +35,18 @@ func (d *device) extents(p *artifact.Profile) []extent {
 	return all
 }
 
+// covered reports whether extents has all up to end without a gap.
+func covered(extents []extent, end int64) bool {
+	to := extents[0].end
+	for _, x := range extents[1:] {
+		if to >= end || x.off > to {
+			break
+		}
+		to = x.end
+	}
+	return to >= end
+}
+
 // rangesOf are the whole pages of m's files that lie in extents, in the order of those.
 func rangesOf(m *erofs.Image, extents []extent) ([]fs.Range, error) {
 	page := int64(os.Getpagesize())
@@ -42,7 +54,7 @@ func rangesOf(m *erofs.Image, extents []extent) ([]fs.Range, error) {
 		fs.Range
 		order int
 		dev   int64
-		last  bool // it ends with the file
+		last  bool // it ends with the file, and what pads its last block is here, too, which the kernel reads with it
 	}
 	var pieces []piece
 	seen := make(map[uint64]bool) // an inode may have several names
@@ -63,7 +75,7 @@ func rangesOf(m *erofs.Image, extents []extent) ([]fs.Range, error) {
 				for k := sort.Search(len(extents), func(k int) bool { return extents[k].end > dev }); k < len(extents) && extents[k].off < dev+n; k++ {
 					x := &extents[k]
 					from, end := max(x.off, dev), min(x.end, dev+n)
-					pieces = append(pieces, piece{fs.Range{Path: string(path), Off: off + from - dev, Size: end - from}, x.order, from, off+end-dev == st.Size})
+					pieces = append(pieces, piece{fs.Range{Path: string(path), Off: off + from - dev, Size: end - from}, x.order, from, off+end-dev == st.Size && covered(extents[k:], (end+blockSize-1)&^(blockSize-1))})
 					seen[nid] = true
 				}
 			}
