@@ -26,7 +26,7 @@ const (
 var layers = map[string]struct{ ours, clearOf []string }{
 	"artifact":                          {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"fs/erofs":                          {nil, []string{"net/http", containerd, fuse, ggcr}},
-	"fs/tree":                           {[]string{"artifact", "fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
+	"fs/tree":                           {[]string{"artifact", "fs/erofs", "fs/mapped"}, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"fs/mapped":                         {nil, []string{"net/http", containerd, fuse, ggcr}},
 	"fs/cache":                          {[]string{"artifact", "fs/mapped"}, []string{"net/http", containerd, fuse, ggcr}},
 	"fs":                                {[]string{"fs/erofs", "fs/mapped"}, []string{"net/http", containerd, ggcr}},

@@ -60,7 +60,7 @@ func Merge(ctx context.Context, layers []Layer, blockSize int) (*erofs.Inode, er
 	sources := make([]source, len(layers))
 	for i, l := range layers {
 		sources[i] = source{
-			entries: func() entryReader { return l.Index.Entries() },
+			entries: func() entryReader { return inBatches(l.Index.Entries()) },
 			tarSize: l.Index.TarSize,
 			base:    l.Base,
 			readAt:  l.ReadAt,
