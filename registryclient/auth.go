@@ -41,6 +41,8 @@ type Place struct {
 	// that too; for a mirror only the mirror's own, "mirror.example.com:5000/library/busybox".
 	Names []Repository
 	Last  string // the Source that was accepted there last, to be asked first; "" is none
+	// Refused is what was offered just now and not accepted: a source that keeps what it has found looks again. The list is not to be changed.
+	Refused []Credential
 }
 
 // Credentials offers credentials for a place, one after the other until one is accepted; the sequence is not read on then, so what is expensive to
@@ -53,7 +55,7 @@ type Credentials func(ctx context.Context, p Place) iter.Seq2[Credential, error]
 //
 // Credentials are tried in the order they are offered, the one accepted last before others of its source. One is refused if the token server says so, or the host does with the
 // token or password in hand: 401 or 403, and as long as it has not been let in to the repository 404 too, which is how some registries hide what is not for
-// everybody. After a 404 anonymous access is not tried: whoever may see a repository at all has been sent. When all are refused the answer is the first
+// everybody. After a 404 anonymous access is not tried: whoever has an account sees what everybody does. When all are refused the answer is the first
 // refusal, or the first 404.
 //
 // The parts (challenges, token requests) are containerd's; its own authorizer is made for a pull and not for a daemon's life: it keeps a failed
@@ -78,13 +80,14 @@ type grant struct {
 	expires    time.Time // zero is never
 	err        error
 
-	tried   []Credential // and refused, before this one
-	notes   []string     // why
-	sources bool         // as in exhaustedError
-	keep    *grant       // what comes back if this comes to nothing; nil is nothing
-	hidden  bool         // one of tried was told 404
+	sources bool // as in exhaustedError
+	hidden  bool // one of tried was told 404
 
-	accepted bool // guarded by authorizer.mu: let in at least once
+	// Guarded by authorizer.mu when done is closed.
+	tried    []Credential // and refused, before this one
+	notes    []string     // why
+	keep     *grant       // what comes back if this comes to nothing; nil is nothing
+	accepted bool         // let in at least once
 }
 
 // header is what to send. nil sends nothing.
@@ -136,23 +139,29 @@ func (a *authorizer) letIn(name string, g *grant) {
 	defer a.mu.Unlock()
 	if !g.accepted {
 		g.accepted = true
+		g.tried, g.notes, g.keep = nil, nil, nil // of no use any more, and keep would be a chain of all there were
 		a.served[name] = g.credential
 	}
 }
 
-// final reports whether another credential, or a new token, would not change the answer status to a request with g.
+// isRefusal reports whether a status may be the credential's fault: 404 is how some registries hide what is not for everybody.
+func isRefusal(status int) bool {
+	return status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusNotFound
+}
+
+// final reports whether another credential, or a new token, would not change a refusal of a request with g.
 func (a *authorizer) final(g *grant, status int) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	switch status {
-	case http.StatusUnauthorized:
+	switch {
+	case status == http.StatusUnauthorized:
 		return false
-	case http.StatusForbidden: // ECR says so when the password has run out
-		return g == nil || g.accepted && g.challenge.Scheme != auth.BasicAuth
-	case http.StatusNotFound:
-		return g == nil || g.accepted
+	case g == nil:
+		return true
+	case status == http.StatusForbidden && g.challenge.Scheme == auth.BasicAuth: // ECR says so when the password has run out
+		return false
 	}
-	return true
+	return g.accepted
 }
 
 // refusal is a host's answer to a request with g, nil being without anything, that was not final.
@@ -220,12 +229,15 @@ func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challen
 
 	a.fill(ctx, name, g, last, known)
 	a.mu.Lock()
+	var all *exhaustedError
 	switch {
 	case g.err == nil:
 	case g.keep != nil:
-		g.keep.accepted = true
-		a.served[name] = g.keep.credential
 		a.grants[name] = g.keep
+		if errors.As(g.err, &all) { // so this is as good as it gets
+			g.keep.accepted = true
+			a.served[name] = g.keep.credential
+		}
 	default:
 		delete(a.grants, name) // the next request is sent without and learns the challenge anew
 	}
@@ -277,13 +289,33 @@ func (a *authorizer) wait(ctx context.Context, name string, g *grant, r *refusal
 
 // fill makes of g the answer to its challenge, with the first credential that is accepted and was not refused before.
 func (a *authorizer) fill(ctx context.Context, name string, g *grant, last Credential, known bool) {
-	for c, err := range a.offers(ctx, name, last, known) {
-		if ctx.Err() != nil {
-			g.err = ctx.Err()
-			return
+	before := len(g.tried)
+	if a.try(ctx, name, g, last, known) {
+		return
+	}
+	// What was refused now may be what a source has kept for too long.
+	named := func(c Credential) bool { return c.Secret != "" }
+	if !g.hidden && slices.ContainsFunc(g.tried[before:], named) && a.try(ctx, name, g, last, known) {
+		return
+	}
+	g.err = &exhaustedError{g.notes, g.sources}
+}
+
+// try goes through what there is once, and reports whether g is what it will be.
+func (a *authorizer) try(ctx context.Context, name string, g *grant, last Credential, known bool) bool {
+	p := a.place(name, last.Source)
+	if !g.hidden {
+		p.Refused = slices.Clone(g.tried)
+	}
+	for c, err := range a.offers(ctx, p, last, known) {
+		if g.err = ctx.Err(); g.err != nil {
+			return true
 		}
 		if err != nil {
-			g.notes, g.sources = append(g.notes, err.Error()), true
+			g.sources = true
+			if s := err.Error(); !slices.Contains(g.notes, s) {
+				g.notes = append(g.notes, s)
+			}
 			continue
 		}
 		if c.Secret == "" {
@@ -299,19 +331,18 @@ func (a *authorizer) fill(ctx context.Context, name string, g *grant, last Crede
 			g.refuse(c, err)
 		case err != nil:
 			g.err = err
-			return
+			return true
 		case g.value != "":
 			g.credential = c
-			return
+			return true
 		}
 	}
-	if g.err = ctx.Err(); g.err == nil {
-		g.err = &exhaustedError{g.notes, g.sources}
-	}
+	g.err = ctx.Err()
+	return g.err != nil
 }
 
 // offers returns the credentials there are, the last one accepted before others of its source, and anonymous access at the end.
-func (a *authorizer) offers(ctx context.Context, name string, last Credential, known bool) iter.Seq2[Credential, error] {
+func (a *authorizer) offers(ctx context.Context, p Place, last Credential, known bool) iter.Seq2[Credential, error] {
 	return func(yield func(Credential, error) bool) {
 		var held []Credential // of last's source, until it is clear whether last is among them
 		flush := func() bool {
@@ -325,7 +356,7 @@ func (a *authorizer) offers(ctx context.Context, name string, last Credential, k
 			return true
 		}
 		if a.c.o.Credentials != nil {
-			for c, err := range a.c.o.Credentials(ctx, a.place(name, last.Source)) {
+			for c, err := range a.c.o.Credentials(ctx, p) {
 				if known && err == nil && c.Source == last.Source && c != last {
 					held = append(held, c)
 					continue

@@ -34,8 +34,8 @@ func (h *host) do(ctx context.Context, c *Client, name string, q question) (*htt
 	if err != nil {
 		return nil, err
 	}
-	var told *StatusError // to the caller
-	again := false
+	var told *StatusError // to the caller: the first refusal of a credential, or of none if there is none, but not found before all
+	again, bare := false, true
 	for {
 		resp, at, err := h.follow(ctx, c, name, q, g.header())
 		if err != nil {
@@ -52,19 +52,22 @@ func (h *host) do(ctx context.Context, c *Client, name string, q question) (*htt
 			return resp, nil
 		}
 		answer := newStatusError(resp, at.Host, h.show(at), c.o.Stall)
-		if told == nil || answer.StatusCode == http.StatusNotFound && told.StatusCode != http.StatusNotFound {
-			told = answer
+		if !h.owns(at) || !isRefusal(answer.StatusCode) {
+			return nil, answer
 		}
-		if !h.owns(at) || h.auth.final(g, answer.StatusCode) {
+		if bare || answer.StatusCode == http.StatusNotFound && told.StatusCode != http.StatusNotFound {
+			told, bare = answer, g == nil
+		}
+		if h.auth.final(g, answer.StatusCode) {
 			return nil, told
 		}
 		better, err := h.auth.better(ctx, name, &refusal{g, answer.StatusCode, resp.Header, again})
 		again = g != nil
 		var all *exhaustedError
 		switch {
-		case errors.As(err, &all):
+		case errors.As(err, &all) && told.StatusCode != http.StatusNotFound:
 			return nil, fmt.Errorf("%w: %w", told, all)
-		case err != nil:
+		case err != nil && all == nil:
 			return nil, err
 		case better == nil:
 			return nil, told

@@ -102,6 +102,25 @@ func TestCredentialStops(t *testing.T) {
 	}
 }
 
+// What a registry answers to a token, once it has one, is what counts: a failure that passes is tried again, and one that does not is told.
+func TestAnswerToToken(t *testing.T) {
+	t.Parallel()
+	r, read := authFixture(t)
+	r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush"})
+	with := func(status int) func() {
+		return r.Inject(func(req *http.Request) bool { return registrytest.Blobs(req) && req.Header.Get("Authorization") != "" }, 1, registrytest.Status(status))
+	}
+	with(503)
+	if err := read(newClient(t, Options{Credentials: fixed("u", "hush")})); err != nil {
+		t.Error(err)
+	}
+	defer with(451)()
+	var status *StatusError
+	if err := read(newClient(t, Options{Credentials: fixed("u", "hush")})); !errors.As(err, &status) || status.StatusCode != 451 || errors.Is(err, ErrDenied) {
+		t.Errorf("got %v", err)
+	}
+}
+
 // What is not there costs no more than it did: the sources have nothing else to offer, and nobody is anonymous who has an account. It stays "not found"
 // where others are refused.
 func TestNotFoundWithCredentials(t *testing.T) {
@@ -120,7 +139,7 @@ func TestNotFoundWithCredentials(t *testing.T) {
 			c := newClient(t, Options{Credentials: offer(tc.offer...)})
 			for _, n := range tc.counts {
 				r.Reset()
-				if _, _, err := c.Resolve(t.Context(), string(repoOf(r))+":missing"); !errors.Is(err, ErrNotFound) {
+				if _, _, err := c.Resolve(t.Context(), string(repoOf(r))+":missing"); !errors.Is(err, ErrNotFound) || errors.Is(err, ErrDenied) {
 					t.Errorf("got %v", err)
 				}
 				wantRequests(t, r, n)
