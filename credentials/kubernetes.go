@@ -25,11 +25,11 @@ const (
 // offered the secrets of the pods that have it, and of those that had it since the daemon's start, by name: each secret is got from the API server when it is
 // wanted, and none is listed or watched.
 //
-// // So what it takes is: list pods with the field selector spec.nodeName, get secrets, and, for the secrets of service accounts (the pods have those already that
+// So what it takes is: list pods with the field selector spec.nodeName, get secrets, and, for the secrets of service accounts (the pods have those already that
 // there were when they were made), get serviceaccounts. The kubelet's own kubeconfig has these rights for the secrets of its own pods and for no others; that it may
 // not get service accounts is no error.
 //
-// // While the API server is away, what was got before is offered.
+// While the API server is away, what was got before is offered.
 type Kubernetes struct {
 	node  string
 	calls *calls
@@ -85,9 +85,18 @@ func (s *Kubernetes) Name() string { return "kubernetes secret" }
 
 // Lookup implements Source.
 func (s *Kubernetes) Lookup(ctx context.Context, p registryclient.Place) (list []Login, err error) {
-	_, err = s.calls.once(ctx, "pods", func(ctx context.Context) (any, error) { return nil, s.list(ctx) })
-	errs := []error{err}
-	found, err := s.follow(ctx, s.of(p.Image))
+	update := func(fresh time.Duration) error {
+		_, err := s.calls.once(ctx, "pods", func(ctx context.Context) (any, error) { return nil, s.list(ctx, fresh) })
+		return err
+	}
+	begin := time.Now()
+	errs := []error{update(podsFresh)}
+	refs := s.of(p.Image)
+	if refs == nil {
+		errs[0] = update(time.Since(begin)) // its pod may be newer than the list
+		refs = s.of(p.Image)
+	}
+	found, err := s.follow(ctx, refs)
 	errs = append(errs, err)
 	var of []object // secrets, of service accounts too
 	for _, f := range found {
@@ -118,11 +127,7 @@ func (s *Kubernetes) of(image registryclient.Repository) (refs []object) {
 			refs = append(refs, p.refs...)
 		}
 	}
-	for _, o := range s.former[image] {
-		if !slices.Contains(refs, o) {
-			refs = append(refs, o)
-		}
-	}
+	refs = append(refs, s.former[image]...)
 	seen := map[object]bool{}
 	return slices.DeleteFunc(refs, func(o object) bool {
 		was := seen[o]
@@ -152,12 +157,12 @@ func (s *Kubernetes) follow(ctx context.Context, refs []object) ([]*got, error) 
 	return slices.DeleteFunc(list, func(g *got) bool { return g == nil }), errors.Join(errs...)
 }
 
-// list gets the node's pods.
-func (s *Kubernetes) list(ctx context.Context) error {
+// list gets the node's pods, if the last list is older than fresh.
+func (s *Kubernetes) list(ctx context.Context, fresh time.Duration) error {
 	s.mu.Lock()
-	fresh := time.Since(s.listed) < podsFresh
+	age := time.Since(s.listed)
 	s.mu.Unlock()
-	if fresh {
+	if age < fresh {
 		return nil
 	}
 	type named struct{ Name string }

@@ -22,6 +22,9 @@ const (
 	// others is how long plugins that have answered wait for those that have not.
 	others = patience / 2
 
+	// doubtful is how old an answer must be to be asked for anew because a registry refuses it.
+	doubtful = 30 * time.Second
+
 	protocolGroup = "credentialprovider.kubelet.k8s.io/"
 	configGroup   = "kubelet.config.k8s.io/"
 )
@@ -78,7 +81,7 @@ func (s *Plugins) Lookup(ctx context.Context, p registryclient.Place) ([]Login, 
 			}
 			asked++
 			go func() {
-				l, err := pr.lookup(ctx, s, string(image))
+				l, err := pr.lookup(ctx, s, string(image), p.Refused)
 				answers <- answer{n*len(providers) + k, l, err}
 			}()
 		}
@@ -186,8 +189,8 @@ type provider struct {
 }
 
 type cached struct {
-	auths auths
-	till  time.Time
+	auths    auths
+	at, till time.Time
 }
 
 func readProviders(file string) ([]*provider, error) {
@@ -225,12 +228,12 @@ func isVersion(s, group string) bool {
 	return ok && slices.Contains(apiVersions, v)
 }
 
-// lookup returns what the plugin has for image, from its cache or by running it.
-func (p *provider) lookup(ctx context.Context, s *Plugins, image string) ([]Login, error) {
+// lookup returns what the plugin has for image, from its cache or by running it. Other than kubelet's, the cache is passed over once a registry has refused what is in it.
+func (p *provider) lookup(ctx context.Context, s *Plugins, image string, refused []registryclient.Credential) ([]Login, error) {
 	if p.TokenAttributes != nil && p.TokenAttributes.RequireServiceAccount {
 		return nil, fmt.Errorf("%s wants a token of the pod's service account, which only kubelet can get: its credentials come through the CRI proxy", p.Name)
 	}
-	if a, ok := p.cached(image); ok {
+	if a, ok := p.cached(image, refused); ok {
 		return a.lookup(registryclient.Repository(image))
 	}
 	a, err := s.calls.once(ctx, fmt.Sprintf("%p %s", p, image), func(ctx context.Context) (any, error) {
@@ -248,12 +251,20 @@ func keys(image string) map[string]string {
 	return map[string]string{"Image": "image/" + image, "Registry": "registry/" + registry, "Global": "global/"}
 }
 
-func (p *provider) cached(image string) (auths, bool) {
+func (p *provider) cached(image string, refused []registryclient.Credential) (auths, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	of := keys(image)
+	of, now := keys(image), time.Now()
 	for _, k := range []string{"Image", "Registry", "Global"} {
-		if c, ok := p.cache[of[k]]; ok && time.Now().Before(c.till) {
+		c, ok := p.cache[of[k]]
+		if !ok || !now.Before(c.till) {
+			continue
+		}
+		wrong := func(r registryclient.Credential) bool {
+			list, _ := c.auths.lookup(registryclient.Repository(image)) // plugins' have no errors
+			return slices.Contains(list, Login{r.User, r.Secret})
+		}
+		if now.Sub(c.at) < doubtful || !slices.ContainsFunc(refused, wrong) {
 			return c.auths, true
 		}
 	}
@@ -318,5 +329,5 @@ func (p *provider) keep(key string, a auths, life time.Duration) {
 	if p.cache == nil {
 		p.cache = map[string]cached{}
 	}
-	p.cache[key] = cached{a, now.Add(life)}
+	p.cache[key] = cached{a, now, now.Add(life)}
 }

@@ -131,6 +131,69 @@ func TestPluginCache(t *testing.T) {
 	}
 }
 
+// What a registry refuses is not waited for until its time is over, nor is the plugin run for each request.
+func TestPluginAnswerRefused(t *testing.T) {
+	r := registrytest.Start(t, registrytest.Options{})
+	blob := r.PutBlob("team/app", []byte("x"))
+	p, s := newPlugin(t, `cat "$(dirname $0)/answer"`, r.Host(), "")
+	answers := func(secret string) {
+		p.write(t, "answer", 0o600, strings.Replace(fmt.Sprintf(answer, "Registry", "", r.Host()), "hush", secret, 1))
+	}
+	c, err := registryclient.New(registryclient.Options{Credentials: Chain(s)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := func() error {
+		_, err := c.Blob(t.Context(), registryclient.Repository(r.Host()+"/team/app"), blob, 1)
+		return err
+	}
+	for name, require := range map[string]func(secret string){
+		"basic": func(secret string) { r.RequireBasic("u", secret) },
+		"token": func(secret string) { r.RequireToken(registrytest.TokenOptions{User: "u", Password: secret}) },
+		"403": func(secret string) {
+			r.RequireToken(registrytest.TokenOptions{User: "u", Password: secret, Refusal: 403})
+		},
+	} {
+		old, now := name+" of old", name+" of now"
+		answers(old)
+		require(old)
+		_ = read() // where it is another case's that is kept
+		s.age(doubtful)
+		if err := read(); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		answers(now)
+		require(now)
+		s.age(0)
+		runs := len(p.ran(t))
+		for range 3 {
+			if err := read(); err == nil {
+				t.Errorf("%s: an answer of a moment ago was asked for again", name)
+			}
+		}
+		if got := len(p.ran(t)) - runs; got != 0 {
+			t.Errorf("%s: ran %d times", name, got)
+		}
+		s.age(doubtful)
+		if err := read(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if got := len(p.ran(t)) - runs; got != 1 {
+			t.Errorf("%s: ran %d times", name, got)
+		}
+	}
+}
+
+// age makes what is kept as old as d.
+func (s *Plugins) age(d time.Duration) {
+	for _, p := range s.providers {
+		for k, c := range p.cache {
+			c.at = time.Now().Add(-d)
+			p.cache[k] = c
+		}
+	}
+}
+
 // Who ask at the same time run it once.
 func TestPluginRunsOnce(t *testing.T) {
 	open := filepath.Join(t.TempDir(), "open")
@@ -223,7 +286,9 @@ func TestHostilePlugins(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			p, s := newPlugin(t, tc.body, "example.com", tc.more)
-			s.timeout = 3 * time.Second
+			if tc.says == "no answer within" {
+				s.timeout = 3 * time.Second // less than what Chain waits for
+			}
 			if tc.body == "" {
 				if err := os.Remove(filepath.Join(p.dir, "test-provider")); err != nil {
 					t.Fatal(err)

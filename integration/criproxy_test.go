@@ -47,13 +47,7 @@ func proxied(t *testing.T, n *node.Node, args ...string) (string, error) {
 // pullProxied pulls with creds, which must stream.
 func pullProxied(t *testing.T, registry *registrytest.Registry, n *node.Node, ref string, img v1.Image) {
 	t.Helper()
-	registry.Reset()
-	if _, err := proxied(t, n, "pull", "--creds", creds, ref); err != nil {
-		t.Fatal(err)
-	}
-	if got := wholeLayers(t, registry, img); got > 0 {
-		t.Fatalf("a pull that streams downloaded %d layers", got)
-	}
+	mustStream(t, registry, img, func() (string, error) { return proxied(t, n, "pull", "--creds", creds, ref) })
 }
 
 // kept is the file of credentials, and whether it is there.
