@@ -1,7 +1,10 @@
 package credentials
 
 import (
+	"context"
 	"encoding/base64"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -111,5 +114,54 @@ esac
 	}
 	if hosts := c.Hosts(); len(hosts) != 1 || !slices.Equal(hosts[0].Accepted, []string{"docker config"}) {
 		t.Errorf("got %+v", hosts)
+	}
+}
+
+// A helper that hangs keeps nobody waiting who does not need it.
+func TestHangingHelper(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("DOCKER_CONFIG", dir)
+	t.Setenv("PATH", dir+":"+os.Getenv("PATH"))
+	runs := filepath.Join(dir, "runs")
+	hung, other := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
+	for name, text := range map[string]string{
+		"docker-credential-hangs": "#!/bin/sh\necho >" + runs + "\nsleep 3600\n",
+		"config.json":             fmt.Sprintf(`{"credHelpers": {%q: "hangs"}, "auths": {%q: {"username": "u", "password": "hush"}}}`, hung.Host(), other.Host()),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	source := NewDocker()
+	c, err := registryclient.New(registryclient.Options{Credentials: Chain(source)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := func(ctx context.Context, r *registrytest.Registry) error {
+		r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush"})
+		blob := r.PutBlob("team/app", []byte("x"))
+		_, err := c.Blob(ctx, registryclient.Repository(r.Host()+"/team/app"), blob, 1)
+		return err
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- read(ctx, hung) }()
+	for _, err := os.Stat(runs); err != nil; _, err = os.Stat(runs) { // until it hangs
+		time.Sleep(time.Millisecond)
+	}
+	if err := read(ctx, other); err != nil {
+		t.Error(err)
+	}
+	select {
+	case err := <-done:
+		t.Errorf("the read whose helper hangs ended before: %v", err)
+	default:
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	if err := source.Close(); err != nil { // which waits for the helper's end
+		t.Error(err)
 	}
 }

@@ -131,6 +131,25 @@ func TestPluginCache(t *testing.T) {
 	}
 }
 
+// The versions that kubelet accepts are the same protocol, and a plugin that does without a service account's token is run without.
+func TestPluginVersions(t *testing.T) {
+	for _, v := range apiVersions {
+		to := func(s string) string {
+			return strings.NewReplacer(protocolGroup+"v1", protocolGroup+v, configGroup+"v1", configGroup+v).Replace(s)
+		}
+		p, s := newPlugin(t, to(says("Image", "", "example.com")), "example.com", "  tokenAttributes: {serviceAccountTokenAudience: x, cacheType: Token, requireServiceAccount: false}\n")
+		config, err := os.ReadFile(s.config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p.write(t, "config.yaml", 0o600, to(string(config)))
+		wantLogins(t, s, "example.com/x", Login{"u", "hush"})
+		if got := p.ran(t); len(got) != 1 || !strings.HasPrefix(got[0], `{"apiVersion":"`+protocolGroup+v+`",`) {
+			t.Errorf("%s: ran with %q", v, got)
+		}
+	}
+}
+
 // What a registry refuses is not waited for until its time is over, nor is the plugin run for each request.
 func TestPluginAnswerRefused(t *testing.T) {
 	r := registrytest.Start(t, registrytest.Options{})
