@@ -79,6 +79,9 @@ func TestDirect(t *testing.T) {
 		if !s.Mounted(target) || len(s.At(img.Metadata)) != 0 {
 			t.Errorf("mounted: %v, through the Server: %q", s.Mounted(target), s.At(img.Metadata))
 		}
+		if got := s.Mounts(); len(got) != 1 || got[0] != (MountedImage{img.ID, target, true}) {
+			t.Errorf("mounts: %+v", got)
+		}
 		m.compare(t, target)
 		other := t.TempDir()
 		if err := s.Mount(t.Context(), img, other); err != nil {
@@ -139,6 +142,9 @@ func TestReplace(t *testing.T) {
 		target := mountImage(t, s, img)
 		if got := s.At(img.Metadata); len(got) != 1 || got[0] != target {
 			t.Fatalf("mounted through the Server: %q", got)
+		}
+		if got := s.Mounts(); len(got) != 1 || got[0] != (MountedImage{img.ID, target, false}) {
+			t.Errorf("mounts: %+v", got)
 		}
 		user, err := os.Open(filepath.Join(target, "file19"))
 		if err != nil {

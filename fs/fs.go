@@ -27,7 +27,9 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -111,6 +113,8 @@ type Server struct {
 	former    []*devices     // of a predecessor, which have no new mounts
 	resumed   []*about       // the sessions that were resumed
 
+	failedReads atomic.Int64
+
 	creating  sync.Mutex // held while an EROFS superblock is created, to tell its bdi
 	replacing sync.Mutex // held by Replace
 
@@ -171,7 +175,7 @@ func New(o Options) (*Server, error) {
 		mounts:    map[string]*mount{},
 		trees:     map[*tree]bool{},
 	}
-	s.options = sessionOptions{log: o.Log, memory: s.memory, step: o.step, noResend: o.noResend}
+	s.options = sessionOptions{log: o.Log, memory: s.memory, step: o.step, noResend: o.noResend, onFail: func() { s.failedReads.Add(1) }}
 	if o.Foreign {
 		s.options.flags = unix.MS_NOSUID | unix.MS_NODEV
 	}
@@ -232,19 +236,28 @@ func (s *Server) newName() string {
 // Mode returns the mode in use, and, for ModeAuto, why the better ones were not taken.
 func (s *Server) Mode() (Mode, string) { return s.mode, s.reason }
 
-// Count returns how many images are mounted, by this Server or a predecessor of it, and at how many targets.
-func (s *Server) Count() (images, mounts int) {
+// MountedImage is an image that is mounted at a target.
+type MountedImage struct {
+	ID     string
+	Target string
+	Direct bool // from local files: the daemon serves nothing of it
+}
+
+// Mounts lists what is mounted, by this Server or a predecessor of it, by target.
+func (s *Server) Mounts() (list []MountedImage) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	ids := map[string]bool{}
-	for _, m := range s.mounts {
+	for target, m := range s.mounts {
 		if m.ready {
-			ids[m.id] = true
-			mounts++
+			list = append(list, MountedImage{m.id, target, m.tree == nil && m.device == nil})
 		}
 	}
-	return len(ids), mounts
+	slices.SortFunc(list, func(a, b MountedImage) int { return strings.Compare(a.Target, b.Target) })
+	return list
 }
+
+// FailedReads returns how many reads have ended in an I/O error since New.
+func (s *Server) FailedReads() int64 { return s.failedReads.Load() }
 
 // Mounted reports whether an image is mounted at target, by this Server or a predecessor of it.
 func (s *Server) Mounted(target string) bool {

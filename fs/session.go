@@ -83,6 +83,7 @@ type session struct {
 	failed  LogLimit          // READs
 	memory  *memory           // shared by a Server's sessions
 	step    func(step string) // a test's: called where a process may die
+	onFail  func()            // sessionOptions.onFail
 	ctx     context.Context   // ends when the connection does; the parent of the READs' contexts
 	cancel  context.CancelFunc
 	done    chan struct{}  // closed when the connection has ended and all goroutines have
@@ -114,6 +115,7 @@ type sessionOptions struct {
 	step     func(step string)
 	noResend bool   // a test's: resume as on a kernel without FUSE_NOTIFY_RESEND
 	ended    func() // called once, when the session has ended
+	onFail   func() // called when a read ends in an I/O error; nil for nothing
 }
 
 // newSession mounts f at target and serves it until it is unmounted everywhere. It takes st.
@@ -152,6 +154,7 @@ func makeSession(target string, device *os.File, f filesystem, st *state, o sess
 		log:    o.log,
 		memory: o.memory,
 		step:   o.step,
+		onFail: o.onFail,
 		done:   make(chan struct{}),
 		reads:  map[uint64]*reading{},
 	}
@@ -379,6 +382,9 @@ func (s *session) read(r *reading) {
 	if err != nil {
 		status := errno(r.ctx, err)
 		if status == fuse.EIO && !s.frozen.Load() {
+			if s.onFail != nil {
+				s.onFail()
+			}
 			s.failed.Log(s.log, time.Now(), slog.LevelError, "read", "mount", s.target, "node", r.in.NodeId, "offset", r.in.Offset, "size", r.in.Size, "error", err)
 		}
 		s.reply(r.in.Unique, status, nil)

@@ -33,6 +33,9 @@ func TestDirect(t *testing.T) {
 	})
 	for mode, n := range nodes {
 		t.Run(mode, func(t *testing.T) {
+			if s, err := statusOf(t, n); err != nil || len(s.Images) != 1 || s.Images[0].Direct != 1 || s.Images[0].Through != 0 || s.Images[0].Local != s.Images[0].Size {
+				t.Errorf("the status says %+v, %v", s.Images, err)
+			}
 			ctr(t, n, "run", "--detach", "--snapshotter", n.Snapshotter(), ref, n.ID("new"), "/guest", "pause")
 			dir := tempDir(t)
 			if err := n.Mount(t.Context(), ref, dir); err != nil {

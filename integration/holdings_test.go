@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
 
 // holdings is what a leak of the snapshotter would show in: of its processes together, the daemon and the supervisor if there is one, and of the node.
@@ -95,8 +96,13 @@ func holdingsOf(t *testing.T, n *node.Node) (h holdings) {
 
 // status is a part of what the daemon says of itself.
 type status struct {
-	Goroutines int
-	Cache      struct{ Evicted int64 }
+	Goroutines  int
+	Cache       struct{ Evicted int64 }
+	NotStreamed []struct {
+		Image  string
+		Reason reason.Code
+	} `json:"not_streamed"`
+	Images []struct{ Size, Local, Direct, Through int64 }
 }
 
 func statusOf(t *testing.T, n *node.Node) (s status, err error) {

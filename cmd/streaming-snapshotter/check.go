@@ -110,7 +110,7 @@ func check(ctx context.Context, c config, o checkOptions, w io.Writer) (err erro
 		r.trap(nothingListed, "list repositories under `stream` in the configuration, and restart the daemon", "no repository is listed in `stream`: every image is pulled in the normal way")
 	}
 	r.checkDisk(c, dir)
-	r.checkDaemon(c)
+	r.checkDaemon(ctx, c)
 	r.checkContainerd(ctx, c, o)
 	if o.ref != "" {
 		if r.Image, err = checkImage(ctx, c, o, dir); err != nil {

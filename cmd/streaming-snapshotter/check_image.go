@@ -78,7 +78,7 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string) (_ *i
 		return r, nil
 	}
 	r.Manifest = manifest.String()
-	r.askLast(root)
+	r.askLast(ctx, root)
 	id, chainIDs, err := n.images.Find(ctx, o.ref, manifest)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
@@ -98,8 +98,8 @@ func (r *imageReport) notStreamed(err error) {
 }
 
 // askLast asks the daemon whose files are in root for the last pull that was not streamed.
-func (r *imageReport) askLast(root string) {
-	s, err := askStatusOf(root)
+func (r *imageReport) askLast(ctx context.Context, root string) {
+	s, err := askStatusOf(ctx, root)
 	if err != nil {
 		return // a trap says so
 	}

@@ -63,8 +63,8 @@ func (r *checkReport) checkDisk(c config, dir string) {
 	}
 }
 
-func (r *checkReport) checkDaemon(c config) {
-	s, err := askStatusOf(c.Root)
+func (r *checkReport) checkDaemon(ctx context.Context, c config) {
+	s, err := askStatusOf(ctx, c.Root)
 	if err != nil {
 		r.trap(daemonDown, "start it: `systemctl start streaming-snapshotter`", "%v: pulls and new containers of streamed images fail", err)
 		return

@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"math"
+	"net"
 	"os"
 	"path"
 	"path/filepath"
@@ -44,6 +45,7 @@ type config struct {
 	CRIProxy       string      `toml:"cri_proxy" comment:"Unix socket of a proxy of containerd's CRI, for the kubelet's image service endpoint: what a pull comes with (imagePullSecrets) then serves the\nreads of its image, too. Empty for none."`
 	Containerd     string      `toml:"cri_containerd" comment:"Unix socket of containerd, where the proxy passes everything on."`
 	CRIKey         string      `toml:"cri_credentials_key" comment:"File of the key with which the credentials of images that are streamed are kept in root over restarts of the daemon. On a tmpfs, so that a reboot\nends them. Empty keeps them in memory only: after a restart images are read with other credentials, or have to be pulled again."`
+	Metrics        string      `toml:"metrics" comment:"TCP address, as in \"127.0.0.1:9465\", at which anybody gets /metrics (of Prometheus), /healthz and /readyz. Empty for none:\nthe socket admin.sock in root has them, too."`
 	LogLevel       level       `toml:"log_level" comment:"debug, info, warn or error."`
 }
 
@@ -148,6 +150,9 @@ func (c *config) validate() error {
 	}
 	if !slices.Contains([]nodefs.Mode{nodefs.ModeAuto, nodefs.ModeFile, nodefs.ModeLoop, nodefs.ModeTree}, c.MountMode) {
 		return fmt.Errorf("mount_mode = %q: want auto, file, loop or tree", c.MountMode)
+	}
+	if _, _, err := net.SplitHostPort(c.Metrics); err != nil && c.Metrics != "" {
+		return fmt.Errorf("metrics = %q: want an address and a port, as in \"127.0.0.1:9465\"", c.Metrics)
 	}
 	if c.ResolveTimeout.d <= 0 {
 		return fmt.Errorf("resolve_timeout = %q: want more than nothing", c.ResolveTimeout.d)

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -119,27 +118,6 @@ func newMountCommand(configFile *string) *cobra.Command {
 	cmd.Flags().StringVar(&o.platform, "platform", "", "os/arch[/variant] of an index (default: this machine's)")
 	cmd.Flags().StringVar(&o.cache, "cache", "", "directory that keeps what was fetched (default: a temporary one)")
 	cmd.Flags().StringVar(&o.mode, "mount-mode", "", "auto, file, loop or tree (default: the configuration's)")
-	return cmd
-}
-
-func newStatusCommand(configFile *string) *cobra.Command {
-	var output string
-	cmd := &cobra.Command{
-		Use:   "status",
-		Short: "Ask the daemon how it is: mount mode, safe mode, images, cache, the last problems",
-		Args:  cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "text" && output != "json" {
-				return fmt.Errorf("--output %s: want text or json", output)
-			}
-			c, err := loadConfig(*configFile)
-			if err != nil {
-				c = salvage(cmp.Or(*configFile, defaultConfig)) // the daemon does the same
-			}
-			return printStatus(c.Root, output == "json", cmd.OutOrStdout())
-		},
-	}
-	cmd.Flags().StringVarP(&output, "output", "o", "text", "text or json")
 	return cmd
 }
 

@@ -60,11 +60,11 @@ func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store
 	}
 	defer func() { err = errors.Join(err, n.close()) }()
 
-	stopProfiles, err := n.serveProfiles(c.Root) // for "profile record"
+	stopAdmin, err := (&admin{n: n}).serve(c.Root, "") // for "profile record"
 	if err != nil {
 		return err
 	}
-	defer stopProfiles()
+	defer stopAdmin()
 	// After newNode: it is what answers, if the directory is a predecessor's mount.
 	target, err := mountPoint(o.dir, n.mounts.Mounted)
 	if err != nil {

@@ -1,16 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"cmp"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"io"
-	"net"
-	"path/filepath"
-	"time"
 
 	"github.com/containerd/platforms"
 	"github.com/opencontainers/go-digest"
@@ -19,37 +12,6 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/credentials"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
-
-// profilesSocket is the path of the third socket: who writes the digest of an image's platform manifest and a newline to it gets a profileAnswer.
-func profilesSocket(root string) string { return filepath.Join(root, "profiles.sock") }
-
-// profileAnswer is what the daemon has recorded of an image's first start, or why not.
-type profileAnswer struct {
-	Profile json.RawMessage `json:"profile,omitempty"` // in the profile's JSON form
-	Error   string          `json:"error,omitempty"`
-}
-
-// serveProfiles answers until stop, which waits for the end.
-func (n *node) serveProfiles(root string) (stop func(), err error) {
-	return serveSocket(profilesSocket(root), func(conn net.Conn) {
-		line, err := bufio.NewReader(io.LimitReader(conn, 256)).ReadString('\n')
-		if err != nil {
-			return
-		}
-		var a profileAnswer
-		if n.images == nil {
-			err = errors.New("the daemon is in safe mode")
-		} else if p, perr := n.images.FirstUses(digest.Digest(line[:len(line)-1])); perr != nil {
-			err = perr
-		} else {
-			a.Profile, err = json.Marshal(p)
-		}
-		if err != nil {
-			a.Error = err.Error()
-		}
-		json.NewEncoder(conn).Encode(a) // who has gone does not want it
-	})
-}
 
 func newProfileCommand(configFile *string) *cobra.Command {
 	cmd := &cobra.Command{
@@ -92,7 +54,7 @@ func exportProfile(ctx context.Context, c config, ref, platform string) ([]byte,
 	var known error
 	if dgst != "" {
 		var b []byte
-		if b, known = askProfile(c.Root, dgst); known == nil {
+		if b, known = askProfile(ctx, c.Root, dgst); known == nil {
 			return b, nil
 		}
 	}
@@ -103,7 +65,7 @@ func exportProfile(ctx context.Context, c config, ref, platform string) ([]byte,
 	if manifest == dgst {
 		return nil, known
 	}
-	return askProfile(c.Root, manifest)
+	return askProfile(ctx, c.Root, manifest)
 }
 
 // manifestOf asks the registry for the digest of the platform manifest that ref names.
@@ -137,33 +99,4 @@ func platformMatcher(platform string) (platforms.MatchComparer, error) {
 		return nil, fmt.Errorf("--platform: %w", err)
 	}
 	return platforms.Only(p), nil
-}
-
-// askProfile asks the process whose files are in root for the record of an image.
-func askProfile(root string, manifest digest.Digest) ([]byte, error) {
-	conn, err := dialDaemon(profilesSocket(root))
-	if err != nil {
-		return nil, err
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(time.Minute))
-	var a profileAnswer
-	if _, err = fmt.Fprintf(conn, "%s\n", manifest); err == nil {
-		err = json.NewDecoder(conn).Decode(&a)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("ask %s: %w", profilesSocket(root), err)
-	}
-	if a.Error != "" {
-		return nil, errors.New(a.Error)
-	}
-	return a.Profile, nil
-}
-
-func dialDaemon(socket string) (net.Conn, error) {
-	conn, err := net.Dial("unix", socket)
-	if err != nil {
-		return nil, fmt.Errorf("no daemon answers: %w", err)
-	}
-	return conn, nil
 }

@@ -108,7 +108,7 @@ func recordProfile(ctx context.Context, c config, configFile string, o recordOpt
 	if err = errors.Join(err, removeNamespace(own, client)); err != nil {
 		return nil, err
 	}
-	return askProfile(root, image.manifest)
+	return askProfile(own, root, image.manifest)
 }
 
 // recordImage is an image to run, with its config. It is an oci.Image, with a content store that has nothing but the config.

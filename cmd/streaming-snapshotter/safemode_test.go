@@ -329,7 +329,7 @@ func TestStatusOfTrouble(t *testing.T) {
 	if !strings.Contains(s.CacheError, unix.ENOSPC.Error()) || s.CacheLimit != 1<<30 {
 		t.Errorf("the cache on a full disk: %+v", s)
 	}
-	if len(s.Hosts) != 1 || s.Hosts[0] != (host{Registry: reg.Host(), Host: reg.Host(), State: "ok"}) {
+	if len(s.Hosts) != 1 || s.Hosts[0].String() != reg.Host()+": ok" {
 		t.Errorf("got hosts %+v", s.Hosts)
 	}
 

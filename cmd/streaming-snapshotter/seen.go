@@ -22,7 +22,7 @@ type seen struct {
 
 // newSeen returns one whose problems go on to h.
 func newSeen(h slog.Handler) *seen {
-	return &seen{&problems{Handler: h, last: &lastLines{}}, &pulls{}}
+	return &seen{&problems{Handler: h, last: &lastLines{}}, &pulls{refs: map[string]string{}}}
 }
 
 // pulls counts pulls, and remembers those that were not streamed.
@@ -30,12 +30,15 @@ type pulls struct {
 	mu     sync.Mutex
 	counts pullCounts
 	normal []normalPull
+	refs   map[string]string // by artifact: what the image was called when it was pulled last
 }
 
 // pullCounts are numbers of pulls since the start.
 type pullCounts struct {
 	Streamed int64                 `json:"streamed_pulls"`
 	Normal   map[reason.Code]int64 `json:"normal_pulls,omitempty"` // by reason
+
+	PullTimes times `json:"pull_times"` // of those that were streamed, seconds
 }
 
 // normalPull is a pull that was not streamed.
@@ -47,6 +50,9 @@ type normalPull struct {
 	At       string      `json:"at"`
 }
 
+// maxRefs bounds the names that are remembered: more images than a node has.
+const maxRefs = 4096
+
 // maxNormalPulls bounds what is remembered.
 const maxNormalPulls = 20
 
@@ -56,6 +62,11 @@ func (p *pulls) note(pull snapshot.Pull) {
 	defer p.mu.Unlock()
 	if pull.Err == nil {
 		p.counts.Streamed++
+		p.counts.PullTimes.add(pull.Took.Seconds())
+		if len(p.refs) >= maxRefs {
+			clear(p.refs)
+		}
+		p.refs[pull.Artifact] = pull.Image
 		return
 	}
 	code := reason.Of(pull.Err)
@@ -71,7 +82,16 @@ func (p *pulls) note(pull snapshot.Pull) {
 func (p *pulls) list() (pullCounts, []normalPull) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return pullCounts{p.counts.Streamed, maps.Clone(p.counts.Normal)}, append([]normalPull{}, p.normal...)
+	counts := p.counts
+	counts.Normal = maps.Clone(p.counts.Normal)
+	return counts, append([]normalPull{}, p.normal...)
+}
+
+// ref returns what the image of an artifact was called when it was pulled; "" if that was in another life.
+func (p *pulls) ref(artifact string) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.refs[artifact]
 }
 
 // problems is a handler that remembers the last warnings and errors on their way to another one.

@@ -276,28 +276,24 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	if err != nil {
 		return err
 	}
-	stopStatus, err := n.serveStatus(c.Root, s, seen)
+	a := &admin{n: n, safe: s.SafeMode, ask: func() status { return s.measure(c.Root, n, seen) }}
+	stopAdmin, err := a.serve(c.Root, c.Metrics)
 	if err != nil {
-		log.Warn("nobody can ask for the status", "error", err)
-	} else {
-		defer stopStatus()
+		log.Warn("nobody can ask for the status or the metrics", "error", err)
 	}
-	stopProfiles, err := n.serveProfiles(c.Root)
-	if err != nil {
-		log.Warn("nobody can ask for profiles", "error", err)
-	} else {
-		defer stopProfiles()
-	}
+	defer stopAdmin()
 	server := grpc.NewServer()
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	log.Info("serving", "address", c.Address, "mount_mode", s.MountMode, "others", s.NotTaken, "stream", c.Stream)
 	if err := errors.Join(started(), st.Notify("READY=1")); err != nil {
 		log.Warn("say that the start succeeded", "error", err)
 	}
+	a.ready.Store(true)
 	stopped := make(chan struct{})
 	go func() {
 		defer close(stopped)
 		<-ctx.Done()
+		a.ready.Store(false)
 		if err := st.Notify("STOPPING=1"); err != nil {
 			log.Warn("say that we stop", "error", err)
 		}

@@ -1,26 +1,21 @@
 package main
 
 import (
-	"cmp"
-	"encoding/json"
-	"fmt"
-	"io"
 	"io/fs"
-	"net"
-	"os"
+	"log/slog"
 	"path/filepath"
 	"runtime"
 	"runtime/metrics"
 	"strings"
 	"syscall"
-	"text/tabwriter"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
-// status is what the daemon says of itself, as JSON, to whoever connects to its second socket, status.sock in root.
+// status is what the daemon says of itself, as JSON.
 type status struct {
 	Version       string             `json:"version"`
 	Since         string             `json:"since"`
@@ -43,7 +38,18 @@ type status struct {
 	Heap          int64              `json:"heap"`                  // of the daemon: bytes of what it has not freed yet
 	Problems      []string           `json:"problems"`              // the last ones, the newest at the end
 	pullCounts
-	NotStreamed []normalPull `json:"not_streamed"` // the last ones, the newest at the end
+	NotStreamed []normalPull         `json:"not_streamed"` // the last ones, the newest at the end
+	Images      []imageStatus        `json:"images"`
+	FailedReads int64                `json:"failed_reads"` // that ended in an I/O error, since the start
+	Registry    registryclient.Stats `json:"registry"`     // since the start
+}
+
+// imageStatus is how a streamed image is.
+type imageStatus struct {
+	stream.ImageStatus
+	Ref     string `json:"ref,omitempty"` // what it was called when it was pulled, if that was since the start
+	Through int    `json:"through"`       // places where it is mounted and the daemon answers reads
+	Direct  int    `json:"direct"`        // places where local files do
 }
 
 // host is how a registry's host does.
@@ -54,6 +60,8 @@ type host struct {
 	Since    string `json:"since,omitempty"` // it is away
 	Until    string `json:"until,omitempty"` // it is asked after the others
 	Error    string `json:"error,omitempty"` // why it is away
+
+	Credentials []string `json:"credentials,omitempty"` // the sources of those that it has let in
 }
 
 func (n *node) hosts() []host {
@@ -62,7 +70,7 @@ func (n *node) hosts() []host {
 		return list
 	}
 	for _, h := range n.reg.Hosts() {
-		at := host{Registry: h.Registry, Host: h.Host, State: "ok", Error: h.Error}
+		at := host{Registry: h.Registry, Host: h.Host, State: "ok", Error: h.Error, Credentials: h.Accepted}
 		if h.Wrong.After(time.Now()) {
 			at.State, at.Until = "wrong", h.Wrong.UTC().Format(time.RFC3339)
 		}
@@ -89,21 +97,28 @@ func (h host) String() string {
 	if h.Error != "" {
 		s += ": " + h.Error
 	}
+	if len(h.Credentials) > 0 {
+		s += "; credentials: " + strings.Join(h.Credentials, ", ")
+	}
 	return s
 }
 
 // measure fills in what changes.
 func (s status) measure(root string, n *node, seen *seen) status {
 	s.Cache, s.Background = n.stats(), n.background()
-	if entries, err := os.ReadDir(filepath.Join(root, "images")); err == nil {
-		for _, e := range entries {
-			if e.IsDir() {
-				s.StreamedCount++
-			}
+	s.Images = n.imageStatus(seen.pulls)
+	s.StreamedCount = len(s.Images)
+	if n.mounts != nil {
+		s.FailedReads = n.mounts.FailedReads()
+	}
+	for _, i := range s.Images {
+		s.Mounts += i.Through + i.Direct
+		if i.Through+i.Direct > 0 {
+			s.MountedCount++
 		}
 	}
-	if n.mounts != nil {
-		s.MountedCount, s.Mounts = n.mounts.Count()
+	if n.reg != nil {
+		s.Registry = n.reg.Stats()
 	}
 	s.CacheBytes = diskUse(filepath.Join(root, "cache"))
 	if n.cache != nil {
@@ -123,6 +138,33 @@ func (s status) measure(root string, n *node, seen *seen) status {
 	return s
 }
 
+// imageStatus lists the images, with where they are mounted.
+func (n *node) imageStatus(pulls *pulls) []imageStatus {
+	list := []imageStatus{}
+	if n.images == nil {
+		return list
+	}
+	images, err := n.images.Status()
+	if err != nil {
+		slog.Debug("status of images", "error", err) // of a newer release, or damaged: who mounts it is told
+	}
+	mounts := n.mounts.Mounts()
+	for _, i := range images {
+		at := imageStatus{ImageStatus: i, Ref: pulls.ref(i.ID)}
+		for _, m := range mounts {
+			switch {
+			case m.ID != i.ID:
+			case m.Direct:
+				at.Direct++
+			default:
+				at.Through++
+			}
+		}
+		list = append(list, at)
+	}
+	return list
+}
+
 // diskUse returns the bytes on disk of the files below dir, 0 if there is none.
 func diskUse(dir string) (total int64) {
 	filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
@@ -137,128 +179,4 @@ func diskUse(dir string) (total int64) {
 		return nil
 	})
 	return total
-}
-
-// statusSocket is the path of the second socket.
-func statusSocket(root string) string { return filepath.Join(root, "status.sock") }
-
-// serveStatus answers until stop, which waits for the end.
-func (n *node) serveStatus(root string, s status, seen *seen) (stop func(), err error) {
-	return serveSocket(statusSocket(root), func(conn net.Conn) {
-		json.NewEncoder(conn).Encode(s.measure(root, n, seen)) // who has gone does not want it
-	})
-}
-
-// serveSocket answers who connects to the socket at path, one after the other, until stop, which waits for the end.
-func serveSocket(path string, answer func(conn net.Conn)) (stop func(), err error) {
-	if err := os.Remove(path); err != nil && !os.IsNotExist(err) { // a dead daemon's: root is locked
-		return nil, err
-	}
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		return nil, err
-	}
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			conn, err := l.Accept()
-			if err != nil {
-				return
-			}
-			conn.SetDeadline(time.Now().Add(5 * time.Second))
-			answer(conn)
-			conn.Close()
-		}
-	}()
-	return func() {
-		l.Close()
-		<-done
-	}, os.Chmod(path, 0o600)
-}
-
-// askStatusOf asks the daemon whose files are in root.
-func askStatusOf(root string) (s status, err error) {
-	conn, err := dialDaemon(statusSocket(root))
-	if err != nil {
-		return s, err
-	}
-	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(time.Minute))
-	if err := json.NewDecoder(conn).Decode(&s); err != nil {
-		return s, fmt.Errorf("read status from %s: %w", statusSocket(root), err)
-	}
-	return s, nil
-}
-
-// printStatus prints how the daemon is whose files are in root.
-func printStatus(root string, asJSON bool, w io.Writer) error {
-	s, err := askStatusOf(root)
-	if err != nil {
-		return err
-	}
-	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(s)
-	}
-	fmt.Fprintf(w, "version: %s, since %s\n", s.Version, s.Since)
-	if s.SafeMode != "" {
-		fmt.Fprintf(w, "SAFE MODE, nothing new is streamed: %s\n", s.SafeMode)
-	}
-	fmt.Fprintf(w, "mount mode: %s\n", s.MountMode)
-	if s.NotTaken != "" {
-		fmt.Fprintf(w, "not taken: %s\n", s.NotTaken)
-	}
-	fmt.Fprintf(w, "images: %d streamed, %d of them mounted, at %d places\nstream: %s\ncache: %s\n", s.StreamedCount, s.MountedCount, s.Mounts, s.Stream, s.cache())
-	for _, h := range s.Hosts {
-		fmt.Fprintf(w, "host: %s\n", h)
-	}
-	if b := s.Background; b != nil {
-		fmt.Fprintf(w, "in the background: %s, %s of %s\n", b.Image, bytesText(b.Done), bytesText(b.Total))
-	}
-	if len(s.NotStreamed) > 0 {
-		fmt.Fprintln(w)
-		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(t, "NOT STREAMED\tREASON\tWHEN")
-		for _, p := range s.NotStreamed {
-			fmt.Fprintf(t, "%s\t%s\t%s\n", cmp.Or(p.Image, "(unknown)"), p.Reason, p.At)
-		}
-		t.Flush()
-		fmt.Fprintln(w)
-	}
-	for _, p := range s.Problems {
-		fmt.Fprintf(w, "problem: %s\n", p)
-	}
-	return nil
-}
-
-// bytesText prints bytes as people read them.
-func bytesText(n int64) string {
-	f, unit := float64(n), "B"
-	for _, u := range []string{"kB", "MB", "GB", "TB"} {
-		if f < 999.95 {
-			break
-		}
-		f, unit = f/1000, u
-	}
-	return strings.TrimSuffix(fmt.Sprintf("%.1f", f), ".0") + " " + unit
-}
-
-// cache says in one line how the chunk cache is.
-func (s status) cache() string {
-	text := bytesText(s.CacheBytes)
-	if s.CacheLimit > 0 {
-		text += " of " + bytesText(s.CacheLimit)
-	}
-	if n := s.Cache.DamagedChunks; n > 0 {
-		text += fmt.Sprintf(", chunks found damaged on disk and fetched again: %d", n)
-	}
-	switch {
-	case s.NotCaching:
-		text += ", NOT CACHING: " + s.CacheError
-	case s.CacheError != "":
-		text += ", the disk has failed before: " + s.CacheError
-	}
-	return text
 }

@@ -295,7 +295,7 @@ func (f *fill) stream(ctx context.Context, flights []*flight, try int) (again []
 		if f.ahead {
 			s.cache.stats.readAhead.Add(1)
 		} else {
-			s.cache.stats.misses.Add(1)
+			s.miss(c.TarSize)
 		}
 		f.deliver(fl, buf, c.TarOffset, false)
 	}

@@ -84,7 +84,7 @@ func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int, claim
 	evictions := s.evictions.Load() // before looking at verified: see evict.go
 	if s.verified.hasAll(lo, hi) {  // the common case, without a lock
 		l.ahead.read(off, off+int64(len(p)), lo, hi, nil)
-		s.cache.stats.hits.Add(int64(hi - lo))
+		s.hit(hi - lo)
 		return !l.pread(p, off, lo, hi, evictions), nil
 	}
 	if err := ctx.Err(); err != nil {
@@ -105,7 +105,7 @@ func (l *Layer) read(ctx context.Context, p []byte, off int64, lo, hi int, claim
 			if !l.pread(p[from-off:to-off], from, i, j, evictions) {
 				return true, nil
 			}
-			s.cache.stats.hits.Add(int64(j - i))
+			s.hit(j - i)
 			i = j
 			continue
 		}

@@ -199,7 +199,7 @@ func (p *pass) pass(s *store, i int, c artifact.Chunk, buf *buffer) error {
 	}
 	s.mu.Unlock()
 	if fl != nil {
-		s.cache.stats.misses.Add(1)
+		s.miss(c.TarSize)
 		fl.fill.deliver(fl, buf, c.TarOffset, false)
 		return nil
 	}

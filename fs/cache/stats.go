@@ -53,6 +53,35 @@ func (c *Cache) Stats() Stats {
 	}
 }
 
+// LayerStats are counts of a layer's chunks since the first of its present openers opened it. Layers that images share count for all of them.
+type LayerStats struct {
+	Hits        int64 `json:"hits"`            // read from disk
+	Misses      int64 `json:"misses"`          // fetched because a read waited for them
+	MissedBytes int64 `json:"on_demand_bytes"` // of the tar, of those
+}
+
+// layerReads are the live LayerStats.
+type layerReads struct{ hits, misses, missedBytes atomic.Int64 }
+
+// Stats returns the layer's counts.
+func (l *Layer) Stats() LayerStats {
+	r := &l.store.reads
+	return LayerStats{r.hits.Load(), r.misses.Load(), r.missedBytes.Load()}
+}
+
+// hit counts n chunks that were read from disk.
+func (s *store) hit(n int) {
+	s.cache.stats.hits.Add(int64(n))
+	s.reads.hits.Add(int64(n))
+}
+
+// miss counts a chunk of n bytes that was fetched because a read waited for it.
+func (s *store) miss(n int64) {
+	s.cache.stats.misses.Add(1)
+	s.reads.misses.Add(1)
+	s.reads.missedBytes.Add(n)
+}
+
 // Waited returns when a read has last waited for a chunk: now, if one does. What nobody waits for is to make way for them.
 func (c *Cache) Waited() time.Time {
 	if c.stats.waiting.Load() > 0 {

@@ -32,6 +32,7 @@ type store struct {
 	lastUse   atomic.Uint32   // of any
 	evictions atomic.Uint64   // counts up when chunks are given back: see evict.go
 	damaged   atomic.Bool     // a chunk in data did not verify
+	reads     layerReads
 
 	flushMu   sync.Mutex // held while the files are synced, punched or closed
 	closed    bool       // guarded by flushMu

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -267,15 +268,18 @@ func misses(n *node.Node) int64 {
 	if n.Snapshotter() != node.Snapshotter {
 		return -1
 	}
-	conn, err := net.Dial("unix", n.Dir+"/s/status.sock")
+	c := http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "unix", n.Dir+"/s/admin.sock")
+	}}}
+	resp, err := c.Get("http://daemon/status")
 	if err != nil {
 		return -1
 	}
-	defer conn.Close()
+	defer resp.Body.Close()
 	var s struct {
 		Cache *struct{ Misses int64 } `json:"cache"`
 	}
-	if json.NewDecoder(conn).Decode(&s) != nil || s.Cache == nil {
+	if json.NewDecoder(resp.Body).Decode(&s) != nil || s.Cache == nil {
 		return -1
 	}
 	return s.Cache.Misses

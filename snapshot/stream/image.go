@@ -45,6 +45,7 @@ type image struct {
 	store *Store
 	id    string
 	rec   *record
+	size  atomic.Int64 // of its tars, for the status; 0 if nobody has asked
 
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex

@@ -1,0 +1,168 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+)
+
+// adminSocket is the path of the socket on which the daemon answers of itself, over HTTP, whoever may open it: root.
+func adminSocket(root string) string { return filepath.Join(root, "admin.sock") }
+
+// admin answers of a daemon. "mount" has one, too, that knows profiles only.
+//
+//	/healthz     200: the process answers
+//	/readyz      200: containerd is answered, and images are streamed; 503 with the reason in its body
+//	/metrics     in the text format of Prometheus
+//	/status      the status as JSON
+//	/profile     ?manifest=DIGEST of a platform manifest: the record of the image's first start, as JSON
+//	/debug/pprof profiles of the Go runtime
+//
+// The first three are what a TCP address gives, if the configuration has one.
+type admin struct {
+	n     *node
+	ready atomic.Bool
+	safe  string        // safe mode, and why; "" is none
+	ask   func() status // nil for mount
+}
+
+// public serves what everybody may see.
+func (a *admin) public() *http.ServeMux {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "ok\n") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
+		switch {
+		case a.safe != "":
+			http.Error(w, "safe mode: "+a.safe, http.StatusServiceUnavailable)
+		case !a.ready.Load():
+			http.Error(w, "containerd is not answered", http.StatusServiceUnavailable)
+		default:
+			io.WriteString(w, "ok\n")
+		}
+	})
+	if a.ask != nil {
+		mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+			writeMetrics(w, a.ask(), a.ready.Load() && a.safe == "")
+		})
+	}
+	return mux
+}
+
+// private serves all there is.
+func (a *admin) private() *http.ServeMux {
+	mux := a.public()
+	if a.ask != nil {
+		mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
+			json.NewEncoder(w).Encode(a.ask()) // who has gone does not want it
+		})
+	}
+	mux.HandleFunc("GET /profile", func(w http.ResponseWriter, r *http.Request) {
+		if a.n.images == nil {
+			http.Error(w, "the daemon is in safe mode", http.StatusServiceUnavailable)
+			return
+		}
+		p, err := a.n.images.FirstUses(digest.Digest(r.FormValue("manifest")))
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusNotFound)
+			return
+		}
+		json.NewEncoder(w).Encode(p)
+	})
+	mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+	mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+	mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+	mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+	mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	return mux
+}
+
+// serve answers on the socket in root, and at address if there is one, until stop, which waits for the end. What cannot be served is an error, and the
+// rest is served all the same.
+func (a *admin) serve(root, address string) (stop func(), err error) {
+	var ends []func()
+	start := func(l net.Listener, h http.Handler) {
+		s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug)}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			s.Serve(l) // until Close
+		}()
+		ends = append(ends, func() {
+			s.Close()
+			<-done
+		})
+	}
+	l, err := newSocket(adminSocket(root))
+	if err == nil {
+		start(l, a.private())
+	}
+	if address != "" {
+		l, tcpErr := net.Listen("tcp", address)
+		if tcpErr == nil {
+			start(l, a.public())
+		}
+		err = errors.Join(err, tcpErr)
+	}
+	return func() {
+		for _, end := range ends {
+			end()
+		}
+	}, err
+}
+
+// askDaemon gets path from the process whose files are in root, and decodes its answer into v.
+func askDaemon(ctx context.Context, root, path string, v any) error {
+	c := http.Client{Timeout: time.Minute, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", adminSocket(root))
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://daemon"+path, nil)
+	if err != nil {
+		return err
+	}
+	resp, err := c.Do(req)
+	var dial *net.OpError
+	switch {
+	case errors.As(err, &dial) && dial.Op == "dial":
+		return fmt.Errorf("no daemon answers: %w", dial)
+	case err != nil:
+		return fmt.Errorf("ask %s: %w", adminSocket(root), errors.Unwrap(err))
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // an error in an error adds nothing
+		return errors.New(strings.TrimSpace(string(b)))
+	}
+	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
+		return fmt.Errorf("ask %s: %w", adminSocket(root), err)
+	}
+	return nil
+}
+
+// askProfile asks the process whose files are in root for the record of an image.
+func askProfile(ctx context.Context, root string, manifest digest.Digest) (b json.RawMessage, err error) {
+	err = askDaemon(ctx, root, "/profile?"+url.Values{"manifest": {manifest.String()}}.Encode(), &b)
+	return b, err
+}
+
+// askStatusOf asks the daemon whose files are in root.
+func askStatusOf(ctx context.Context, root string) (s status, err error) {
+	err = askDaemon(ctx, root, "/status", &s)
+	return s, err
+}
