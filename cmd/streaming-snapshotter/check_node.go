@@ -73,8 +73,10 @@ func (r *checkReport) checkDaemon(ctx context.Context, c config) {
 	if s.SafeMode != "" {
 		r.trap(safeMode, "put right what it says, and restart the daemon", "the daemon is in safe mode, in which nothing new is streamed: %s", s.SafeMode)
 	}
-	if !reaches(c.Address) {
-		r.trap(daemonDown, "restart the daemon: it may have been started with another `address`", "the daemon runs, and nobody answers at %s", c.Address)
+	for key, socket := range map[string]string{"address": c.Address, "cri_proxy": c.CRIProxy} {
+		if socket != "" && !reaches(socket) {
+			r.trap(daemonDown, "restart the daemon: it may have been started with another configuration", "the daemon runs, and nobody answers at %s (`%s`)", socket, key)
+		}
 	}
 }
 

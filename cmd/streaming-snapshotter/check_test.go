@@ -1,7 +1,9 @@
 package main
 
 import (
+	"encoding/base64"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -10,6 +12,8 @@ import (
 	"testing"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
 
 // What is wrong with the node itself has a name, too, and scripts can tell what was found from what could not be looked at.
@@ -42,6 +46,46 @@ func TestCheckNode(t *testing.T) {
 			t.Errorf("check %q: exit status %d, want 2\n%s", args, got, &p.stderr)
 		}
 		p.wantNothingLeft()
+	}
+}
+
+// Where the registry wants to know who asks, check says whose credentials it has let in, or that none are.
+func TestCheckCredentials(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{})
+	ref := reg.Host() + "/app:v1"
+	push(t, ref)
+	convert(t, ref)
+	reg.RequireToken(registrytest.TokenOptions{User: "joe", Password: "secret"})
+	root := filepath.Join(t.TempDir(), "root")
+	config := writeConfig(t, root, root+".sock")
+	addConfig(t, config, "stream = ['"+reg.Host()+"/*']")
+	dir := t.TempDir()
+	t.Setenv("DOCKER_CONFIG", dir)
+	for _, password := range []string{"wrong", "secret"} {
+		auth := base64.StdEncoding.EncodeToString([]byte("joe:" + password))
+		if err := os.WriteFile(filepath.Join(dir, "config.json"), fmt.Appendf(nil, `{"auths":{%q:{"auth":%q}}}`, reg.Host(), auth), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		p := start(t, "check", "-o", "json", "--config", config, "--containerd", root+".none", ref)
+		var r checkReport
+		if err := json.NewDecoder(p.stdout).Decode(&r); err != nil {
+			p.wait()
+			t.Fatalf("%v\n%s", err, &p.stderr)
+		}
+		p.wait()
+		if r.Image == nil || len(r.Image.Hosts) != 1 {
+			t.Fatalf("got %+v", r.Image)
+		}
+		h := r.Image.Hosts[0]
+		if password == "wrong" && (r.Image.Reason != reason.Auth || len(h.Credentials) > 0 || h.Error == "") {
+			t.Errorf("with a wrong password: %+v", r.Image)
+		}
+		if password == "secret" && (r.Image.Reason != "" || r.Image.Layers != 2 || h.Error != "" || len(h.Credentials) != 1 || !strings.Contains(h.Credentials[0], "docker")) {
+			t.Errorf("with the right password: %+v", r.Image)
+		}
+		if strings.Contains(fmt.Sprintf("%+v", r), password) && password == "secret" {
+			t.Error("check prints the password")
+		}
 	}
 }
 
