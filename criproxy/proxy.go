@@ -82,6 +82,7 @@ func (p *Proxy) handle(_ any, client grpc.ServerStream) error {
 	ctx, cancel := context.WithCancel(client.Context()) // with the client's deadline
 	defer cancel()
 	if md, ok := metadata.FromIncomingContext(ctx); ok {
+		md.Delete("grpc-accept-encoding") // is about one connection, and what comes over the other one is ours to decode
 		ctx = metadata.NewOutgoingContext(ctx, md)
 	}
 	server, err := p.up.NewStream(ctx, both, method)

@@ -216,7 +216,7 @@ func TestUnknownService(t *testing.T) {
 	const method = "/future.v9.Things/Talk"
 	conn := future(t, func(got string, s grpc.ServerStream) error {
 		md, _ := metadata.FromIncomingContext(s.Context())
-		if got != method || !slices.Equal(md["ask"], []string{"1", "2"}) || md.Get("ask-bin")[0] != "\x00\xff" {
+		if got != method || !slices.Equal(md["ask"], []string{"1", "2"}) || md.Get("ask-bin")[0] != "\x00\xff" || md["grpc-accept-encoding"] != nil {
 			return fmt.Errorf("method %s, metadata %v", got, md)
 		}
 		if err := s.SendHeader(metadata.Pairs("head", "h", "head-bin", "\xff\x00")); err != nil {
@@ -240,7 +240,7 @@ func TestUnknownService(t *testing.T) {
 		}
 		return st.Err()
 	})
-	ctx := metadata.AppendToOutgoingContext(t.Context(), "ask", "1", "ask", "2", "ask-bin", "\x00\xff")
+	ctx := metadata.AppendToOutgoingContext(t.Context(), "ask", "1", "ask", "2", "ask-bin", "\x00\xff", "grpc-accept-encoding", "x")
 	s, err := conn.NewStream(ctx, both, method, grpc.ForceCodecV2(raw{}))
 	if err != nil {
 		t.Fatal(err)

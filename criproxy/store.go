@@ -42,6 +42,7 @@ type Store struct {
 	pulling []*entry
 	kept    []*entry // the newest first
 	images  func() ([]Image, error)
+	dropped func(registryclient.Repository)
 }
 
 // Image is one that is streamed from a repository. An ID of "" stands for all of the repository.
@@ -121,13 +122,14 @@ func (s *Store) ended(e *entry, id string) {
 		s.save()
 		s.Sweep() // it may have gone meanwhile
 	}
+	s.tellDropped(e)
 }
 
-// Follow has credentials dropped with their images: images lists those that are streamed, or an error for when it cannot tell, which drops nothing. It must not call the Store. Until Follow is called
-// nothing is dropped.
-func (s *Store) Follow(images func() ([]Image, error)) {
+// Follow has credentials dropped with their images: images lists those that are streamed, or an error for when it cannot tell, which drops nothing. Until Follow is called nothing is dropped.
+// dropped is told of a repository when its last credential has gone, the one of a pull that has failed, too. Neither may call the Store.
+func (s *Store) Follow(images func() ([]Image, error), dropped func(registryclient.Repository)) {
 	s.mu.Lock()
-	s.images = images
+	s.images, s.dropped = images, dropped
 	s.mu.Unlock()
 	s.Sweep()
 }
@@ -149,6 +151,24 @@ func (s *Store) Sweep() {
 	s.kept = slices.DeleteFunc(s.kept, func(e *entry) bool { return slices.Contains(drop, e) })
 	s.mu.Unlock()
 	s.save()
+	s.tellDropped(drop...)
+}
+
+// tellDropped tells of the repositories of gone that have no credential any more.
+func (s *Store) tellDropped(gone ...*entry) {
+	done := map[registryclient.Repository]bool{} // has one, or was told
+	s.mu.Lock()
+	for _, e := range slices.Concat(s.pulling, s.kept) {
+		done[e.Repository] = true
+	}
+	dropped := s.dropped
+	s.mu.Unlock()
+	for _, e := range gone {
+		if dropped != nil && !done[e.Repository] {
+			done[e.Repository] = true
+			dropped(e.Repository)
+		}
+	}
 }
 
 // gone returns what says of an entry whether its image is not streamed.

@@ -130,11 +130,22 @@ func TestStore(t *testing.T) {
 
 	// With the images they go.
 	var images []Image
-	s.Follow(func() ([]Image, error) { return images, errors.New("cannot tell") })
+	var dropped []registryclient.Repository
+	drop := func(r registryclient.Repository) { dropped = append(dropped, r) }
+	wantDropped := func(want ...registryclient.Repository) {
+		t.Helper()
+		if !slices.Equal(dropped, want) {
+			t.Errorf("dropped %v, want %v", dropped, want)
+		}
+		dropped = nil
+	}
+	s.Follow(func() ([]Image, error) { return images, errors.New("cannot tell") }, drop)
+	wantDropped()
 	want(t, s, "docker.io/library/busybox", "hub")
 	images = []Image{{repo, "sha256:1"}, {repo, "sha256:2"}, {"r.example/old", ""}}
-	s.Follow(func() ([]Image, error) { return images, nil })
+	s.Follow(func() ([]Image, error) { return images, nil }, drop)
 	want(t, s, "docker.io/library/busybox")
+	wantDropped("docker.io/library/busybox")
 	pullWith(s, "r.example/old:v1", "old", "sha256:1")
 	want(t, s, "r.example/old", "old")
 	images = images[1:]
@@ -142,10 +153,15 @@ func TestStore(t *testing.T) {
 	want(t, s, repo, "n1")
 	pullWith(s, image, "other", "sha256:4") // in the normal way
 	want(t, s, repo, "n1")
+	wantDropped()
+	pullWith(s, "r.example/b:v1", "other", "sha256:4")
+	pullWith(s, "r.example/b:v1", "other", "")
+	wantDropped("r.example/b", "r.example/b")
 	images = nil
 	s.Sweep()
 	want(t, s, repo)
 	want(t, s, "r.example/old")
+	wantDropped("r.example/old", repo)
 
 	// Every host of the repository, or one.
 	mirror := registryclient.Repository("m.example/proxy/a")
@@ -189,9 +205,9 @@ func TestFile(t *testing.T) {
 	pullWith(s, image, "three", "sha256:3")
 	s = Open(o)
 	want(t, s, repo, "three", "two secret", "one secret")
-	s.Follow(func() ([]Image, error) { return []Image{{repo, "sha256:1"}, {repo, "sha256:3"}}, nil })
+	s.Follow(func() ([]Image, error) { return []Image{{repo, "sha256:1"}, {repo, "sha256:3"}}, nil }, nil)
 	want(t, Open(o), repo, "three", "one secret")
-	s.Follow(func() ([]Image, error) { return nil, nil })
+	s.Follow(func() ([]Image, error) { return nil, nil }, nil)
 	if left, err := os.ReadDir(filepath.Dir(o.File)); err != nil || len(left) > 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}
@@ -305,7 +321,7 @@ func TestFileFailsLater(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.o.OnFile = nil
-	s.Follow(func() ([]Image, error) { return []Image{{repo, "sha256:2"}}, nil })
+	s.Follow(func() ([]Image, error) { return []Image{{repo, "sha256:2"}}, nil }, nil)
 	want(t, s, repo, "2")
 	want(t, Open(o), repo)
 }
@@ -313,7 +329,7 @@ func TestFileFailsLater(t *testing.T) {
 func TestStoreRace(t *testing.T) {
 	o := keep(t)
 	s := Open(o)
-	s.Follow(func() ([]Image, error) { return []Image{{repo, "sha256:1"}}, nil })
+	s.Follow(func() ([]Image, error) { return []Image{{repo, "sha256:1"}}, nil }, nil)
 	var all sync.WaitGroup
 	for i := range 8 {
 		all.Go(func() {

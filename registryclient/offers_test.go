@@ -67,6 +67,43 @@ func TestSecondCredential(t *testing.T) {
 	}
 }
 
+// What was forgotten is not sent any more.
+func TestForget(t *testing.T) {
+	for name, require := range map[string]func(*registrytest.Registry){
+		"basic": func(r *registrytest.Registry) { r.RequireBasic("u", "hush") },
+		"token": func(r *registrytest.Registry) { r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush"}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, read := authFixture(t)
+			require(r)
+			list := []Credential{{"source", "u", "hush"}}
+			c := newClient(t, Options{Credentials: func(ctx context.Context, p Place) iter.Seq2[Credential, error] { return offer(list...)(ctx, p) }})
+			c.Forget(repoOf(r)) // of which nothing is known yet
+			if err := read(c); err != nil {
+				t.Fatal(err)
+			}
+			list = nil
+			c.Forget(repoOf(r) + "/other")
+			c.Forget("no repository")
+			if err := read(c); err != nil {
+				t.Error(err)
+			}
+			r.Reset()
+			c.Forget(repoOf(r))
+			if err := read(c); err == nil {
+				t.Error("let in with what was forgotten")
+			}
+			for _, q := range r.Requests() {
+				if q.Authorization != "" {
+					t.Errorf("sent %q", q.Authorization)
+				}
+			}
+			wantAccepted(t, c)
+		})
+	}
+}
+
 // A bad credential does not break what everybody may read.
 func TestBadCredentialOfPublicImage(t *testing.T) {
 	r, read := authFixture(t)

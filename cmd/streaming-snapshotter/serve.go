@@ -98,7 +98,7 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 	}
 	close(opened)
 	if cri != nil {
-		cri.Follow(n.pulled)
+		cri.Follow(n.pulled, n.reg.Forget)
 	}
 	return n, nil
 }
