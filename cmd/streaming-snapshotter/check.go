@@ -22,6 +22,7 @@ const (
 	nothingListed traps.Code = "NOTHING_LISTED" // every image is pulled in the normal way
 	daemonDown    traps.Code = "DAEMON_DOWN"    // pulls fail
 	safeMode      traps.Code = "SAFE_MODE"
+	paused        traps.Code = "PAUSED"     // nothing new is streamed
 	cacheTooLarge traps.Code = "CACHE_SIZE" // the disk is full before the cache is
 	noHoles       traps.Code = "NO_HOLES"   // the cache gives nothing back
 )

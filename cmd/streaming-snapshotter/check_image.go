@@ -55,7 +55,7 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string) (_ *i
 		return nil, err
 	}
 	defer lock.Close()
-	n, err := newNode(c, c.Stream.allow, nil, true, nil)
+	n, err := newNode(c, unlessPaused(root, c.Stream.allow), nil, true, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
 
 // diskReport is how the file system of root is.
@@ -72,6 +73,9 @@ func (r *checkReport) checkDaemon(ctx context.Context, c config) {
 	r.Daemon = fmt.Sprintf("%s, since %s", s.Version, s.Since)
 	if s.SafeMode != "" {
 		r.trap(safeMode, "put right what it says, and restart the daemon", "the daemon is in safe mode, in which nothing new is streamed: %s", s.SafeMode)
+	}
+	if s.Paused != "" {
+		r.trap(paused, reason.Paused.Remedy(), "streaming is paused since %s: every image is pulled in the normal way", s.Paused)
 	}
 	for key, socket := range map[string]string{"address": c.Address, "cri_proxy": c.CRIProxy} {
 		if socket != "" && !reaches(socket) {

@@ -81,6 +81,8 @@ func newCommand() *cobra.Command {
 		newCheckCommand(&configFile),
 		newMountCommand(&configFile),
 		newStatusCommand(&configFile),
+		newPauseCommand(&configFile),
+		newResumeCommand(&configFile),
 		newProfileCommand(&configFile),
 		newSuperviseCommand(),
 		&cobra.Command{

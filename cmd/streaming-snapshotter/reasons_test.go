@@ -252,6 +252,10 @@ func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *regist
 		reason.NotListed: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
 			return image(t, reg.Host()+"/others/app:v1", true)
 		},
+		reason.Paused: func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string {
+			command(t, "pause", "--config", n.config)
+			return image(t, reg.Host()+"/team/app:v1", true)
+		},
 		reason.SafeMode: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
 			return image(t, reg.Host()+"/team/app:v1", true)
 		},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -103,6 +104,15 @@ func salvage(file string) config {
 		if toml.NewDecoder(strings.NewReader(line)).DisallowUnknownFields().Decode(&with) == nil && with.validate() == nil {
 			c = with
 		}
+	}
+	return c
+}
+
+// configured is the configuration with which the daemon serves: of a damaged file what can be used.
+func configured(file string) config {
+	c, err := loadConfig(file)
+	if err != nil {
+		c = salvage(cmp.Or(file, defaultConfig))
 	}
 	return c
 }

@@ -20,6 +20,7 @@ type status struct {
 	Version       string             `json:"version"`
 	Since         string             `json:"since"`
 	SafeMode      string             `json:"safe_mode,omitempty"` // why
+	Paused        string             `json:"paused,omitempty"`    // since when nothing new is streamed
 	MountMode     string             `json:"mount_mode,omitempty"`
 	NotTaken      string             `json:"not_taken,omitempty"` // the modes before it, and why
 	Stream        patterns           `json:"stream"`
@@ -105,7 +106,7 @@ func (h host) String() string {
 
 // measure fills in what changes.
 func (s status) measure(root string, n *node, seen *seen) status {
-	s.Cache, s.Background = n.stats(), n.background()
+	s.Cache, s.Background, s.Paused = n.stats(), n.background(), pausedSince(root)
 	s.Images = n.imageStatus(seen.pulls)
 	s.StreamedCount = len(s.Images)
 	if n.mounts != nil {

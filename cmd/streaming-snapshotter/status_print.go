@@ -43,10 +43,7 @@ one after the other, as JSON one object in a line.`,
 			if o.interval <= 0 {
 				return fmt.Errorf("--interval %v: want more than nothing", o.interval)
 			}
-			c, err := loadConfig(*configFile)
-			if err != nil {
-				c = salvage(cmp.Or(*configFile, defaultConfig)) // the daemon does the same
-			}
+			c := configured(*configFile)
 			if len(args) > 0 {
 				if _, _, _, err := registryclient.ParseReference(args[0]); err != nil {
 					return err
@@ -140,6 +137,9 @@ func (s status) print(w io.Writer) {
 	fmt.Fprintf(w, "version: %s, since %s\n", s.Version, s.Since)
 	if s.SafeMode != "" {
 		fmt.Fprintf(w, "SAFE MODE, nothing new is streamed: %s\n", s.SafeMode)
+	}
+	if s.Paused != "" {
+		fmt.Fprintf(w, "PAUSED since %s, nothing new is streamed until `streaming-snapshotter resume`\n", s.Paused)
 	}
 	fmt.Fprintf(w, "mount mode: %s\n", s.MountMode)
 	if s.NotTaken != "" {

@@ -15,6 +15,8 @@ const (
 	NoLabels Code = "NO_LABELS"
 	// NotListed: the configuration does not list the repository.
 	NotListed Code = "NOT_LISTED"
+	// Paused: an operator has said that nothing new is to be streamed.
+	Paused Code = "PAUSED"
 	// SafeMode: the daemon has failed to start too often and streams nothing new.
 	SafeMode Code = "SAFE_MODE"
 	// Stopping: the daemon was being stopped during the search.
@@ -43,7 +45,7 @@ const (
 
 // All returns the list, in the order in which a pull meets them.
 func All() []Code {
-	return []Code{NoLabels, NotListed, SafeMode, Stopping, NoArtifact, Auth, Unreachable, Timeout, BadAnswer, Incomplete, Damaged, Unsupported, Content, NodeFailure}
+	return []Code{NoLabels, NotListed, Paused, SafeMode, Stopping, NoArtifact, Auth, Unreachable, Timeout, BadAnswer, Incomplete, Damaged, Unsupported, Content, NodeFailure}
 }
 
 // Remedy says in one sentence what to do about it.
@@ -53,6 +55,8 @@ func (c Code) Remedy() string {
 		return "set enable_remote_snapshot_annotations in the proxy plugin's exports, or disable_snapshot_annotations = false; `streaming-snapshotter check` says which"
 	case NotListed:
 		return "list the repository under `stream` in the configuration, and restart the daemon"
+	case Paused:
+		return "`streaming-snapshotter resume`; remove the image and pull it again"
 	case SafeMode:
 		return "put right what `streaming-snapshotter status` shows, and restart the daemon"
 	case Stopping:
