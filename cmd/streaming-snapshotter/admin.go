@@ -25,7 +25,7 @@ func adminSocket(root string) string { return filepath.Join(root, "admin.sock") 
 // admin answers of a daemon. "mount" has one, too, that knows profiles only.
 //
 //	/healthz     200: the process answers
-//	/readyz      200: containerd is answered, and images are streamed; 503 with the reason in its body
+//	/readyz      200: containerd is answered, and not in safe mode; 503 with the reason in its body. Paused is ready: somebody wants it so
 //	/metrics     in the text format of Prometheus
 //	/status      the status as JSON
 //	/profile     ?manifest=DIGEST of a platform manifest: the record of the image's first start, as JSON

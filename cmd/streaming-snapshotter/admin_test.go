@@ -90,7 +90,7 @@ func TestAdmin(t *testing.T) {
 	_, text := get(t, "tcp", tcp, "/metrics")
 	samples := parseMetrics(t, text)
 	for sample, want := range map[string]float64{
-		"ready": 1, "safe_mode": 0, "pulls_streamed_total": 1, `pulls_normal_total{reason="NO_ARTIFACT"}`: 1, `pulls_normal_total{reason="AUTH"}`: 0, "images": 1, "images_mounted": 1,
+		"ready": 1, "safe_mode": 0, "paused": 0, "pulls_streamed_total": 1, `pulls_normal_total{reason="NO_ARTIFACT"}`: 1, `pulls_normal_total{reason="AUTH"}`: 0, "images": 1, "images_mounted": 1,
 		`mounts{by="daemon"}`: 1, `mounts{by="files"}`: 0, `registry_hosts{state="ok"}`: 1, "reads_failed_total": 0, "pull_seconds_count": 1, `pull_seconds_bucket{le="+Inf"}`: 1,
 	} {
 		if got, is := samples[metricPrefix+sample]; !is || got != want {
@@ -106,6 +106,10 @@ func TestAdmin(t *testing.T) {
 		t.Errorf("a label names an image or a host:\n%s", text)
 	}
 	checkDashboard(t, samples)
+	command(t, "pause", "--config", config)
+	if _, text := get(t, "tcp", tcp, "/metrics"); parseMetrics(t, text)[metricPrefix+"paused"] != 1 {
+		t.Errorf("it does not say that it is paused:\n%s", text)
+	}
 }
 
 var (

@@ -103,7 +103,7 @@ func TestTrapsAreDocumented(t *testing.T) {
 			documented = append(documented, traps.Code(code))
 		}
 	}
-	want := append(traps.All(), nothingListed, daemonDown, safeMode, cacheTooLarge, noHoles)
+	want := append(traps.All(), nothingListed, paused, daemonDown, safeMode, cacheTooLarge, noHoles)
 	slices.Sort(want)
 	slices.Sort(documented)
 	if !slices.Equal(documented, want) {

@@ -80,8 +80,9 @@ func metricsOf(s status, ready bool) []metric {
 	}
 	return []metric{
 		{"build_info", "gauge", "The daemon's version.", []sample{{label: "version", value: s.Version, n: 1}}},
-		gauge("ready", "1 while containerd is answered and images are streamed.", flag(ready)),
+		gauge("ready", "1 while containerd is answered, and not in safe mode.", flag(ready)),
 		gauge("safe_mode", "1 in safe mode, in which nothing new is streamed.", flag(s.SafeMode != "")),
+		gauge("paused", "1 while streaming is paused on this node.", flag(s.Paused != "")),
 		counter("pulls_streamed", "Pulls that were streamed.", s.Streamed),
 		by("counter", "pulls_normal_total", "Pulls that were not streamed, by reason.", "reason", reasons, func(i int) int64 { return s.Normal[codes[i]] }),
 		s.PullTimes.metric("pull_seconds", "From a pull's first call to its snapshots, of pulls that were streamed."),
