@@ -33,7 +33,7 @@ unit: build .build/gotest
 	CGO_ENABLED=1 $(GOTEST) -race -timeout 30m $(UNIT)
 	$(GOTEST) -cpu 1 -timeout 30m ./fs
 
-OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd)$$
+OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd|TestInstall)$$
 
 integration: build .build/gotest
 	$(GOTEST) -timeout 30m -skip '$(OF_IMAGES)' ./integration

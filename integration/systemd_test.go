@@ -66,16 +66,22 @@ func TestSystemd(t *testing.T) {
 			t.Run(c.Debian+"/"+mode, func(t *testing.T) {
 				root, checkout := filepath.Join(tempDir(t), "root"), checkout(t)
 				prepareRoot(t, c, root, filepath.Join(images, c.Debian), checkout, programs)
-				console, err := boot(t, root, checkout, toolsDir(checkout))
-				b, _ := os.ReadFile(filepath.Join(root, "result"))
-				if err != nil || !strings.Contains(string(b), "\nexit 0\n") || !strings.Contains(string(b), "--- PASS: TestSystemd ") {
-					journal, _ := os.ReadFile(filepath.Join(root, "journal"))
-					t.Errorf("%v\n%s\n%s\n%s", err, console[max(0, len(console)-2000):], b, journal)
-				}
-				t.Logf("%s", b)
+				bootTest(t, root, checkout, "TestSystemd")
 			})
 		}
 	}
+}
+
+// bootTest runs what runInside has prepared.
+func bootTest(t *testing.T, root, checkout, test string) {
+	t.Helper()
+	console, err := boot(t, root, checkout, toolsDir(checkout))
+	b, _ := os.ReadFile(filepath.Join(root, "result"))
+	if err != nil || !strings.Contains(string(b), "\nexit 0\n") || !strings.Contains(string(b), "--- PASS: "+test+" ") {
+		journal, _ := os.ReadFile(filepath.Join(root, "journal"))
+		t.Errorf("%v\n%s\n%s\n%s", err, console[max(0, len(console)-2000):], b, journal)
+	}
+	t.Logf("%s", b)
 }
 
 // checkout is the directory of this module, without symbolic links.
@@ -167,19 +173,24 @@ func buildForDebian(t *testing.T) (dir string) {
 func prepareRoot(t *testing.T, c unitsTest, root, base, checkout, programs string) {
 	t.Helper()
 	in := func(name string) string { return filepath.Join(root, name) }
-	run(t, "cp", "-a", base, root)
-	run(t, "cp", filepath.Join(programs, thisRelease), filepath.Join(programs, otherRelease), filepath.Join(programs, testProgram), in("opt"))
+	runInside(t, root, base, checkout, programs, "TestSystemd", c)
 	run(t, "cp", in("opt/"+thisRelease), in(node.InstalledPath))
 	units, deploy := in("etc/systemd/system"), filepath.Join(checkout, "deploy/systemd")
 	run(t, "cp", filepath.Join(deploy, node.Unit+".service"), units)
-	enable := []string{"systemctl", "--root=" + root, "enable", "inside.service"}
 	if c.Keeper {
 		run(t, "cp", filepath.Join(deploy, node.Unit+"-keeper.service"), units)
-		enable = append(enable, node.Unit+"-keeper.service")
+		run(t, "systemctl", "--root="+root, "enable", node.Unit+"-keeper.service")
 	} else {
 		run(t, "mkdir", filepath.Join(units, node.Unit+".service.d"))
 		run(t, "cp", filepath.Join(deploy, "systemd-254.conf"), filepath.Join(units, node.Unit+".service.d"))
 	}
+}
+
+// runInside makes root a copy of base in which systemd runs a test of this program, as c says, and then ends.
+func runInside(t *testing.T, root, base, checkout, programs, test string, c any) {
+	t.Helper()
+	run(t, "cp", "-a", base, root)
+	run(t, "cp", filepath.Join(programs, thisRelease), filepath.Join(programs, otherRelease), filepath.Join(programs, testProgram), filepath.Join(root, "opt"))
 	text, err := json.Marshal(c)
 	if err != nil {
 		t.Fatal(err)
@@ -190,14 +201,14 @@ After=multi-user.target
 Type=oneshot
 WorkingDirectory=%s/integration
 Environment=TMPDIR=/var/lib PATH=%s:/usr/local/bin:/usr/bin:/usr/sbin '%s=%s'
-ExecStart=/bin/sh -c '/opt/%s -test.v -test.run ^TestSystemd$ >/result 2>&1; echo exit $? >>/result; journalctl --no-pager -n 200 >/journal; systemctl poweroff --no-block'
+ExecStart=/bin/sh -c '/opt/%s -test.v -test.run ^%s$ >/result 2>&1; echo exit $? >>/result; journalctl --no-pager -n 200 >/journal; systemctl poweroff --no-block'
 [Install]
 WantedBy=multi-user.target
-`, checkout, toolsDir(checkout), insideSystemd, text, testProgram)
-	if err := os.WriteFile(filepath.Join(units, "inside.service"), []byte(inside), 0o644); err != nil {
+`, checkout, toolsDir(checkout), insideSystemd, text, testProgram, test)
+	if err := os.WriteFile(filepath.Join(root, "etc/systemd/system/inside.service"), []byte(inside), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	run(t, enable...)
+	run(t, "systemctl", "--root="+root, "enable", "inside.service")
 }
 
 // boot runs the Debian in root until it powers itself off, and returns its console. Nothing is left of it however that ends: its mounts, and nspawn's own in

@@ -81,6 +81,8 @@ func newCommand() *cobra.Command {
 		newCheckCommand(&configFile),
 		newMountCommand(&configFile),
 		newStatusCommand(&configFile),
+		newInstallCommand(),
+		newUninstallCommand(),
 		newPauseCommand(&configFile),
 		newResumeCommand(&configFile),
 		newProfileCommand(&configFile),

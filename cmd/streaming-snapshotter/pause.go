@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/install"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
@@ -55,7 +56,7 @@ What is streamed already stays so: its containers read on, and new ones start.`,
 			if err != nil {
 				return err
 			}
-			return errors.Join(syncDir(root), f.Close())
+			return errors.Join(install.SyncDir(root), f.Close())
 		},
 	}
 }
@@ -72,18 +73,10 @@ removed and pulled again.`,
 			if err := os.Remove(pauseFile(root)); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return err
 			}
-			if err := syncDir(root); err != nil && !errors.Is(err, os.ErrNotExist) {
+			if err := install.SyncDir(root); err != nil && !errors.Is(err, os.ErrNotExist) {
 				return err
 			}
 			return nil
 		},
 	}
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

@@ -91,7 +91,7 @@ func TestSuperviseMount(t *testing.T) {
 			ref := reg.Host() + "/app:v1"
 			want := pushFiles(t, ref)
 			dir, program := t.TempDir(), filepath.Join(t.TempDir(), "program")
-			install(t, program, "")
+			replaceProgram(t, program, "")
 			p := superviseMount(t, program, string(mode), ref, dir)
 			pid := p.child(0)
 			ctx, stop := context.WithCancel(context.Background())
@@ -106,7 +106,7 @@ func TestSuperviseMount(t *testing.T) {
 			for k := range kills {
 				time.Sleep(least + rand.N(most-least)) // the fault itself: at any moment of what is read
 				if k == kills/2 {
-					install(t, program, "a newer one")
+					replaceProgram(t, program, "a newer one")
 					p.signal(unix.SIGHUP)
 				} else {
 					unix.Kill(pid, unix.SIGKILL)

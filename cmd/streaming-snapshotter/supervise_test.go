@@ -72,7 +72,7 @@ func TestSupervise(t *testing.T) {
 	config := writeConfig(t, filepath.Join(dir, "root"), address)
 	t.Cleanup(func() { unix.Unmount(filepath.Join(dir, "root", "devices"), unix.MNT_DETACH) })
 	program := filepath.Join(dir, "program")
-	install(t, program, "")
+	replaceProgram(t, program, "")
 	p := startProgram(t, program, "supervise", "--", "serve", "--config", config)
 	waitForSocket(t, address)
 	if err := call(t.Context(), address); err != nil { // the socket is there a moment before it is kept, and answers only after that
@@ -114,7 +114,7 @@ func TestSupervise(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	install(t, program, "a newer one") // the next start runs it
+	replaceProgram(t, program, "a newer one") // the next start runs it
 	p.signal(unix.SIGHUP)
 	pid = p.child(pid)
 	if err := call(context.Background(), address); err != nil {
@@ -143,7 +143,7 @@ func TestSupervise(t *testing.T) {
 }
 
 // install puts a copy of this program at path, as a package manager does, with a mark at its end.
-func install(t *testing.T, path, mark string) {
+func replaceProgram(t *testing.T, path, mark string) {
 	t.Helper()
 	b, err := os.ReadFile(os.Args[0])
 	if err != nil {

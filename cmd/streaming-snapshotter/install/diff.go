@@ -1,0 +1,80 @@
+package install
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"strings"
+)
+
+const diffContext = 3 // lines
+
+// printChange prints what becomes of a file: as a unified diff of one hunk where both are text.
+func printChange(w io.Writer, was, is file) {
+	switch {
+	case is.Absent:
+		fmt.Fprintf(w, "remove %s\n", is.Path)
+	case is.Link != "":
+		fmt.Fprintf(w, "link %s -> %s\n", is.Path, is.Link)
+	default:
+		fmt.Fprintf(w, "write %s (mode %04o, %d bytes)\n", is.Path, is.Mode, len(is.data))
+	}
+	if bytes.IndexByte(was.data, 0) >= 0 || bytes.IndexByte(is.data, 0) >= 0 || was.Digest == is.Digest {
+		return
+	}
+	name := func(f file) string {
+		if f.Digest == "" {
+			return "/dev/null"
+		}
+		return f.Path
+	}
+	fmt.Fprintf(w, "--- %s\n+++ %s\n", name(was), name(is))
+	old, now := lines(was.data), lines(is.data)
+	same := 0
+	for same < min(len(old), len(now)) && old[same] == now[same] {
+		same++
+	}
+	tail := 0
+	for tail < min(len(old), len(now))-same && old[len(old)-1-tail] == now[len(now)-1-tail] {
+		tail++
+	}
+	from, after := max(0, same-diffContext), max(0, tail-diffContext)
+	n, m := len(old)-after-from, len(now)-after-from
+	fmt.Fprintf(w, "@@ -%s +%s @@\n", span(from, n), span(from, m))
+	for _, l := range old[from:same] {
+		fmt.Fprintf(w, " %s\n", l)
+	}
+	for _, l := range old[same : len(old)-tail] {
+		fmt.Fprintf(w, "-%s\n", l)
+	}
+	for _, l := range now[same : len(now)-tail] {
+		fmt.Fprintf(w, "+%s\n", l)
+	}
+	for _, l := range old[len(old)-tail : len(old)-after] {
+		fmt.Fprintf(w, " %s\n", l)
+	}
+}
+
+func span(from, n int) string {
+	if n > 0 {
+		from++
+	}
+	return fmt.Sprintf("%d,%d", from, n)
+}
+
+// lines are without their ends; a last one without an end says so, as diff does.
+func lines(b []byte) []string {
+	if len(b) == 0 {
+		return nil
+	}
+	text, ended := strings.CutSuffix(string(b), "\n")
+	if !ended {
+		text += "\n\\ No newline at end of file"
+	}
+	list := strings.Split(text, "\n")
+	if !ended {
+		list[len(list)-2] += "\n" + list[len(list)-1]
+		list = list[:len(list)-1]
+	}
+	return list
+}

@@ -1,0 +1,106 @@
+package install
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// dump returns the configuration in effect as containerd's program would have it if files were in their places. In a mount namespace of its own they are,
+// on overlays of the directories that are there: nobody else sees them, and paths mean what they mean on the host.
+func (in *installer) dump(ctx context.Context, files []file) ([]byte, error) {
+	type result struct {
+		dump []byte
+		err  error
+	}
+	scratch, err := os.MkdirTemp("/run", "streaming-snapshotter-install-")
+	if err != nil {
+		return nil, err
+	}
+	done := make(chan result, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the thread ends with its namespace
+		b, err := in.dumpHere(ctx, files, scratch)
+		done <- result{b, err}
+	}()
+	r := <-done
+	return r.dump, errors.Join(r.err, os.Remove(scratch)) // what is mounted on it is in the namespace
+}
+
+func (in *installer) dumpHere(ctx context.Context, files []file, scratch string) ([]byte, error) {
+	if len(files) > 0 {
+		if err := pretend(files, scratch); err != nil {
+			return nil, fmt.Errorf("show containerd's program the new configuration: %w", err)
+		}
+	}
+	c := exec.CommandContext(ctx, in.c.Program, "--config", in.c.Config, "config", "dump")
+	var said bytes.Buffer
+	c.Stderr = &said
+	b, err := c.Output()
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w: %s", strings.Join(c.Args, " "), err, strings.TrimSpace(said.String()))
+	}
+	return b, nil
+}
+
+// pretend puts files into their places for this thread alone.
+func pretend(files []file, scratch string) error {
+	if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+		return err
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return err
+	}
+	if err := unix.Mount("tmpfs", scratch, "tmpfs", 0, ""); err != nil {
+		return err
+	}
+	var dirs []string
+	for _, f := range files {
+		dir := filepath.Dir(f.Path)
+		for dir != "/" {
+			if _, err := os.Stat(dir); err == nil {
+				break
+			}
+			dir = filepath.Dir(dir)
+		}
+		if !slices.Contains(dirs, dir) {
+			dirs = append(dirs, dir)
+		}
+	}
+	slices.Sort(dirs) // a directory before those in it
+	for i, dir := range dirs {
+		upper, work := fmt.Sprintf("%s/upper%d", scratch, i), fmt.Sprintf("%s/work%d", scratch, i)
+		if err := os.Mkdir(upper, 0o755); err != nil {
+			return err
+		}
+		if err := os.Mkdir(work, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount("overlay", dir, "overlay", 0, "lowerdir="+dir+",upperdir="+upper+",workdir="+work); err != nil {
+			return fmt.Errorf("overlay on %s: %w", dir, err)
+		}
+	}
+	for _, f := range files {
+		if err := os.MkdirAll(filepath.Dir(f.Path), 0o755); err != nil {
+			return err
+		}
+		if err := os.Remove(f.Path); err != nil && !os.IsNotExist(err) {
+			return err
+		}
+		if !f.Absent {
+			if err := os.WriteFile(f.Path, f.data, 0o644); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,285 @@
+// Package install puts the snapshotter on a host and takes it away again.
+//
+// The principle: nothing is changed before containerd's own program has said what the new configuration comes to, and that has no trap; what is changed is noted
+// first, with the originals, so that any failure, an interrupt and a kill included, ends with every file as it was: the next command that finds a change under way undoes
+// it before all else. An upgrade is an install over an install.
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
+)
+
+// Path is where the program is installed: deploy/systemd's units run it.
+const Path = "/usr/local/bin/streaming-snapshotter"
+
+// Dir is where is kept what install has replaced.
+const Dir = "/var/lib/streaming-snapshotter-install"
+
+const lockFile = "/run/streaming-snapshotter-install.lock"
+
+// Options say what to install and what the host has.
+type Options struct {
+	Program       string   // path of the program to install
+	ConfigFile    string   // the snapshotter's configuration
+	Config        []byte   // its content, if the host has none
+	Address, Root string   // as it says
+	Restart       []string // the command that restarts containerd; nil is systemd's
+	// Containerd says which containerd runs.
+	Containerd func() (Containerd, error)
+	// Loaded lists the snapshotters that the running containerd has.
+	Loaded func(ctx context.Context) ([]string, error)
+	// Ready asks the daemon whether it serves, and not in safe mode.
+	Ready  func(ctx context.Context) error
+	DryRun bool
+	Out    io.Writer // what is done, or would be
+
+	// For Uninstall alone.
+	Socket         string // containerd's
+	DropImages     bool   // images that cannot be fetched have to be pulled again
+	DiscardChanges bool   // that others have made to the files since
+	// Fetch writes a blob of the image ref to w.
+	Fetch func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) error
+}
+
+// Containerd is one that runs.
+type Containerd struct {
+	Program string // path
+	Config  string // its configuration file, which need not exist
+	Unit    string // of systemd
+}
+
+type installer struct {
+	o   Options
+	svc services
+	s   *store
+	c   Containerd
+}
+
+// plan is what there is to do.
+type plan struct {
+	files   []file
+	daemon  bool     // is started, in the place of one that runs
+	name    string   // of the snapshotter in containerd's configuration
+	restart []string // the command that restarts containerd; nil if that is not needed
+}
+
+// Install installs, or upgrades. On an error the host is as it was before.
+func Install(ctx context.Context, o Options) error {
+	in, unlock, err := begin(ctx, o)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	p, err := in.plan(ctx)
+	if err != nil {
+		return err
+	}
+	if len(p.files) == 0 && !p.daemon && p.restart == nil {
+		fmt.Fprintln(o.Out, "nothing to do: all is installed, and runs")
+		return nil
+	}
+	if err := in.announce(p); err != nil || o.DryRun {
+		return err
+	}
+	return in.carryOut(ctx, p)
+}
+
+// begin keeps others off, and undoes what was cut short.
+func begin(ctx context.Context, o Options) (in *installer, unlock func(), err error) {
+	lock, err := os.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, nil, err
+	}
+	unlock = func() { lock.Close() }
+	defer func() {
+		if err != nil {
+			unlock()
+		}
+	}()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return nil, nil, fmt.Errorf("another install or uninstall is under way: %w", err)
+	}
+	in = &installer{o: o}
+	if in.svc, err = findServices(ctx, o); err != nil {
+		return nil, nil, err
+	}
+	if in.s, err = openStore(Dir); err != nil {
+		return nil, nil, err
+	}
+	if in.s.Change == nil {
+		return in, unlock, nil
+	}
+	fmt.Fprintln(o.Out, "a change that was cut short is undone first")
+	if o.DryRun {
+		return nil, nil, errors.New("what comes then depends on it: run it without --dry-run")
+	}
+	return in, unlock, in.rollBack(ctx, true)
+}
+
+func (in *installer) plan(ctx context.Context) (p plan, err error) {
+	if in.c, err = in.o.Containerd(); err != nil {
+		return p, err
+	}
+	program, err := os.ReadFile(in.o.Program)
+	if err != nil {
+		return p, err
+	}
+	files := append([]file{regular(Path, 0o755, program)}, in.svc.files()...)
+	if was, err := readFile(in.o.ConfigFile); err != nil {
+		return p, err
+	} else if was.Absent {
+		files = append(files, regular(in.o.ConfigFile, 0o644, in.o.Config))
+	}
+	if files, err = changed(files); err != nil {
+		return p, err
+	}
+	p.daemon = len(files) > 0 || !in.svc.running()
+	containerd, found, err := in.containerdFiles(ctx)
+	if err != nil {
+		return p, err
+	}
+	loaded, err := in.o.Loaded(ctx)
+	if err != nil {
+		return p, fmt.Errorf("containerd has to run and answer before: %w", err)
+	}
+	p.name = found.Snapshotter
+	if len(containerd) > 0 || !slices.Contains(loaded, p.name) {
+		p.restart = in.svc.restartContainerd(in.c.Unit)
+	}
+	p.files = append(files, containerd...)
+	return p, nil
+}
+
+// changed leaves out what is there already.
+func changed(files []file) (list []file, err error) {
+	for _, f := range files {
+		was, err := readFile(f.Path)
+		if err != nil {
+			return nil, err
+		}
+		if !was.same(f) {
+			list = append(list, f)
+		}
+	}
+	return list, nil
+}
+
+// announce prints what is done.
+func (in *installer) announce(p plan) error {
+	for _, f := range p.files {
+		was, err := readFile(f.Path)
+		if err != nil {
+			return err
+		}
+		printChange(in.o.Out, was, f)
+	}
+	if p.daemon {
+		if _, bare := in.svc.(*supervised); bare {
+			fmt.Fprintf(in.o.Out, "run %s supervise -- serve (PID in %s, log in %s); it does not start by itself at boot: have it started before containerd\n", Path, pidFile, logFile)
+		} else {
+			fmt.Fprintf(in.o.Out, "run systemctl restart %s\n", unit)
+		}
+	}
+	if p.restart != nil {
+		fmt.Fprintf(in.o.Out, "run %s\n", strings.Join(p.restart, " "))
+	}
+	return nil
+}
+
+// carryOut does what p says, or nothing.
+func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
+	if err := in.s.begin(p.files, change{Running: in.svc.running(), Restart: p.restart, Root: in.o.Root}); err != nil {
+		return err
+	}
+	restarted := false
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, in.rollBack(context.WithoutCancel(ctx), restarted))
+		}
+	}()
+	if err := apply(ctx, p.files); err != nil {
+		return err
+	}
+	if p.daemon {
+		if err := in.svc.start(ctx); err != nil {
+			return err
+		}
+		if err := until(ctx, "the daemon", in.o.Ready); err != nil {
+			return err
+		}
+	}
+	if p.restart != nil {
+		restarted = true
+		if err := in.restartContainerd(ctx, p.restart, p.name); err != nil {
+			return err
+		}
+	}
+	if err := in.s.commit(p.files); err != nil {
+		return err
+	}
+	fmt.Fprintln(in.o.Out, "installed")
+	return nil
+}
+
+// restartContainerd does, and waits until it answers and has the snapshotter of this name, if that is not "".
+func (in *installer) restartContainerd(ctx context.Context, command []string, name string) error {
+	if err := run(ctx, command...); err != nil {
+		return err
+	}
+	return until(ctx, "containerd", func(ctx context.Context) error {
+		loaded, err := in.o.Loaded(ctx)
+		if err == nil && name != "" && !slices.Contains(loaded, name) {
+			err = fmt.Errorf("it has the snapshotters %s, and not %s", strings.Join(loaded, ", "), name)
+		}
+		return err
+	})
+}
+
+// rollBack undoes the change that is noted: files, services, and containerd, if that may have been restarted meanwhile. It can be done again.
+func (in *installer) rollBack(ctx context.Context, restarted bool) (err error) {
+	c := in.s.Change
+	defer func() {
+		if err == nil {
+			fmt.Fprintln(in.o.Out, "all files are as they were before")
+			return
+		}
+		err = fmt.Errorf("not all is as it was before; the next install or uninstall tries again, and %s has the originals: %w", Dir, err)
+	}()
+	if !c.Running {
+		if err := in.svc.stop(ctx); err != nil {
+			return err
+		}
+	}
+	if err := errors.Join(in.s.undo(), in.svc.reload(ctx)); err != nil {
+		return err
+	}
+	if c.Running {
+		if err := in.svc.start(ctx); err != nil {
+			return err
+		}
+	}
+	if c.Root != "" {
+		if err := removeRoot(c.Root); err != nil {
+			return err
+		}
+	}
+	if c.Restart != nil && restarted {
+		command := c.Restart
+		if in.o.Restart != nil {
+			command = in.o.Restart
+		}
+		if err := in.restartContainerd(ctx, command, ""); err != nil {
+			return err
+		}
+	}
+	return in.s.forget()
+}

@@ -1,0 +1,297 @@
+package install
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func needRoot(t *testing.T) {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounts need root")
+	}
+}
+
+// on returns an installer for the containerd of this machine, with files in a directory; names ending in .toml in conf.d are drop-ins.
+func on(t *testing.T, files map[string]string) *installer {
+	t.Helper()
+	needRoot(t)
+	program, err := exec.LookPath("containerd")
+	if err != nil {
+		t.Skip(err)
+	}
+	dir := t.TempDir()
+	for name, text := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(strings.ReplaceAll(text, "DIR", dir)), 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return &installer{
+		o: Options{Address: "/run/streaming-snapshotter/snapshotter.sock", Root: "/var/lib/streaming-snapshotter"},
+		c: Containerd{Program: program, Config: filepath.Join(dir, "config.toml")},
+	}
+}
+
+var noted change
+
+const others = "[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n"
+
+// In each form that containerd's files may have, the snapshotter gets into the configuration in effect, and all else stays as it was. Nothing is changed for finding out.
+func TestContainerdFiles(t *testing.T) {
+	for name, c := range map[string]struct {
+		files map[string]string
+		pull  string   // how CRI pulls then
+		wrote []string // in order
+	}{
+		"no file":          {nil, "transfer", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
+		"empty":            {map[string]string{"config.toml": ""}, "transfer", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
+		"imports":          {map[string]string{"config.toml": "version = 4\nimports = ['DIR/conf.d/*.toml']\n" + others}, "transfer", []string{"conf.d/streaming-snapshotter.toml"}},
+		"relative imports": {map[string]string{"config.toml": "version = 3\nimports = ['more/*.toml']\n" + others}, "transfer", []string{"more/streaming-snapshotter.toml"}},
+		"no imports":       {map[string]string{"config.toml": "# mine\nversion = 3\n" + others, "conf.d/ignored.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 9\n"}, "transfer", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
+		"version 2":        {map[string]string{"config.toml": "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  max_concurrent_downloads = 5\n  [plugins.\"io.containerd.grpc.v1.cri\".containerd]\n    snapshotter = \"overlayfs\"\n"}, "local", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
+		"forced to local":  {map[string]string{"config.toml": "version = 3\nimports = ['DIR/conf.d/*.toml']\n[plugins.'io.containerd.cri.v1.images']\n  use_local_image_pull = true\n  disable_snapshot_annotations = true\n"}, "local", []string{"conf.d/streaming-snapshotter.toml"}},
+		"annotated":        {map[string]string{"config.toml": "version = 3\nimports = ['DIR/conf.d/*.toml']\n[plugins.'io.containerd.cri.v1.images']\n  disable_snapshot_annotations = false\n"}, "local", []string{"conf.d/streaming-snapshotter.toml"}},
+		"registry mirrors": {map[string]string{"config.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry.mirrors.'docker.io']\n  endpoint = ['https://mirror.example.com']\n"}, "local", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
+		"list replaced":    {map[string]string{"config.toml": "version = 3\nimports = ['DIR/conf.d/*.toml']\n", "conf.d/z.toml": "version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux'\n  snapshotter = 'overlayfs'\n"}, "transfer", []string{"conf.d/zz-streaming-snapshotter.toml"}},
+		"name taken":       {map[string]string{"config.toml": "version = 3\nimports = ['DIR/conf.d/*.toml']\n", "conf.d/streaming-snapshotter.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 5\n"}, "local", []string{"conf.d/zz-streaming-snapshotter.toml"}},
+		"another imported": {map[string]string{"config.toml": "version = 3\nimports = ['DIR/other.toml']\n[plugins.'io.containerd.cri.v1.images'] # CRI\n  snapshotter = 'overlayfs'\n", "other.toml": "version = 3\n" + others}, "transfer", []string{"config.toml"}},
+		"two keys":         {map[string]string{"config.toml": "version = 2\nimports = ['DIR/other.toml']\n[plugins]\n  [plugins.'io.containerd.grpc.v1.cri']\n    image_pull_with_sync_fs = true\n    [plugins.'io.containerd.grpc.v1.cri'.containerd]\n      snapshotter = 'native'\n      disable_snapshot_annotations = true\n      [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\n        runtime_type = 'io.containerd.runc.v2'", "other.toml": "version = 3\n"}, "local", []string{"config.toml"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := on(t, c.files)
+			dir := filepath.Dir(in.c.Config)
+			was := treeOf(t, dir)
+			files, found, err := in.containerdFiles(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if is := treeOf(t, dir); !reflect.DeepEqual(is, was) {
+				t.Errorf("to find out has changed\n%v\nto\n%v", was, is)
+			}
+			if found.Pull != c.pull || found.Snapshotter != Name {
+				t.Errorf("got %+v, want %s", found, c.pull)
+			}
+			var wrote []string
+			for _, f := range files {
+				rel, _ := filepath.Rel(dir, f.Path)
+				wrote = append(wrote, rel)
+				if st, ok := was[rel]; ok && f.Mode != uint32(st.mode) {
+					t.Errorf("%s would have mode %o", rel, f.Mode)
+				}
+			}
+			if !reflect.DeepEqual(wrote, c.wrote) {
+				t.Errorf("would write %q, want %q", wrote, c.wrote)
+			}
+			if err := apply(t.Context(), files); err != nil {
+				t.Fatal(err)
+			}
+			if again, _, err := in.containerdFiles(t.Context()); err != nil || len(again) > 0 {
+				t.Errorf("after that, there is %v to write, %v", again, err)
+			}
+			dump, err := in.dump(t.Context(), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for text, want := range map[string]string{"restrict_oom_score_adj = true": "restrict_oom_score_adj = true", "max_concurrent_downloads = 5": "max_concurrent_downloads = 5", "mirror.example.com": "mirror.example.com", "image_pull_with_sync_fs = true": "image_pull_with_sync_fs = true"} {
+				if strings.Contains(fmt.Sprint(c.files), text) && !strings.Contains(string(dump), want) {
+					t.Errorf("%s is lost", want)
+				}
+			}
+			if strings.Contains(string(dump), "max_concurrent_downloads = 9") {
+				t.Error("a drop-in that was ignored is in effect")
+			}
+		})
+	}
+}
+
+// What cannot be written safely is an error that says why, and changes nothing.
+func TestContainerdFilesRefused(t *testing.T) {
+	for name, c := range map[string]struct{ config, want string }{
+		"no TOML": {"version 3\n", "cannot read its configuration as it is"},
+		// containerd 2.4.2 moves the snapshotter of version 2 to where it belongs only if there are runtimes, too.
+		"not migrated": {"version = 2\nimports = ['DIR/other.toml']\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\n  snapshotter = 'overlayfs'\n", "SNAPSHOTTER_NOT_SET"},
+		"inline table": {"version = 3\nimports = ['DIR/other.toml']\nplugins = {'io.containerd.cri.v1.images' = {snapshotter = 'overlayfs'}}\n", "config.toml itself"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := on(t, map[string]string{"config.toml": c.config, "other.toml": "version = 3\n"})
+			dir := filepath.Dir(in.c.Config)
+			was := treeOf(t, dir)
+			files, _, err := in.containerdFiles(t.Context())
+			if err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("got %v, %v, want %q", files, err, c.want)
+			}
+			if is := treeOf(t, dir); !reflect.DeepEqual(is, was) {
+				t.Errorf("%v became %v", was, is)
+			}
+		})
+	}
+}
+
+// entry is all that is compared of a file.
+type entry struct {
+	mode     fs.FileMode
+	uid, gid uint32
+	time     time.Time // zero for directories
+	content  string    // or the target of a link
+	xattrs   string
+}
+
+func treeOf(t *testing.T, dir string) map[string]entry {
+	t.Helper()
+	tree := map[string]entry{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		var st unix.Stat_t
+		if err := unix.Lstat(path, &st); err != nil {
+			return err
+		}
+		e := entry{mode: fs.FileMode(st.Mode & 0o7777), uid: st.Uid, gid: st.Gid}
+		rel, _ := filepath.Rel(dir, path)
+		switch {
+		case d.Type()&fs.ModeSymlink != 0:
+			e.content, err = os.Readlink(path)
+		case !d.IsDir():
+			b, readErr := os.ReadFile(path)
+			x, xErr := xattrsOf(path)
+			e.content, e.xattrs, e.time, err = string(b), fmt.Sprint(x), time.Unix(st.Mtim.Unix()), errors.Join(readErr, xErr)
+		}
+		tree[rel] = e
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tree
+}
+
+// TestCutShort cuts a change short after each file, and what undoes it too: whoever comes next puts back everything, absence included.
+func TestCutShort(t *testing.T) {
+	needRoot(t)
+	change := func(dir string) []file {
+		at := func(name string) string { return filepath.Join(dir, name) }
+		return []file{
+			regular(at("plain"), 0o755, []byte("new")), regular(at("new/deeper/file"), 0o644, []byte("new")), {Path: at("wants/link"), Link: "/new"},
+			regular(at("link"), 0o644, []byte("new")), {Path: at("gone"), Absent: true}, regular(at("private"), 0o644, []byte("new")), {Path: at("missing/none"), Absent: true},
+		}
+	}
+	for cut := 0; cut <= len(change("")); cut++ {
+		dir := t.TempDir()
+		host, state := filepath.Join(dir, "host"), filepath.Join(dir, "state")
+		if err := os.Mkdir(host, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for name, mode := range map[string]os.FileMode{"plain": 0o644, "gone": 0o600, "private": 0o4711} {
+			path := filepath.Join(host, name)
+			if err := errors.Join(os.WriteFile(path, []byte("the old "+name), 0o600), os.Chown(path, 12, 34), unix.Chmod(path, uint32(mode)),
+				unix.Setxattr(path, "user.mine", []byte("a\x00b"), 0), os.Chtimes(path, time.Time{}, time.Unix(1e9, 5))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Symlink("plain", filepath.Join(host, "link")); err != nil {
+			t.Fatal(err)
+		}
+		was := treeOf(t, host)
+		files := change(host)
+		reopen := func() *store {
+			s, err := openStore(state)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return s
+		}
+		if err := reopen().begin(files, noted); err != nil {
+			t.Fatal(err)
+		}
+		if err := apply(t.Context(), files[:cut]); err != nil {
+			t.Fatal(err)
+		}
+		if cut < len(files) && !files[cut].Absent { // killed before the rename
+			os.MkdirAll(filepath.Dir(files[cut].Path), 0o755)
+			if err := os.WriteFile(temporary(files[cut].Path), []byte("ne"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 { // cut short itself, at its end
+			if err := reopen().undo(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if is := treeOf(t, host); !reflect.DeepEqual(is, was) {
+			t.Errorf("after %d files\n%v\nbecame\n%v", cut, was, is)
+		}
+		if err := reopen().forget(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := os.Lstat(state); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the record is left: %v", err)
+		}
+	}
+}
+
+// TestUpgrade: what uninstall puts back is what was there before the first install, whatever later ones have replaced.
+func TestUpgrade(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	path, more, state := filepath.Join(dir, "program"), filepath.Join(dir, "made/more"), filepath.Join(dir, "state")
+	if err := os.WriteFile(path, []byte("first"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, files := range [][]file{{regular(path, 0o755, []byte("second"))}, {regular(path, 0o755, []byte("third")), regular(more, 0o644, []byte("third"))}} {
+		s, err := openStore(state)
+		if err == nil {
+			err = s.begin(files, noted)
+		}
+		if err == nil {
+			err = apply(t.Context(), files)
+		}
+		if err == nil {
+			err = s.commit(files)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := openStore(state)
+	if err != nil || len(s.Before) != 2 || len(s.Installed) != 2 || s.Change != nil || !reflect.DeepEqual(s.Dirs, []string{filepath.Dir(more)}) {
+		t.Fatalf("%+v, %v", s, err)
+	}
+	if f, err := s.load(s.Before[0]); err != nil || string(f.data) != "first" || !s.Before[1].Absent {
+		t.Errorf("%+v, %v", s.Before, err)
+	}
+	if entries, err := os.ReadDir(state); err != nil || len(entries) != 2 {
+		t.Errorf("kept: %v, %v", entries, err)
+	}
+}
+
+// TestPrintChange: the diffs are those of diff -u, where one hunk will do.
+func TestPrintChange(t *testing.T) {
+	for _, c := range [][2]string{{"a\nb\nc\nd\ne\nf\n", "a\nb\nc\nd\nnew\ne\nf\n"}, {"", "a\nb\n"}, {"a\nb\n", ""}, {"a\nb", "a\nc\n"}, {"1\n2\n3\n4\n5\n6\n7\n8\n9\n", "1\n2\n3\n4\nfive\n6\n7\n8\n9\n"}} {
+		dir := t.TempDir()
+		a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")
+		if err := errors.Join(os.WriteFile(a, []byte(c[0]), 0o600), os.WriteFile(b, []byte(c[1]), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+		want, _ := exec.Command("diff", "-U3", a, b).Output() // its status says that they differ
+		var got strings.Builder
+		printChange(&got, regular(a, 0o600, []byte(c[0])), regular(a, 0o600, []byte(c[1])))
+		if hunk := func(s string) string { return strings.ReplaceAll(s[strings.Index(s, "@@"):], ",1 ", " ") }; hunk(got.String()) != hunk(string(want)) {
+			t.Errorf("got\n%swant\n%s", got.String(), want)
+		}
+	}
+}

@@ -1,0 +1,258 @@
+package install
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/deploy"
+)
+
+// services is what runs the daemon on a host.
+type services interface {
+	// files are those that have it run.
+	files() []file
+	// running reports whether the daemon, or who runs it, does.
+	running() bool
+	// reload takes note of changed files.
+	reload(ctx context.Context) error
+	// start runs the daemon that is installed, in the place of the one that runs.
+	start(ctx context.Context) error
+	// stop ends it, and what keeps its mounts.
+	stop(ctx context.Context) error
+	// restartContainerd is the command that does.
+	restartContainerd(unit string) []string
+}
+
+// findServices asks the host who runs its services.
+func findServices(ctx context.Context, o Options) (services, error) {
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		if len(o.Restart) == 0 {
+			return nil, errors.New("this host has no systemd: say with --restart-containerd how containerd is restarted on it")
+		}
+		return &supervised{o}, nil
+	}
+	out, err := output(ctx, "systemctl", "--version")
+	if err != nil {
+		return nil, err
+	}
+	m := regexp.MustCompile(`^systemd (\d+)`).FindStringSubmatch(out)
+	if m == nil {
+		return nil, fmt.Errorf("systemctl --version says %q", out)
+	}
+	s := &systemd{o: o}
+	s.version, err = strconv.Atoi(m[1])
+	return s, err
+}
+
+// systemd is a host with systemd.
+type systemd struct {
+	o       Options
+	version int
+}
+
+const (
+	unitDir    = "/etc/systemd/system/"
+	unit       = "streaming-snapshotter.service"
+	keeperUnit = "streaming-snapshotter-keeper.service"
+	dropIn254  = unitDir + unit + ".d/systemd-254.conf"
+)
+
+// keeper reports whether the keeper's unit keeps the descriptors: before 254 nobody else does, and a host that has it stays with it, for
+// what it keeps cannot be handed over.
+func (s *systemd) keeper() bool {
+	if s.version < 254 {
+		return true
+	}
+	_, err := os.Stat(unitDir + keeperUnit)
+	return err == nil
+}
+
+func (s *systemd) files() []file {
+	enabled := func(name string) file {
+		return file{Path: unitDir + "multi-user.target.wants/" + name, Link: unitDir + name}
+	}
+	list := []file{regular(unitDir+unit, 0o644, deploy.Unit), enabled(unit)}
+	if s.keeper() {
+		return append(list, regular(unitDir+keeperUnit, 0o644, deploy.KeeperUnit), enabled(keeperUnit))
+	}
+	return append(list, regular(dropIn254, 0o644, deploy.Systemd254))
+}
+
+func (s *systemd) running() bool {
+	return exec.Command("systemctl", "--quiet", "is-active", unit).Run() == nil
+}
+
+func (s *systemd) reload(ctx context.Context) error {
+	return run(ctx, "systemctl", "daemon-reload")
+}
+
+func (s *systemd) start(ctx context.Context) error {
+	if err := s.reload(ctx); err != nil {
+		return err
+	}
+	if _, err := os.Stat(unitDir + keeperUnit); err == nil {
+		if err := run(ctx, "systemctl", "start", keeperUnit); err != nil {
+			return err
+		}
+	}
+	return run(ctx, "systemctl", "restart", unit)
+}
+
+func (s *systemd) stop(ctx context.Context) error {
+	var errs []error
+	for _, u := range []string{unit, keeperUnit} {
+		if out, err := output(ctx, "systemctl", "show", "--property", "LoadState", "--value", u); err == nil && strings.TrimSpace(out) == "loaded" {
+			errs = append(errs, run(ctx, "systemctl", "stop", u))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *systemd) restartContainerd(unit string) []string {
+	if len(s.o.Restart) > 0 {
+		return s.o.Restart
+	}
+	return []string{"systemctl", "restart", unit}
+}
+
+// supervised is a host without systemd. The daemon runs below `supervise`, in a session of its own.
+type supervised struct{ o Options }
+
+// Where it is recorded, and what it says.
+const (
+	runDir  = "/run/streaming-snapshotter"
+	pidFile = runDir + "/supervise.pid"
+	logFile = "/var/log/streaming-snapshotter.log"
+)
+
+func (*supervised) files() []file { return nil }
+
+// pid is the supervisor's, 0 if none runs.
+func (*supervised) pid() int {
+	b, err := os.ReadFile(pidFile)
+	if err != nil {
+		return 0
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil || pid <= 0 {
+		return 0
+	}
+	args, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if err != nil || !strings.HasPrefix(string(args), Path+"\x00supervise\x00") {
+		return 0
+	}
+	return pid
+}
+
+func (s *supervised) running() bool { return s.pid() != 0 }
+
+func (*supervised) reload(context.Context) error { return nil }
+
+// start has a supervisor that runs run the new daemon. It keeps the mounts, so it stays as it is.
+func (s *supervised) start(ctx context.Context) error {
+	if pid := s.pid(); pid != 0 {
+		was := childOf(pid)
+		if err := unix.Kill(pid, unix.SIGHUP); err != nil {
+			return err
+		}
+		return until(ctx, "a new daemon below "+Path+" supervise", func(context.Context) error {
+			if is := childOf(pid); is == "" || is == was {
+				return errors.New("the old one has not ended")
+			}
+			return nil
+		})
+	}
+	if err := os.MkdirAll(filepath.Dir(pidFile), 0o755); err != nil {
+		return err
+	}
+	log, err := os.OpenFile(logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+	if err != nil {
+		return err
+	}
+	defer log.Close()
+	c := exec.Command(Path, "supervise", "--", "serve")
+	c.Stdout, c.Stderr, c.Dir = log, log, "/"
+	c.SysProcAttr = &unix.SysProcAttr{Setsid: true}
+	if err := c.Start(); err != nil {
+		return err
+	}
+	err = os.WriteFile(pidFile, fmt.Appendf(nil, "%d\n", c.Process.Pid), 0o644)
+	return errors.Join(err, c.Process.Release())
+}
+
+func childOf(pid int) string {
+	children := ""
+	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, t := range tasks {
+		b, _ := os.ReadFile(t)
+		children += string(b)
+	}
+	return strings.TrimSpace(children)
+}
+
+func (s *supervised) stop(ctx context.Context) error {
+	pid := s.pid()
+	if pid == 0 {
+		return nil
+	}
+	if err := unix.Kill(pid, unix.SIGTERM); err != nil {
+		return err
+	}
+	if err := until(ctx, "the end of "+Path+" supervise", func(context.Context) error {
+		if s.pid() != 0 {
+			return errors.New("it still runs")
+		}
+		return nil
+	}); err != nil {
+		return err
+	}
+	return os.Remove(pidFile)
+}
+
+func (s *supervised) restartContainerd(string) []string { return s.o.Restart }
+
+func run(ctx context.Context, args ...string) error {
+	_, err := output(ctx, args...)
+	return err
+}
+
+func output(ctx context.Context, args ...string) (string, error) {
+	c := exec.CommandContext(ctx, args[0], args[1:]...)
+	c.Cancel = func() error { return c.Process.Signal(unix.SIGTERM) }
+	c.WaitDelay = time.Minute
+	out, err := c.CombinedOutput()
+	if err != nil {
+		err = fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
+	}
+	return string(out), err
+}
+
+// patience is how long what was started may take to answer.
+const patience = time.Minute
+
+// until waits until what is there, for as long as patience.
+func until(ctx context.Context, what string, is func(ctx context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		err := is(ctx)
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("waited for %s: %w", what, err)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}

@@ -1,0 +1,218 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+	"strings"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/pelletier/go-toml/v2"
+	"github.com/spf13/cobra"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/install"
+	"github.com/streaming-snapshotter/streaming-snapshotter/credentials"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+// installFlags are what install and uninstall take.
+type installFlags struct {
+	root       string
+	dryRun     bool
+	containerd string
+	restart    string
+}
+
+func (f *installFlags) add(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.root, "root", "/", "where the host's root directory is, in a pod with the host's process IDs")
+	cmd.Flags().BoolVar(&f.dryRun, "dry-run", false, "print each step, with a diff of each file, and change nothing")
+	cmd.Flags().StringVar(&f.containerd, "containerd", "", "containerd's socket (default: the configuration's)")
+	cmd.Flags().StringVar(&f.restart, "restart-containerd", "", "shell command that restarts containerd (default: systemctl restart of its unit)")
+}
+
+// onHost runs the command on the host, if that is elsewhere; done then.
+func (f *installFlags) onHost(cmd *cobra.Command, args ...string) (done bool, err error) {
+	if cmd.Flags().Changed("config") {
+		return true, errors.New("the units know one configuration file, " + defaultConfig + ": --config cannot be given")
+	}
+	if f.root == "/" {
+		return false, nil
+	}
+	args = append([]string{cmd.Name()}, args...)
+	if f.dryRun {
+		args = append(args, "--dry-run")
+	}
+	for name, value := range map[string]string{"containerd": f.containerd, "restart-containerd": f.restart} {
+		if value != "" {
+			args = append(args, "--"+name, value)
+		}
+	}
+	return true, install.On(cmd.Context(), f.root, args)
+}
+
+func newInstallCommand() *cobra.Command {
+	var f installFlags
+	var stream []string
+	cmd := &cobra.Command{
+		Use:   "install",
+		Short: "Install or upgrade this program, its units and its part of containerd's configuration on this host",
+		Long: `Puts this program, its units and, where there is none, its configuration on the host, and itself into containerd's configuration: in the form that fits
+containerd's version and its files, and after containerd's own program has said what these then come to. Restarts containerd, if its configuration has changed; containers go on.
+On any failure, or an interrupt, all files are put back as they were. Run again with a newer program it is the upgrade.
+
+Without systemd the daemon is run below supervise, and --restart-containerd has to say how containerd is restarted.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var args []string
+			for _, s := range stream {
+				args = append(args, "--stream", s)
+			}
+			if done, err := f.onHost(cmd, args...); done {
+				return err
+			}
+			o, err := installOptions(f, stream, cmd.OutOrStdout())
+			if err != nil {
+				return err
+			}
+			return install.Install(cmd.Context(), o)
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().StringArrayVar(&stream, "stream", nil, "repositories to stream from, HOST/REPOSITORY with globs, for a configuration that is made; may be repeated")
+	return cmd
+}
+
+func newUninstallCommand() *cobra.Command {
+	var f installFlags
+	var dropImages, discardChanges bool
+	cmd := &cobra.Command{
+		Use:   "uninstall",
+		Short: "Take away what install has put on this host",
+		Long: `Puts back every file that install has replaced, removes what it has added, restarts containerd without the snapshotter, and removes the snapshotter's own files.
+Refuses while there are containers with files of the snapshotter. Images are unpacked for containerd's own snapshotter before, and what was never downloaded is fetched: they run as before.
+On any failure, or an interrupt, all files are put back as they were.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var args []string
+			if dropImages {
+				args = append(args, "--drop-images")
+			}
+			if discardChanges {
+				args = append(args, "--discard-changes")
+			}
+			if done, err := f.onHost(cmd, args...); done {
+				return err
+			}
+			o, err := installOptions(f, nil, cmd.OutOrStdout())
+			if err != nil {
+				return err
+			}
+			o.DropImages, o.DiscardChanges = dropImages, discardChanges
+			return install.Uninstall(cmd.Context(), o)
+		},
+	}
+	f.add(cmd)
+	cmd.Flags().BoolVar(&dropImages, "drop-images", false, "go on if images cannot be fetched: they have to be pulled again")
+	cmd.Flags().BoolVar(&discardChanges, "discard-changes", false, "go on if files that install has written were changed since")
+	return cmd
+}
+
+// fetchBlobs returns what fetches blobs with the daemon's configuration and credentials, but for those that came with pulls.
+func fetchBlobs(c config) func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) error {
+	return func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) (err error) {
+		repo, _, _, err := registryclient.ParseReference(ref)
+		if err != nil {
+			return err
+		}
+		logins := newSources(c, nil)
+		defer func() { err = errors.Join(err, logins.close()) }()
+		reg, err := registryclient.New(registryclient.Options{
+			HostsDir: c.HostsDir, Credentials: credentials.Chain(logins...), UserAgent: "streaming-snapshotter/" + version(), Wait: c.ResolveTimeout.std(),
+		})
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, reg.Close()) }()
+		r, err := reg.ReadRange(ctx, repo, blob.Digest, 0, blob.Size, 0)
+		if err != nil {
+			return err
+		}
+		defer r.Close()
+		_, err = io.Copy(w, r)
+		return err
+	}
+}
+
+// installOptions are for the host that this process runs on.
+func installOptions(f installFlags, stream patterns, out io.Writer) (install.Options, error) {
+	c, err := loadConfig("")
+	if err != nil {
+		return install.Options{}, err
+	}
+	var text []byte
+	if _, err := os.Stat(defaultConfig); errors.Is(err, os.ErrNotExist) {
+		c.Stream = append(patterns{}, stream...)
+		if err := c.validate(); err != nil {
+			return install.Options{}, err
+		}
+		if text, err = toml.Marshal(map[string]patterns{"stream": c.Stream}); err != nil {
+			return install.Options{}, err
+		}
+		text = append([]byte("# `streaming-snapshotter config` prints all keys.\n"), text...)
+	} else if len(stream) > 0 && !slices.Equal(stream, c.Stream) {
+		fmt.Fprintf(out, "%s is there and stays as it is, with stream = %q\n", defaultConfig, []string(c.Stream))
+	}
+	if f.containerd != "" {
+		c.Containerd = f.containerd
+	}
+	o := install.Options{
+		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Address: c.Address, Root: c.Root, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Fetch: fetchBlobs(c),
+		Containerd: func() (install.Containerd, error) { return runningContainerd(c.Containerd) },
+		Loaded: func(ctx context.Context) ([]string, error) {
+			loaded, err := (&containerdReport{Address: c.Containerd}).ask(ctx)
+			if errors.Is(err, os.ErrNotExist) {
+				err = fmt.Errorf("containerd does not answer at %s (`--containerd` takes another socket)", c.Containerd)
+			}
+			return loaded, err
+		},
+		Ready: func(ctx context.Context) error {
+			s, err := askStatusOf(ctx, c.Root)
+			if err == nil && s.SafeMode != "" {
+				err = fmt.Errorf("the daemon is in safe mode: %s", s.SafeMode)
+			}
+			if err == nil && !reaches(c.Address) {
+				err = fmt.Errorf("nobody answers at %s", c.Address)
+			}
+			return err
+		},
+	}
+	if f.restart != "" {
+		o.Restart = []string{"/bin/sh", "-c", f.restart}
+	}
+	return o, nil
+}
+
+// runningContainerd says what serves the socket at address.
+func runningContainerd(address string) (c install.Containerd, err error) {
+	pid := peerOf(address)
+	if pid <= 0 {
+		return c, fmt.Errorf("containerd has to run, and does not answer at %s (`--containerd` takes another socket)", address)
+	}
+	if c.Program, err = os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); err != nil {
+		return c, err
+	}
+	c.Program = strings.TrimSuffix(c.Program, " (deleted)") // an upgrade has replaced it: the next start takes that
+	c.Config = startedWith(pid, "/etc/containerd/config.toml")
+	c.Unit = "containerd.service"
+	if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid)); err == nil {
+		for part := range strings.SplitSeq(strings.TrimSpace(string(b)), "/") {
+			if strings.HasSuffix(part, ".service") {
+				c.Unit = part
+			}
+		}
+	}
+	return c, nil
+}
