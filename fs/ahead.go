@@ -18,7 +18,7 @@ type Range struct {
 
 // ReadAhead has the kernel read ranges of the image that is mounted at target into its cache, in their order, beside whoever uses the mount: a read of what the kernel has costs
 // no request to this process, of which a start makes thousands. It waits until all was asked for. It is cut short if the mount is unmounted, or if somebody else reads ahead
-// there; that is no error, and nor is it if nothing is mounted.
+// there; that is no error, and nor is it if nothing is mounted. It ends with this process, too: to a successor, who reads ahead would be a user of the mount like others.
 func (s *Server) ReadAhead(target string, ranges []Range) error {
 	calls, err := callsAhead(target, ranges, s.readAhead)
 	if err != nil {
@@ -57,7 +57,7 @@ func callsAhead(target string, ranges []Range, step int64) ([]call, error) {
 	if err != nil {
 		return nil, err
 	}
-	calls := []call{root}
+	calls := []call{callDieWithParent(), root}
 	for _, r := range ranges {
 		p, err := unix.BytePtrFromString(r.Path)
 		if err != nil {

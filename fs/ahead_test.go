@@ -2,9 +2,14 @@ package fs
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // TestReadAhead: what was read ahead costs the device nothing any more, and nothing else was read.
@@ -85,4 +90,55 @@ func TestUnmountEndsReadAhead(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// forked lists the processes that pid has forked and that have not ended.
+func forked(pid int) (children []int) {
+	lists, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
+	for _, list := range lists {
+		b, _ := os.ReadFile(list) // of a thread that has ended: nothing
+		for _, field := range strings.Fields(string(b)) {
+			if child, err := strconv.Atoi(field); err == nil {
+				children = append(children, child)
+			}
+		}
+	}
+	return children
+}
+
+// TestReadAheadEndsWithDaemon: the child of a daemon that was killed does not keep the successor from unmounting.
+func TestReadAheadEndsWithDaemon(t *testing.T) {
+	for _, mode := range modes {
+		t.Run(string(mode), func(t *testing.T) {
+			k := newKeeper(t, daemonArgs{Mode: mode, Ahead: true}, 1)
+			k.start()
+			k.ready()
+			child, stat := 0, func(pid int) string {
+				b, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+				return string(b)
+			}
+			eventually(t, "it reads ahead", func() bool {
+				for _, child = range forked(k.cmd.Process.Pid) {
+					if root, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/0", child)); root != k.args.Targets[0] {
+						continue // it has not begun
+					}
+					unix.Kill(child, unix.SIGSTOP) // or it would end by itself
+					if strings.Contains(stat(child), ") T ") {
+						return true
+					}
+				}
+				return false
+			})
+			t.Cleanup(func() { unix.Kill(child, unix.SIGKILL) })
+			k.kill()
+			k.args.Ahead = false
+			k.start()
+			k.ready()
+			eventually(t, "the child has ended", func() bool { return stat(child) == "" || strings.Contains(stat(child), ") Z ") })
+			k.stdin.Close()
+			if err := k.ended(); err != nil || len(k.kept) > 0 {
+				t.Errorf("the next daemon: %v, still kept: %v", err, k.kept)
+			}
+		})
+	}
 }

@@ -110,6 +110,11 @@ func callOpen(path string, flags int) (call, error) {
 	return call{unix.SYS_OPENAT, [5]uintptr{uintptr(at), uintptr(unsafe.Pointer(p)), uintptr(flags)}, unsafe.Pointer(p)}, err
 }
 
+// callDieWithParent has the kernel kill the child when the thread that has forked it ends: with this process, as the Go runtime keeps its threads.
+func callDieWithParent() call {
+	return call{trap: unix.SYS_PRCTL, args: [5]uintptr{unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL)}}
+}
+
 // callPoll looks whether fd can be read.
 func callPoll(fd int32) call {
 	p := &struct {

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -32,6 +33,7 @@ type daemonArgs struct {
 	Step     string // of requests, at which it kills itself,
 	Nth      int64  // for the nth time
 	Stall    bool   // reads of the Device wait, and each is told on standard output
+	Ahead    bool   // it reads ahead, again and again
 	Kept     []string
 }
 
@@ -152,6 +154,12 @@ func runDaemon(arg string) error {
 	}
 	fmt.Println("serving")
 	serving.Store(true)
+	if a.Ahead {
+		go func() {
+			for s.ReadAhead(a.Targets[0], slices.Repeat([]Range{{"large", 0, 3 << 20}}, 5000)) == nil {
+			}
+		}()
+	}
 	in, err := io.ReadAll(os.Stdin)
 	if err == nil && len(in) == 0 {
 		err = s.UnmountAll()
