@@ -3,6 +3,7 @@ package erofs_test
 import (
 	"bytes"
 	"encoding/binary"
+	"errors"
 	"hash/crc32"
 	"math/rand/v2"
 	"testing"
@@ -34,6 +35,9 @@ func FuzzOpen(f *testing.F) {
 		m, err := erofs.Open(image)
 		if err != nil {
 			return
+		}
+		if err := m.Walk(func([]byte, uint64, uint8) error { return nil }); err != nil && !errors.Is(err, erofs.ErrCorrupt) {
+			t.Fatal(err)
 		}
 		for nid := range uint64(len(image)/32 + 2) {
 			readInode(t, m, nid, len(image))

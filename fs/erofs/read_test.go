@@ -2,6 +2,7 @@ package erofs_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -373,5 +374,32 @@ func TestWalk(t *testing.T) {
 	stop := errors.New("stop")
 	if err := m.Walk(func([]byte, uint64, uint8) error { return stop }); !errors.Is(err, stop) {
 		t.Errorf("its function's error became %v", err)
+	}
+}
+
+// TestWalkOfLoop: a directory in itself, as only damage makes it, is an error and not a walk without end.
+func TestWalkOfLoop(t *testing.T) {
+	directory := func(entries ...erofs.Dirent) *erofs.Inode {
+		return &erofs.Inode{Mode: unix.S_IFDIR | 0o755, Entries: entries}
+	}
+	root := directory(erofs.Dirent{Name: "a", Inode: directory()}, erofs.Dirent{Name: "b", Inode: directory()})
+	var written bytes.Buffer
+	if err := erofs.Write(&written, root, erofs.Options{BlockSize: 512}); err != nil {
+		t.Fatal(err)
+	}
+	image := written.Bytes()
+	m := open(t, image)
+	le := binary.LittleEndian
+	table := bytes.Index(image, le.AppendUint64(nil, find(t, m, "a"))) // the entry of "a", the third of the root
+	for _, name := range []string{"a", "b"} {
+		nid := find(t, m, name)
+		at := table + bytes.Index(image[table:], le.AppendUint64(nil, nid))
+		le.PutUint64(image[at:], m.Root())
+		if got := find(t, m, name); got != m.Root() {
+			t.Fatalf("%s is inode %d, was %d, not the root", name, got, nid)
+		}
+	}
+	if err := m.Walk(func([]byte, uint64, uint8) error { return nil }); !errors.Is(err, erofs.ErrCorrupt) {
+		t.Errorf("got %v, want %v", err, erofs.ErrCorrupt)
 	}
 }

@@ -146,12 +146,18 @@ const maxPath = 4096
 // Walk calls f for each entry of the image but the root, directories before what is in them, with its path from the root; what has a longer path than the kernel takes is left out. The
 // path is only valid during the call. typ is that of ReadDir.
 func (m *Image) Walk(f func(path []byte, nid uint64, typ uint8) error) error {
-	return m.walk(m.root, nil, f)
+	entries := len(m.b) / direntSize
+	return m.walk(m.root, nil, &entries, f)
 }
 
-func (m *Image) walk(dir uint64, prefix []byte, f func(path []byte, nid uint64, typ uint8) error) error {
+// walk walks dir. If there are more entries than these, damage has made a loop.
+func (m *Image) walk(dir uint64, prefix []byte, entries *int, f func(path []byte, nid uint64, typ uint8) error) error {
 	var fail error
 	err := m.ReadDir(dir, 0, func(name []byte, nid uint64, typ uint8, _ uint64) bool {
+		if *entries--; *entries < 0 {
+			fail = fmt.Errorf("%w: more entries than it has room for", ErrCorrupt)
+			return false
+		}
 		if string(name) == "." || string(name) == ".." {
 			return true
 		}
@@ -160,7 +166,7 @@ func (m *Image) walk(dir uint64, prefix []byte, f func(path []byte, nid uint64, 
 			return true
 		}
 		if fail = f(path, nid, typ); fail == nil && typ == direntType[2] {
-			fail = m.walk(nid, append(path, '/'), f)
+			fail = m.walk(nid, append(path, '/'), entries, f)
 		}
 		return fail == nil
 	})
