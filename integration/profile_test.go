@@ -47,14 +47,18 @@ func TestProfileRecord(t *testing.T) {
 		t.Fatal("there was no daemon to kill")
 	}
 	record := filepath.Join(tempDir(t), "record.json")
-	for _, until := range []string{"--until-log=/data/small", "--for=1m"} { // a line comes; it ends by itself, when it has read all
-		out := run(t, "streaming-snapshotter", "profile", "record", "--config", first.ConfigFile(), "--containerd", first.Socket(), until, ref, "--", "/guest", "sum", "/data/small")
+	recordTo := func(path, until, dir string) {
+		t.Helper()
+		out := run(t, "streaming-snapshotter", "profile", "record", "--config", first.ConfigFile(), "--containerd", first.Socket(), until, ref, "--", "/guest", "sum", dir)
 		if !strings.Contains(out, `"chunks":[[`) {
 			t.Fatalf("profile record prints %q", out)
 		}
-		if err := os.WriteFile(record, []byte(out[strings.Index(out, `{"version"`):]), 0o600); err != nil {
+		if err := os.WriteFile(path, []byte(out[strings.Index(out, `{"version"`):]), 0o600); err != nil {
 			t.Fatal(err)
 		}
+	}
+	for _, until := range []string{"--until-log=/data/small", "--for=1m"} { // a line comes; it ends by itself, when it has read all
+		recordTo(record, until, "/data/small")
 	}
 	interruptRecord(t, first, ref)
 	if out, err := first.Ctr(t.Context(), "namespaces", "ls", "-q"); err != nil || strings.Contains(out, "streaming-profile") {
@@ -96,6 +100,19 @@ func TestProfileRecord(t *testing.T) {
 	}
 	if after, _ := registry.Count(registrytest.OfBlobs); after != asked {
 		t.Errorf("the container asked the registry %d times", after-asked)
+	}
+
+	// What is attached, and would be read ahead, is not in the next record.
+	all, again := record+".all", record+".again"
+	recordTo(all, "--for=1m", "/data")
+	run(t, "streamctl", "profile", "push", "--source", "recorded", ref, all)
+	recordTo(again, "--for=1m", "/data/small")
+	var q artifact.Profile
+	if b, err = os.ReadFile(again); err == nil {
+		err = json.Unmarshal(b, &q)
+	}
+	if err != nil || len(q.Chunks) > len(p.Chunks) {
+		t.Errorf("a record of %d chunks with a profile of more, of %d without: %v", len(q.Chunks), len(p.Chunks), err)
 	}
 }
 

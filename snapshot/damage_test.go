@@ -10,8 +10,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A metadata image that the disk has damaged is made anew before it is mounted.
+// A metadata image that the disk has damaged, or that a power loss has left, as it is not synced, is made anew before it is mounted.
 func TestDamagedMetadataImage(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		damage func(whole []byte) []byte
+	}{
+		// "top" becomes "tod" in the directory's entries: an image that is well formed, of another tree.
+		{"another tree", func(b []byte) []byte { return bytes.Replace(b, []byte("top"), []byte("tod"), 1) }},
+		{"empty", func([]byte) []byte { return nil }},
+		{"zeros", func(b []byte) []byte { return make([]byte, len(b)) }},
+		{"its first block only", func(b []byte) []byte { return append(bytes.Clone(b[:1536]), make([]byte, len(b)-1536)...) }},
+		{"all but its end", func(b []byte) []byte { return b[:len(b)-512] }},
+		{"all but its first block", func(b []byte) []byte { return append(make([]byte, 1536), b[1536:]...) }},
+	} {
+		t.Run(c.name, func(t *testing.T) { testDamagedMetadataImage(t, c.damage) })
+	}
+}
+
+func testDamagedMetadataImage(t *testing.T, damage func(whole []byte) []byte) {
 	n := newTestNode(t)
 	img := n.push("app", threeLayers(t)...)
 	n.convert(img)
@@ -25,8 +42,7 @@ func TestDamagedMetadataImage(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// "top" becomes "tod" in the directory's entries: an image that is well formed, of another tree.
-	damaged := bytes.Replace(whole, []byte("top"), []byte("tod"), 1)
+	damaged := damage(whole)
 	if bytes.Equal(whole, damaged) {
 		t.Fatal("nothing to damage")
 	}

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-	"unsafe"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -183,115 +182,6 @@ func TestHotBlob(t *testing.T) {
 	n.wantMounted(id, files)
 	if s := n.chunks.Stats(); s.Hot != 0 || s.Requests != 0 {
 		t.Errorf("after a restart: %+v, want no request", s)
-	}
-}
-
-// resident counts the pages of a file that the kernel has, by mincore(2), and all.
-func resident(t *testing.T, name string) (have, all int) {
-	t.Helper()
-	f, err := os.Open(name)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	fi, err := f.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	mem, err := unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Munmap(mem)
-	pages := make([]byte, (len(mem)+os.Getpagesize()-1)/os.Getpagesize())
-	if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&mem[0])), uintptr(len(mem)), uintptr(unsafe.Pointer(&pages[0]))); errno != 0 {
-		t.Fatal(errno)
-	}
-	for _, p := range pages {
-		have += int(p & 1)
-	}
-	return have, len(pages)
-}
-
-// heldWriter waits for hold when it has written so many bytes.
-type heldWriter struct {
-	http.ResponseWriter
-	first int64
-	hold  <-chan struct{}
-}
-
-func (w *heldWriter) Write(p []byte) (n int, err error) {
-	if w.first > 0 {
-		n, err = w.ResponseWriter.Write(p[:min(w.first, int64(len(p)))])
-		w.first -= int64(n)
-		if err != nil || n == len(p) {
-			return n, err
-		}
-	}
-	http.NewResponseController(w.ResponseWriter).Flush()
-	<-w.hold
-	k, err := w.ResponseWriter.Write(p[n:])
-	return n + k, err
-}
-
-// TestWarm: what a recorded or learned profile lists, and nothing else, is in the kernel's cache soon after the root of a container is mounted, be that before or after the hot blob has come.
-// What a static one lists is not: see hotFetch.fill.
-func TestWarm(t *testing.T) {
-	for _, c := range []struct {
-		name, source string
-		late         bool // the hot blob comes after the mount
-	}{{"recorded", artifact.ProfileRecorded, false}, {"late", artifact.ProfileLearned, true}, {"static", artifact.ProfileStatic, false}} {
-		t.Run(c.name, func(t *testing.T) {
-			n := newTestNode(t)
-			img, files := pushHot(n)
-			p := n.hotProfile(img)
-			hot := n.attachProfile(img, p, c.source, time.Unix(1e9, 0))
-			hold := make(chan struct{})
-			if c.late {
-				n.reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, hot.Hot.String()) }, -1, func(_ *registrytest.Registry, next http.Handler) http.Handler {
-					return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-						next.ServeHTTP(&heldWriter{w, hot.Size - n.framesOf(img, p), hold}, r)
-					})
-				})
-			} else {
-				close(hold)
-			}
-			arrived := func() bool { return n.chunks.Stats().Hot == int64(len(p.Chunks)) }
-			id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
-			if err != nil {
-				t.Fatal(err)
-			}
-			if !c.late {
-				n.poll("hot chunks", arrived)
-			}
-			target := t.TempDir()
-			if err := n.images.Mount(testContext(), id, 2, target); err != nil {
-				t.Fatal(err)
-			}
-			defer n.unmount(target)
-			if c.late {
-				close(hold)
-				n.poll("hot chunks", arrived)
-			}
-			if c.source != artifact.ProfileStatic {
-				n.poll("the hot files are in the kernel's cache", func() bool {
-					have0, all0 := resident(t, filepath.Join(target, "hot0"))
-					have1, all1 := resident(t, filepath.Join(target, "hot1"))
-					return have0 == all0 && have1 == all1
-				})
-				misses := n.chunks.Stats().Misses
-				hits := n.chunks.Stats().Hits
-				wantFiles(t, target, map[string]string{"hot0": files["hot0"], "hot1": files["hot1"]})
-				if s := n.chunks.Stats(); s.Hits != hits || s.Misses != misses {
-					t.Errorf("reading took %d reads of chunks, %d misses", s.Hits-hits, s.Misses-misses)
-				}
-			} else if have, _ := resident(t, filepath.Join(target, "hot0")); have > 0 {
-				t.Errorf("%d pages of what a static profile lists are in the kernel's cache", have)
-			}
-			if have, _ := resident(t, filepath.Join(target, "cold1")); have > 0 {
-				t.Errorf("%d pages of what no profile lists are in the kernel's cache", have)
-			}
-		})
 	}
 }
 

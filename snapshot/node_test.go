@@ -52,6 +52,7 @@ type testNode struct {
 	background        int64
 	budget            time.Duration // of registryclient.Options
 	limit             int64         // of cache.Options
+	noReadAhead       bool
 	onForget          func()
 }
 
@@ -110,7 +111,7 @@ func (n *testNode) start() {
 		Timeout:    5 * time.Second,
 		RetryAfter: n.retryAfter,
 		StartQuiet: n.quiet,
-		Background: n.background,
+		Background: n.background, NoReadAhead: n.noReadAhead,
 		OnForget: func() {
 			if n.onForget != nil {
 				n.onForget()

@@ -89,6 +89,7 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 	}
 	images := stream.Options{
 		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.std(), Background: background,
+		NoReadAhead: !c.ReadAhead || foreign, // whoever looks at a mount starts nothing; and "profile record" is to see what is read
 	}
 	if cri != nil {
 		images.OnForget = cri.Sweep

@@ -78,6 +78,9 @@ func (l *Layer) complete(ctx context.Context, src Blob) error {
 	return nil
 }
 
+// Has reports whether chunk i is on disk, as far as is known.
+func (l *Layer) Has(i int) bool { return l.store.holds(i) }
+
 // Present returns how many bytes of the layer's tar are here.
 func (l *Layer) Present() (n int64) {
 	s := l.store

@@ -219,8 +219,8 @@ func (h *hotFetch) fill(ctx context.Context, p ocispec.Descriptor) (int, error) 
 		return 0, err
 	}
 	// What was seen, and not what a static profile supposes: the kernel's cache is not for what nobody reads, and a record of this start (firstUses) has all that is read ahead.
-	if p.Annotations[artifact.AnnotationProfileSource] != artifact.ProfileStatic {
-		if err := use.image.warm(use.device, &head.Profile); err != nil {
+	if !h.store.o.NoReadAhead && p.Annotations[artifact.AnnotationProfileSource] != artifact.ProfileStatic {
+		if err := use.image.warm(use.device, &head.Profile); err != nil && ctx.Err() == nil { // it ends when the image is forgotten
 			h.store.log.Warn("read ahead", "image", string(h.repo)+"@"+h.manifest.String(), "error", err)
 		}
 	}

@@ -49,10 +49,10 @@ type image struct {
 
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex
-	mounts int        // targets mounted, and other uses
-	dev    *device    // open while mounts > 0
-	proven bool       // all of it was, in this life
-	hot    []fs.Range // what the next container's start will read, see warm
+	mounts int     // targets mounted, and other uses
+	dev    *device // open while mounts > 0
+	proven bool    // all of it was, in this life
+	hot    *ahead  // what the next container's start will read, see warm; nil is nothing
 }
 
 func (img *image) mount(ctx context.Context, n int, target string) error {
@@ -81,9 +81,9 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 	img.store.targets[target] = img
 	img.store.mu.Unlock()
 	if n == len(img.rec.Layers) { // a container's, and not a build's
-		if i := img.hot; i != nil {
+		if a := img.hot; a != nil {
 			img.hot = nil
-			img.readAhead(target, i)
+			img.readAhead(target, a)
 		}
 		img.store.recordFirstUses(img)
 	}

@@ -85,6 +85,8 @@ type Options struct {
 	StartQuiet time.Duration
 	// Background is how much of what no container has asked for is fetched when its start is over, bytes per second. 0 is nothing.
 	Background int64
+	// NoReadAhead: the kernel reads nothing before a container does, so that a record of what was read has nothing else.
+	NoReadAhead bool
 	// OnForget is called after an image was forgotten. Nil is nobody.
 	OnForget func()
 	Log      *slog.Logger // nil is slog.Default()
