@@ -53,7 +53,7 @@ func TestInstall(t *testing.T) {
 	programs := buildForDebian(t)
 	for _, c := range []installTest{
 		{Debian: "systemd", Forms: []string{"no file", "version 2"}},
-		{Debian: "systemd-trixie", Forms: []string{"list replaced", "another file imported", "forced to local"}},
+		{Debian: "systemd-trixie", Forms: []string{"list replaced", "another file imported", "forced to local", bare}},
 	} {
 		t.Run(c.Debian, func(t *testing.T) {
 			root, checkout := filepath.Join(tempDir(t), "root"), checkout(t)
@@ -64,12 +64,16 @@ func TestInstall(t *testing.T) {
 	}
 }
 
+// bare is the form of a host without systemd: install sees none, containerd is run by one.
+const bare = "no systemd"
+
 // forms are the files of containerd's configuration before an install, by their paths below /etc/containerd.
 var forms = map[string]map[string]string{
 	"no file":               {},
 	"version 2":             {"config.toml": "# kept as it is\nversion = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  restrict_oom_score_adj = true\n"},
 	"list replaced":         {"config.toml": "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n", "conf.d/z.toml": "version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux'\n  snapshotter = 'overlayfs'\n"},
 	"another file imported": {"config.toml": "version = 3\nimports = ['/etc/containerd/other.toml']\n[plugins.'io.containerd.cri.v1.images'] # CRI\n  snapshotter = 'overlayfs'\n", "other.toml": "version = 3\n[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n"},
+	bare:                    {"config.toml": "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n"},
 	"forced to local":       {"config.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 5\n"},
 }
 
@@ -197,6 +201,10 @@ func installOnHost(t *testing.T, c installTest, form string) {
 	host, _, _ := strings.Cut(c.App, "/")
 	install := []string{"install", "--stream", host + "/*"}
 
+	if form == bare {
+		h.installBare(install)
+		return
+	}
 	out := h.must(append([]string{newProgram}, append(install, "--dry-run")...)...)
 	for _, want := range []string{"write " + node.InstalledPath, "+++ /etc/containerd/", `+  address = "/run/streaming-snapshotter/snapshotter.sock"`, "+++ /etc/streaming-snapshotter/config.toml", "run systemctl restart containerd.service"} {
 		if !strings.Contains(out, want) {
@@ -219,18 +227,60 @@ func installOnHost(t *testing.T, c installTest, form string) {
 		}
 	}
 
-	h.must("crictl", "--runtime-endpoint", "unix:///run/containerd/containerd.sock", "--timeout", "60s", "pull", c.App)
-	if s := unitStatus(t); s.Streamed != 1 || !s.Kept {
-		t.Fatalf("after the pull: %+v", s)
-	}
-	w := &watcher{id: "watch", want: smallSum(systemdSeed), log: filepath.Join(tempDir(t), "watch.out")}
-	h.ctr("run", "--detach", node.NoShares, "--snapshotter", node.Snapshotter, "--log-uri", "file://"+w.log, c.App, w.id, "/guest", "watch", "/data")
-	w.awaitPass(t)
+	w := h.watch()
 	h.upgrade(w, install)
 	h.fails(node.Namespace+"/"+w.id, node.InstalledPath, "uninstall")
 	h.ctr("tasks", "delete", "--force", w.id)
 	h.ctr("containers", "delete", w.id)
 	h.uninstall(host)
+}
+
+// watch pulls the image, which is streamed, and runs a container that reads it.
+func (h *hosted) watch() *watcher {
+	h.Helper()
+	h.must("crictl", "--runtime-endpoint", "unix:///run/containerd/containerd.sock", "--timeout", "60s", "pull", h.c.App)
+	if s := unitStatus(h.T); s.Streamed != 1 || !s.Kept {
+		h.Fatalf("after the pull: %+v", s)
+	}
+	w := &watcher{id: "watch", want: smallSum(systemdSeed), log: filepath.Join(tempDir(h.T), "watch.out")}
+	h.ctr("run", "--detach", node.NoShares, "--snapshotter", node.Snapshotter, "--log-uri", "file://"+w.log, h.c.App, w.id, "/guest", "watch", "/data")
+	w.awaitPass(h.T)
+	return w
+}
+
+// installBare installs, upgrades and uninstalls where systemd is not seen: the daemon runs below `supervise`.
+func (h *hosted) installBare(install []string) {
+	h.Helper()
+	run := func(program string, args ...string) string {
+		h.Helper()
+		return h.must(append(append([]string{"unshare", "-m", "--propagation", "unchanged", "sh", "-c", `mount --make-private /run && mount -t tmpfs none /run/systemd && exec "$0" "$@"`, program}, args...),
+			"--restart-containerd", "nsenter -t 1 -m systemctl restart containerd")...)
+	}
+	run(newProgram, install...)
+	w := h.watch()
+	pid := func() string {
+		b, err := os.ReadFile("/run/streaming-snapshotter/supervise.pid")
+		if err != nil {
+			h.Fatal(err)
+		}
+		return string(b)
+	}
+	before := pid()
+	newer := filepath.Join(tempDir(h.T), "newer")
+	h.must("sh", "-c", `cat "$0" >"$1"; echo a newer one >>"$1"; chmod 755 "$1"`, newProgram, newer)
+	run(newer, install...)
+	w.awaitPass(h.T)
+	if pid() != before {
+		h.Error("the upgrade has replaced the supervisor")
+	}
+	h.ctr("tasks", "delete", "--force", w.id)
+	h.ctr("containers", "delete", w.id)
+	run(node.InstalledPath, "uninstall")
+	h.unchanged("uninstall")
+	if _, err := os.Stat("/proc/" + strings.TrimSpace(before)); err == nil {
+		h.Error("the supervisor still runs")
+	}
+	h.must("crictl", "--runtime-endpoint", "unix:///run/containerd/containerd.sock", "rmi", h.c.App)
 }
 
 // failedInstall: containerd that does not come back, once, puts everything back.
