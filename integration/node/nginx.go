@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -15,6 +16,7 @@ type Nginx struct {
 	process *process
 }
 
+// nginxConfig is around the configuration in deploy/mirror, which is for a system's nginx.
 const nginxConfig = `user root;
 worker_processes 1;
 daemon off;
@@ -28,31 +30,19 @@ http {
   fastcgi_temp_path DIR/fastcgi;
   uwsgi_temp_path DIR/uwsgi;
   scgi_temp_path DIR/scgi;
-  proxy_cache_path DIR/cache levels=2 keys_zone=blobs:10m use_temp_path=off;
-  upstream registry { server %[1]s; keepalive 32; }
-  proxy_http_version 1.1;
-  proxy_set_header Connection "";
-  proxy_set_header Host $http_host;
-  server {
-    listen %[2]s ssl;
-    ssl_certificate %[3]s;
-    ssl_certificate_key %[4]s;
-    location / { proxy_pass https://registry; }
-    location ~ /blobs/sha256: {
-      slice 1m;
-      proxy_cache blobs;
-      proxy_cache_key $uri$slice_range;
-      proxy_cache_lock on;
-      proxy_cache_valid 200 206 1h;
-      proxy_set_header Range $slice_range;
-      proxy_pass https://registry;
-    }
-  }
+  include DIR/mirror.conf;
 }
 `
 
-// StartNginx runs an nginx with an empty cache before the registry at upstream, which speaks TLS. Its files are in a directory of its own below dir.
-func StartNginx(ctx context.Context, dir, certFile, keyFile, upstream string) (*Nginx, error) {
+// Upstream is the registry before which an nginx is.
+type Upstream struct {
+	Addr   string // host and port, which speaks TLS
+	Name   string // that its certificate is for
+	CAFile string // to trust it
+}
+
+// StartNginx runs an nginx with an empty cache, as deploy/mirror configures it. Its files are in a directory of its own below dir. Its own certificate is certFile.
+func StartNginx(ctx context.Context, dir, certFile, keyFile string, up Upstream) (*Nginx, error) {
 	dir, err := os.MkdirTemp(dir, "nginx-*")
 	if err != nil {
 		return nil, err
@@ -61,9 +51,27 @@ func StartNginx(ctx context.Context, dir, certFile, keyFile, upstream string) (*
 	if err != nil {
 		return nil, err
 	}
-	text := fmt.Sprintf(strings.ReplaceAll(nginxConfig, "DIR", dir), upstream, addr, certFile, keyFile)
+	root, err := Root()
+	if err != nil {
+		return nil, err
+	}
+	mirror, err := os.ReadFile(filepath.Join(root, "deploy/mirror/nginx.conf"))
+	if err != nil {
+		return nil, err
+	}
+	text := string(mirror)
+	for _, r := range [][2]string{ // each is there. nginx takes no certificate for an address, so that of a store is also by name
+		{"$proxy_host", up.Name},
+		{"registry.example.com:443", up.Addr}, {"registry.example.com", up.Name}, {"/etc/ssl/certs/ca-certificates.crt", up.CAFile},
+		{"listen 5443", "listen " + addr}, {"/etc/nginx/mirror.crt", certFile}, {"/etc/nginx/mirror.key", keyFile}, {"/var/cache/nginx", dir},
+	} {
+		if !strings.Contains(text, r[0]) {
+			return nil, fmt.Errorf("deploy/mirror/nginx.conf has no %s", r[0])
+		}
+		text = strings.ReplaceAll(text, r[0], r[1])
+	}
 	config := filepath.Join(dir, "nginx.conf")
-	if err := os.WriteFile(config, []byte(text), 0o644); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "mirror.conf"), []byte(text), 0o644), os.WriteFile(config, []byte(strings.ReplaceAll(nginxConfig, "DIR", dir)), 0o644)); err != nil {
 		return nil, err
 	}
 	p, err := start(dir, "nginx", "nginx", "-p", dir, "-e", "stderr", "-c", config)

@@ -48,7 +48,7 @@ func measureBurst(ctx context.Context, o *origin, s *system, image string, cache
 			return b, err
 		}
 		defer way.Close()
-		c, err := node.StartNginx(ctx, o.dir, o.certFile, o.keyFile, way.Addr())
+		c, err := node.StartNginx(ctx, o.dir, o.certificate.CertFile, o.certificate.KeyFile, node.Upstream{Addr: way.Addr(), Name: node.CertificateName, CAFile: o.certificate.CAFile})
 		if err != nil {
 			return b, err
 		}

@@ -2,28 +2,21 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/lagproxy"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -58,12 +51,12 @@ func (l *link) String() string {
 // origin is a registry with two fronts: plain HTTP without a delay for preparations, and TLS behind each of the links.
 type origin struct {
 	*registrytest.Registry
-	dir                       string
-	caFile, certFile, keyFile string
-	address                   string // of the front with TLS, without a link
-	server                    *http.Server
-	links                     []*link
-	served                    chan error
+	dir         string
+	certificate node.Certificate
+	address     string // of the front with TLS, without a link
+	server      *http.Server
+	links       []*link
+	served      chan error
 }
 
 // startOrigin runs the registry until close. Its blobs lie in memory, because they are what a registry's own disk or cache is no matter of ours.
@@ -81,12 +74,11 @@ func startOrigin(dir string, links []*link) (o *origin, err error) {
 	}
 	o = &origin{
 		Registry: r, dir: dir, links: links, served: make(chan error, 1),
-		caFile: filepath.Join(dir, "ca.pem"), certFile: filepath.Join(dir, "cert.pem"), keyFile: filepath.Join(dir, "key.pem"),
 	}
-	if err := o.makeCertificate(); err != nil {
+	if o.certificate, err = node.MakeCertificate(dir); err != nil {
 		return nil, err
 	}
-	cert, err := tls.LoadX509KeyPair(o.certFile, o.keyFile)
+	cert, err := tls.LoadX509KeyPair(o.certificate.CertFile, o.certificate.KeyFile)
 	if err != nil {
 		return nil, err
 	}
@@ -95,7 +87,7 @@ func startOrigin(dir string, links []*link) (o *origin, err error) {
 		return nil, err
 	}
 	o.address = l.Addr().String()
-	o.server = &http.Server{Handler: clamped(r, blobs), ErrorLog: log.New(io.Discard, "", 0)} // daemons are killed in mid-connection
+	o.server = &http.Server{Handler: r, ErrorLog: log.New(io.Discard, "", 0)} // daemons are killed in mid-connection
 	// HTTP/1.1, as most of what serves layers speaks: each request in flight has a connection of its own, with its own slow start.
 	tlsListener := tls.NewListener(l, &tls.Config{Certificates: []tls.Certificate{cert}, NextProtos: []string{"http/1.1"}})
 	go func() { o.served <- o.server.Serve(tlsListener) }()
@@ -138,60 +130,10 @@ func (o *origin) trust(hostsDir string) error {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
 		}
-		text := fmt.Sprintf("server = \"https://%s\"\nca = %q\n", host, o.caFile)
+		text := fmt.Sprintf("server = \"https://%s\"\nca = %q\n", host, o.certificate.CAFile)
 		if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(text), 0o644); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// clamped lets a range end beyond the end of a blob in the directory, as registries do, and as nginx asks for its last slice. go-containerregistry's does not.
-func clamped(h http.Handler, blobs string) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		var from, to int64
-		if n, _ := fmt.Sscanf(r.Header.Get("Range"), "bytes=%d-%d", &from, &to); n == 2 {
-			_, hex, _ := strings.Cut(r.URL.Path, "/blobs/sha256:")
-			if fi, err := os.Stat(filepath.Join(blobs, "sha256", filepath.Base(hex))); err == nil && to >= fi.Size() && from < fi.Size() {
-				r.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", from, fi.Size()-1))
-			}
-		}
-		h.ServeHTTP(w, r)
-	})
-}
-
-// makeCertificate makes a certificate for loopback, signed by a CA made for it, and writes both and the key.
-func (o *origin) makeCertificate() error {
-	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	root := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "startup benchmark"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().AddDate(0, 0, 7),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	caDER, err := x509.CreateCertificate(rand.Reader, root, root, caKey.Public(), caKey)
-	if err != nil {
-		return err
-	}
-	leaf := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "registry"}, NotBefore: root.NotBefore, NotAfter: root.NotAfter,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, leaf, root, key.Public(), caKey)
-	if err != nil {
-		return err
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		return err
-	}
-	file := func(name, kind string, der []byte) error {
-		return os.WriteFile(name, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600)
-	}
-	return errors.Join(file(o.caFile, "CERTIFICATE", caDER), file(o.certFile, "CERTIFICATE", der), file(o.keyFile, "PRIVATE KEY", keyDER))
 }
