@@ -96,13 +96,13 @@ func (s *Kubernetes) Lookup(ctx context.Context, p registryclient.Place) (list [
 		errs[0] = update(time.Since(begin)) // its pod may be newer than the list
 		refs = s.of(p.Image)
 	}
-	found, err := s.follow(ctx, refs)
+	found, err := s.follow(ctx, refs, false)
 	errs = append(errs, err)
 	var of []object // secrets, of service accounts too
 	for _, f := range found {
 		of = append(of, f.refs...)
 	}
-	more, err := s.follow(ctx, of)
+	more, err := s.follow(ctx, of, true) // what a pod has not itself, its kubelet may not have
 	errs = append(errs, err)
 	for _, f := range append(found, more...) {
 		for _, name := range p.Names {
@@ -136,15 +136,18 @@ func (s *Kubernetes) of(image registryclient.Repository) (refs []object) {
 	})
 }
 
-// follow gets refs, all at once, and returns what there is of them in order.
-func (s *Kubernetes) follow(ctx context.Context, refs []object) ([]*got, error) {
+// follow gets refs, all at once, and returns what there is of them in order. With lenient, what is forbidden is no error.
+func (s *Kubernetes) follow(ctx context.Context, refs []object, lenient bool) ([]*got, error) {
 	list, errs := make([]*got, len(refs)), make([]error, len(refs))
 	var g errgroup.Group
 	g.SetLimit(8)
 	for i, o := range refs {
 		g.Go(func() error {
 			_, err := s.calls.once(ctx, o.String(), func(ctx context.Context) (any, error) { return nil, s.get(ctx, o) })
-			errs[i] = err
+			var status *kubeStatus
+			if !lenient || !errors.As(err, &status) || status.code != http.StatusForbidden {
+				errs[i] = err
+			}
 			return nil
 		})
 	}
@@ -244,7 +247,7 @@ func (s *Kubernetes) get(ctx context.Context, o object) error {
 		err = nil // most have no secrets
 	}
 	if err != nil && !refused {
-		return err
+		return fmt.Errorf("%s: %w", o, err)
 	}
 	for _, ref := range r.ImagePullSecrets {
 		g.refs = append(g.refs, object{secrets, o.namespace, ref.Name})

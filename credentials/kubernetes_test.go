@@ -122,7 +122,8 @@ func TestKubernetes(t *testing.T) {
 		{"metadata": {"namespace": "two"}, "spec": {"serviceAccountName": "builder", "containers": [{"image": "r.example.com/team/app@sha256:`+strings.Repeat("0", 64)+`"}]}},
 		{"metadata": {"namespace": "three"}, "spec": {"imagePullSecrets": [{"name": "regcred"}], "containers": [{"image": "busybox"}]}}]}`)
 	a.put("namespaces/one/serviceaccounts/default", "403")
-	a.put("namespaces/two/serviceaccounts/builder", `{"secrets": [{"name": "token"}], "imagePullSecrets": [{"name": "old"}]}`)
+	a.put("namespaces/two/serviceaccounts/builder", `{"secrets": [{"name": "token"}], "imagePullSecrets": [{"name": "old"}, {"name": "late"}]}`)
+	a.put("namespaces/two/secrets/late", "403") // to a kubelet, because its pod does not refer to it
 	a.put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "a"))
 	a.put("namespaces/two/secrets/old", dockerSecret(t, ".dockercfg", "https://r.example.com/v1/", "b"))
 	a.put("namespaces/three/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "https://index.docker.io/v1/", "d"))
@@ -134,7 +135,7 @@ func TestKubernetes(t *testing.T) {
 		t.Errorf("got %v, %v", got, err)
 	}
 	const ns = "/api/v1/namespaces/"
-	want := []string{ns + "one/secrets/gone", ns + "one/secrets/regcred", ns + "one/serviceaccounts/default", ns + "two/secrets/old", ns + "two/serviceaccounts/builder", "/api/v1/pods"}
+	want := []string{ns + "one/secrets/gone", ns + "one/secrets/regcred", ns + "one/serviceaccounts/default", ns + "two/secrets/late", ns + "two/secrets/old", ns + "two/serviceaccounts/builder", "/api/v1/pods"}
 	if got := a.requests(); !slices.Equal(got, want) {
 		t.Errorf("asked for %q, want %q", got, want)
 	}
