@@ -106,15 +106,17 @@ func (h *hosted) files() map[string]hostFile {
 	tree := map[string]hostFile{}
 	for _, dir := range []string{"/etc", "/usr/local", "/var/lib/streaming-snapshotter", "/var/lib/streaming-snapshotter-install"} {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-			if errors.Is(err, fs.ErrNotExist) && path == dir {
+			if errors.Is(err, fs.ErrNotExist) {
 				return nil
 			}
 			if err != nil {
 				return err
 			}
 			var st unix.Stat_t
-			if err := unix.Lstat(path, &st); err != nil {
-				return err
+			if err := unix.Lstat(path, &st); errors.Is(err, fs.ErrNotExist) {
+				return nil // a daemon that runs has removed it meanwhile
+			} else if err != nil {
+				return &fs.PathError{Op: "lstat", Path: path, Err: err}
 			}
 			f := hostFile{mode: st.Mode, uid: st.Uid, gid: st.Gid}
 			switch st.Mode & unix.S_IFMT {
