@@ -61,7 +61,8 @@ func TestCheck(t *testing.T) {
 	run(t, "streamctl", "create", "--record", "", ref)
 	for _, pull := range []node.Pull{node.Transfer, node.Local} {
 		t.Run(string(pull), func(t *testing.T) {
-			n := startNode(t, node.Options{Pull: pull, Stream: []string{registry.Host() + "/*"}})
+			// A quarter of the disk, the default, may be more than it has left.
+			n := startNode(t, node.Options{Pull: pull, Stream: []string{registry.Host() + "/*"}, Config: "cache_size = \"1GiB\""})
 			registry.Reset()
 			c := runCheck(t, n, ref)
 			if c.exit != 0 || len(c.Traps) > 0 || len(c.Unknown) > 0 || c.Containerd.Version == "" || c.Containerd.Snapshotter != node.Snapshotter || c.Containerd.Pull != string(pull) {
