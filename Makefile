@@ -36,10 +36,10 @@ unit: build .build/gotest
 OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd|TestInstall)$$
 
 integration: build .build/gotest
-	$(GOTEST) -timeout 30m -skip '$(OF_IMAGES)' ./integration
+	$(GOTEST) -timeout 45m -skip '$(OF_IMAGES)' ./integration
 
 integration-images: build images .build/gotest
-	$(GOTEST) -timeout 30m -run '$(OF_IMAGES)' ./integration
+	$(GOTEST) -timeout 45m -run '$(OF_IMAGES)' ./integration
 
 test-full: test fuzz
 	FULL=1 $(GOTEST) -timeout 120m ./...
