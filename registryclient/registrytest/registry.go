@@ -78,7 +78,7 @@ func Run(o Options) (*Registry, error) {
 		}
 		opts = append(opts, registry.WithBlobHandler(blobs))
 	}
-	r.inner = registry.New(opts...)
+	r.inner = buffered(registry.New(opts...))
 	if o.ClampRanges {
 		r.inner = clamped(r.inner)
 	}
@@ -261,6 +261,22 @@ func (r *Registry) PutManifest(repo, tag, mediaType string, b []byte) digest.Dig
 		panic(fmt.Sprintf("registrytest: put manifest: %d %s", w.Code, w.Body))
 	}
 	return dgst
+}
+
+// buffered reads an upload before it is handled: go-containerregistry's reads it under a lock, for which other uploads of the same HTTP/2 connection wait with its flow-control window full.
+func buffered(h http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.Contains(r.URL.Path, "/blobs/uploads/") {
+			b, err := io.ReadAll(r.Body)
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+			r = r.Clone(r.Context())
+			r.Body = io.NopCloser(bytes.NewReader(b))
+		}
+		h.ServeHTTP(w, r)
+	})
 }
 
 // clamped lets a range end beyond the end of a blob, as caches ask for their last slice. go-containerregistry's answers 416.
