@@ -210,6 +210,9 @@ func TestCRIProxyFile(t *testing.T) {
 			if out, err := n.Run(t.Context(), ref, nil, "/guest", "sum", "/data/big"); err == nil && !strings.Contains(out, "errno=5") {
 				t.Errorf("read without a credential: %s", out)
 			}
+			if !strings.Contains(n.Logs(), "no credential is accepted") {
+				t.Error("the daemon does not say that a read lacked a credential")
+			}
 			pullProxied(t, registry, n, ref, img) // the image is there: the kubelet pulls it again with imagePullPolicy Always
 			sumIn(t, n, ref, seed, "/data")
 			if _, err := proxied(t, n, "rmi", ref); err != nil {
