@@ -36,10 +36,10 @@ unit: build .build/gotest
 OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd|TestInstall)$$
 
 integration: build .build/gotest
-	$(GOTEST) -timeout 45m -skip '$(OF_IMAGES)' ./integration
+	$(GOTEST) -timeout 30m -skip '$(OF_IMAGES)' ./integration
 
 integration-images: build images .build/gotest
-	$(GOTEST) -timeout 45m -run '$(OF_IMAGES)' ./integration
+	$(GOTEST) -timeout 30m -run '$(OF_IMAGES)' ./integration
 
 test-full: test fuzz
 	FULL=1 $(GOTEST) -timeout 120m ./...
@@ -56,8 +56,8 @@ lint:
 	go tool staticcheck ./...
 	for arch in amd64 arm64; do GOARCH=$$arch go build -o /dev/null ./... || exit; done
 
-bench: build
-	BENCH_HUGE=1 go test -p 1 -run '^$$' -bench . -benchmem -timeout 60m ./...
+bench: build .build/gotest # in namespaces: an interrupt leaves no mount
+	BENCH_HUGE=1 .build/gotest -p 1 -run '^$$' -bench . -benchmem -timeout 60m ./...
 
 # make bench-startup [IMAGES=nginx,postgres] [LINKS=5ms] [SYSTEMS=overlayfs,none] [N=5] [FLAGS=-trace=FILE]: writes docs/benchmarks.md and the plots beside it, if all is measured
 bench-startup: build
