@@ -167,7 +167,7 @@ func rangesOf(m *erofs.Image, extents []extent) ([]fs.Range, error) {
 }
 
 // warm has the kernel read what p lists and is on this node now, where the image is mounted, or will be before cool. What a container's start reads is then in the
-// kernel's cache: of the requests that it would make to this process none is left, and those that are made instead are larger, and nobody waits for them.
+// kernel's cache: it waits for none of the requests to this process that this takes.
 func (img *image) warm(d *device, p *artifact.Profile) error {
 	for _, l := range d.layers {
 		l.Quiet()
