@@ -377,29 +377,32 @@ func TestWalk(t *testing.T) {
 	}
 }
 
-// TestWalkOfLoop: a directory in itself, as only damage makes it, is an error and not a walk without end.
-func TestWalkOfLoop(t *testing.T) {
+// TestWalkOfDamagedDirectories: a directory in itself, and a file that an entry calls a directory, as only damage makes them, are errors, and no walk is without end.
+func TestWalkOfDamagedDirectories(t *testing.T) {
 	directory := func(entries ...erofs.Dirent) *erofs.Inode {
 		return &erofs.Inode{Mode: unix.S_IFDIR | 0o755, Entries: entries}
 	}
-	root := directory(erofs.Dirent{Name: "a", Inode: directory()}, erofs.Dirent{Name: "b", Inode: directory()})
+	root := directory(erofs.Dirent{Name: "a", Inode: directory()}, erofs.Dirent{Name: "b", Inode: directory()}, erofs.Dirent{Name: "file", Inode: &erofs.Inode{Mode: unix.S_IFREG | 0o644}})
 	var written bytes.Buffer
 	if err := erofs.Write(&written, root, erofs.Options{BlockSize: 512}); err != nil {
 		t.Fatal(err)
 	}
-	image := written.Bytes()
-	m := open(t, image)
 	le := binary.LittleEndian
-	table := bytes.Index(image, le.AppendUint64(nil, find(t, m, "a"))) // the entry of "a", the third of the root
-	for _, name := range []string{"a", "b"} {
-		nid := find(t, m, name)
-		at := table + bytes.Index(image[table:], le.AppendUint64(nil, nid))
-		le.PutUint64(image[at:], m.Root())
-		if got := find(t, m, name); got != m.Root() {
-			t.Fatalf("%s is inode %d, was %d, not the root", name, got, nid)
+	for _, to := range []string{".", "file"} {
+		image := bytes.Clone(written.Bytes())
+		m := open(t, image)
+		target := find(t, m, to)
+		table := bytes.Index(image, le.AppendUint64(nil, find(t, m, "a"))) // the entry of "a", the third of the root
+		for _, name := range []string{"a", "b"} {
+			nid := find(t, m, name)
+			at := table + bytes.Index(image[table:], le.AppendUint64(nil, nid))
+			le.PutUint64(image[at:], target)
+			if got := find(t, m, name); got != target {
+				t.Fatalf("%s is inode %d, was %d, not that of %s, %d", name, got, nid, to, target)
+			}
 		}
-	}
-	if err := m.Walk(func([]byte, uint64, uint8) error { return nil }); !errors.Is(err, erofs.ErrCorrupt) {
-		t.Errorf("got %v, want %v", err, erofs.ErrCorrupt)
+		if err := m.Walk(func([]byte, uint64, uint8) error { return nil }); !errors.Is(err, erofs.ErrCorrupt) {
+			t.Errorf("a directory's entry leads to %s: got %v, want %v", to, err, erofs.ErrCorrupt)
+		}
 	}
 }

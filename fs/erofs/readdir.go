@@ -170,5 +170,8 @@ func (m *Image) walk(dir uint64, prefix []byte, entries *int, f func(path []byte
 		}
 		return fail == nil
 	})
+	if err != nil && !errors.Is(err, ErrCorrupt) { // an entry's type said that it is a directory, the inode is none
+		err = fmt.Errorf("%w: %w", ErrCorrupt, err)
+	}
 	return errors.Join(err, fail)
 }
