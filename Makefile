@@ -59,7 +59,7 @@ lint:
 bench: build .build/gotest # in namespaces: an interrupt leaves no mount
 	BENCH_HUGE=1 .build/gotest -p 1 -run '^$$' -bench . -benchmem -timeout 60m ./...
 
-# make bench-startup [IMAGES=nginx,postgres] [LINKS=5ms] [SYSTEMS=overlayfs,none] [N=5] [FLAGS=-trace=FILE]: writes docs/benchmarks.md and the plots beside it, if all is measured
+# make bench-startup [IMAGES=nginx,postgres] [LINKS=5ms] [SYSTEMS=overlayfs,none] [N=5] [FLAGS=-trace=FILE]: writes docs/benchmarks.md and the plots beside it, if all is measured; FLAGS=-continue goes on where an interrupted one was
 bench-startup: build
 	@.ci/packages stargz-snapshotter nginx-light
 	@cd integration/startup/stargz && go build -o $(BIN)/ .

@@ -32,6 +32,7 @@ type options struct {
 	everything             bool
 	burst                  string
 	out, docs, from, trace string
+	goOn                   bool
 }
 
 func main() {
@@ -46,6 +47,7 @@ func main() {
 	flag.StringVar(&o.out, "out", ".build/startup.json", "file for all that was measured")
 	flag.StringVar(&o.docs, "docs", "", "directory whose benchmarks.md and plots are to be written")
 	flag.StringVar(&o.from, "from", "", "measure nothing, write the docs from such a file")
+	flag.BoolVar(&o.goOn, "continue", false, "keep what -out has, and measure what it lacks: an interrupted run, or one with fewer links or starts, goes on")
 	flag.StringVar(&o.trace, "trace", "", "file to append each start's requests to")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -59,12 +61,8 @@ func main() {
 func startup(ctx context.Context, o options) error {
 	r := &results{}
 	if o.from != "" {
-		b, err := os.ReadFile(o.from)
-		if err != nil {
+		if err := r.read(o.from); err != nil {
 			return err
-		}
-		if err := json.Unmarshal(b, r); err != nil {
-			return fmt.Errorf("%s: %w", o.from, err)
 		}
 	} else if err := run(ctx, o, r); err != nil {
 		return err
@@ -87,6 +85,11 @@ func run(ctx context.Context, opts options, r *results) (err error) {
 	}
 	*r = results{Date: today(), Machine: machine(), Links: pick(links(), opts.links, func(l *link) string { return l.Name }), Images: strings.Split(opts.images, ","), Needed: map[string]int64{}}
 	r.Load[0] = load()
+	if opts.goOn {
+		if err := r.goOn(opts.out); err != nil {
+			return err
+		}
+	}
 	var all []*system
 	for _, s := range pick(systems(), opts.systems, func(s *system) string { return s.Name }) {
 		why := s.missing()
@@ -106,14 +109,14 @@ func run(ctx context.Context, opts options, r *results) (err error) {
 		return err
 	}
 	o.RequireToken(registrytest.TokenOptions{})
-	if slices.ContainsFunc(all, func(s *system) bool { return s.Name == "none" }) {
+	if len(r.Needed) == 0 && slices.ContainsFunc(all, func(s *system) bool { return s.Name == "none" }) {
 		if err := r.findNeeded(ctx, o); err != nil {
 			return err
 		}
 	}
 	for _, l := range r.Links {
 		for _, image := range r.Images {
-			for range opts.n {
+			for range opts.n - r.rounds(l, image) {
 				if err := r.round(ctx, o, opts, all, l, image); err != nil {
 					return err
 				}
@@ -128,7 +131,7 @@ func run(ctx context.Context, opts options, r *results) (err error) {
 
 // bursts measures bursts of ours, with and without a cache before the registry.
 func (r *results) bursts(ctx context.Context, o *origin, opts options, all []*system) error {
-	for range opts.n {
+	for range opts.n - r.burstRounds() {
 		for _, s := range all {
 			for _, cached := range []bool{false, true} {
 				if !s.ours {
@@ -147,8 +150,11 @@ func (r *results) bursts(ctx context.Context, o *origin, opts options, all []*sy
 					b.Image, b.System, cached, median(b.Ready), slices.Max(b.Ready), b.Requests, float64(b.Bytes)/1e6)
 			}
 		}
+		if err := r.save(opts.out); err != nil {
+			return err
+		}
 	}
-	return r.save(opts.out)
+	return nil
 }
 
 // fail notes what could not be measured: the rest goes on, and the report says it.
@@ -157,6 +163,54 @@ func (r *results) fail(format string, args ...any) {
 	fmt.Fprintln(os.Stderr, err)
 	text, _, _ := strings.Cut(err.Error(), "\n")
 	r.Failed = append(r.Failed, text)
+}
+
+// read replaces r by what is in a file of save's.
+func (r *results) read(name string) error {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return err
+	}
+	*r = results{}
+	if err := json.Unmarshal(b, r); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// goOn takes over what an earlier run has measured. The report names both.
+func (r *results) goOn(name string) error {
+	var old results
+	if err := old.read(name); err != nil {
+		return err
+	}
+	if !slices.Equal(old.Images, r.Images) {
+		return fmt.Errorf("%s is of the images %s: go on with those", name, strings.Join(old.Images, ","))
+	}
+	r.Date = old.Date + " and " + r.Date
+	if old.Machine != r.Machine {
+		r.Machine = old.Machine + " and " + r.Machine
+	}
+	r.Samples, r.Needed, r.Bursts, r.Failed, r.Load[0] = old.Samples, old.Needed, old.Bursts, old.Failed, max(r.Load[0], old.Load[0])
+	return nil
+}
+
+// rounds is how often the systems took their turns. Each round is saved as a whole.
+func (r *results) rounds(l *link, image string) (n int) {
+	for _, s := range r.measured() {
+		n = max(n, len(r.of(l.Name, image, s, ready)))
+	}
+	return n
+}
+
+func (r *results) burstRounds() (n int) {
+	of := map[string]int{}
+	for _, b := range r.Bursts {
+		key := fmt.Sprint(b.System, b.Cached)
+		of[key]++
+		n = max(n, of[key])
+	}
+	return n
 }
 
 // save writes all that was measured so far.

@@ -128,7 +128,7 @@ func (r *results) summary(w io.Writer) {
 				least = min(least, r.speedup(l.Name, image, s))
 				floors = append(floors, median(r.of(l.Name, image, s, ready))/r.floor(l, image))
 			}
-			fmt.Fprintf(w, " %s (%s; %s floors) |", number(r.meanSpeedup(l.Name, s), 1), number(least, 1), number(geometricMean(floors), 1))
+			fmt.Fprintf(w, " %s (%s; %s floors) |", number(r.meanSpeedup(l.Name, s), 1), number(least, 1), number(geometricMean(floors), 2))
 		}
 		fmt.Fprintln(w)
 	}
@@ -181,7 +181,7 @@ func (r *results) table(w io.Writer, l *link) {
 				continue
 			}
 			fmt.Fprintf(w, "| %s | %s | %s | %s to %s | %s | %s |", image, s, number(median(fs), 2), number(slices.Min(fs), 2), number(slices.Max(fs), 2),
-				number(r.speedup(l.Name, image, s), 1), number(median(fs)/r.floor(l, image), 1))
+				number(r.speedup(l.Name, image, s), 1), number(median(fs)/r.floor(l, image), 2))
 			for _, c := range cs {
 				fmt.Fprintf(w, " %s |", number(median(r.of(l.Name, image, s, c.figure)), c.digits))
 			}

@@ -82,8 +82,8 @@ func TestReport(t *testing.T) {
 	}
 	for _, want := range []string{
 		"later (not there yet)", "none of b: it was late",
-		"| none | 2.0 (1.0; 3.5 floors) |",                      // 4 and 1 times faster; 2.5 and 5 floors
-		"| a | none | 5.00 | 4.00 to 6.00 | 4.0 | 2.5 | 1.00 |", // misses: 8
+		"| none | 2.0 (1.0; 3.54 floors) |",                      // 4 and 1 times faster; 2.5 and 5 floors
+		"| a | none | 5.00 | 4.00 to 6.00 | 4.0 | 2.50 | 1.00 |", // misses: 8
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("the report lacks %q:\n%s", want, text)
@@ -100,6 +100,31 @@ func TestReport(t *testing.T) {
 		} else if err != nil {
 			t.Fatalf("the plot is no XML: %v", err)
 		}
+	}
+}
+
+// TestGoOn: what a file has is measured no second time, and a file of other images is refused.
+func TestGoOn(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "startup.json")
+	old := twoSystems()
+	old.Date, old.Machine = "then", "this one"
+	if err := old.save(name); err != nil {
+		t.Fatal(err)
+	}
+	near := &link{Name: "near"}
+	r := &results{Date: "now", Machine: "this one", Links: []*link{near, old.Links[0]}, Images: []string{"a", "b"}, Systems: old.Systems}
+	if err := r.goOn(name); err != nil {
+		t.Fatal(err)
+	}
+	if r.Date != "then and now" || r.Machine != "this one" || r.Needed["b"] != 1e6 || len(r.Failed) != 1 {
+		t.Errorf("got %+v", r)
+	}
+	if far, none := r.rounds(old.Links[0], "a"), r.rounds(near, "a"); far != 2 || none != 0 {
+		t.Errorf("got %d rounds over the link of the file and %d over the other, want 2 and 0", far, none)
+	}
+	r.Images = []string{"a"}
+	if err := r.goOn(name); err == nil {
+		t.Error("a file of other images is gone on with")
 	}
 }
 
