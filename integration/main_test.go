@@ -28,6 +28,9 @@ func TestMain(m *testing.M) {
 		os.Exit(m.Run())
 	}
 	node.Isolate()
+	if os.Getenv(node.MachineVariable) != "" { // the program that has started this one has built all
+		os.Exit(m.Run())
+	}
 	if err := build(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)

@@ -53,7 +53,12 @@ func (n *Node) Boot(ctx context.Context) error {
 			return err
 		}
 	}
-	return n.StartContainerd(ctx)
+	if err := n.StartContainerd(ctx); err != nil || n.o.Kubelet == nil {
+		return err
+	}
+	k, err := StartKubernetes(ctx, n.Dir, n.Socket(), *n.o.Kubelet)
+	n.Kubernetes = k
+	return err
 }
 
 // containerProcesses lists the processes in containers of this node: they have mount namespaces of their own, and their roots are overlays

@@ -23,7 +23,7 @@ func Root() (string, error) {
 	return "", errors.New("not in a checkout of streaming-snapshotter")
 }
 
-// containerdConfig is what a node in a directory needs and deploy/containerd does not say. The placeholders are DIR, PAUSE and CNI.
+// containerdConfig is what a node in a directory needs and deploy/containerd does not say. The placeholders are DIR, PAUSE and PLUGINS, which is where CNI's are.
 // restrict_oom_score_adj is for machines where root lacks CAP_SYS_RESOURCE.
 const containerdConfig = `version = 3
 root = "DIR/c"
@@ -45,9 +45,11 @@ disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.tracing.processor
 [plugins.'io.containerd.cri.v1.runtime']
   restrict_oom_score_adj = true
   disable_apparmor = true
+  netns_mounts_under_state_dir = true
 [plugins.'io.containerd.cri.v1.runtime'.cni]
-  bin_dirs = ["DIR/cni"]
+  bin_dirs = ["PLUGINS"]
   conf_dir = "DIR/cni"
+  use_internal_loopback = true
 `
 
 const snapshotterConfig = `address = "DIR/run/s.sock"
@@ -69,10 +71,21 @@ func (n *Node) writeConfigs() error {
 	for _, s := range n.o.Stream {
 		stream = append(stream, fmt.Sprintf("%q", s))
 	}
+	plugins := "DIR/cni"
+	if n.o.Kubelet != nil {
+		dir, err := KubernetesDir()
+		if err != nil {
+			return err
+		}
+		plugins = dir
+	}
 	files := map[string]string{
-		"containerd.toml":  strings.ReplaceAll(containerdConfig, "PAUSE", n.o.Pause),
+		"containerd.toml":  strings.NewReplacer("PAUSE", n.o.Pause, "PLUGINS", plugins).Replace(containerdConfig),
 		"snapshotter.toml": fmt.Sprintf(snapshotterConfig, n.o.Mode, strings.Join(stream, ", "), n.o.Config),
 		"crictl.yaml":      crictlConfig,
+	}
+	if n.o.Kubelet != nil {
+		files["cni/pods.conflist"] = PodNetwork
 	}
 	if n.o.Pull != Plain {
 		root, err := Root()

@@ -31,7 +31,7 @@ const grace = 30 * time.Second
 // and FUSE connections. $TMPDIR is a directory that is removed afterwards, from outside, where no mount can be in the way. If the outermost process itself is
 // killed by SIGKILL that directory stays behind, until the next program that calls Isolate with the same $TMPDIR removes it.
 //
-// It is called first in main or TestMain, as root. In the process that the user has started it does not return; the program goes on in a copy of it.
+// With MachineVariable there is more to it. It is called first in main or TestMain, as root. In the process that the user has started it does not return; the program goes on in a copy of it.
 func Isolate() {
 	var code int
 	var err error
@@ -94,6 +94,9 @@ func runOutside() (int, error) {
 	c.Env = append(os.Environ(), stageVariable+"=init", "TMPDIR="+dir)
 	c.ExtraFiles = []*os.File{inside}
 	c.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWPID | syscall.CLONE_NEWNS}
+	if os.Getenv(MachineVariable) != "" {
+		c.SysProcAttr.Cloneflags |= syscall.CLONE_NEWNET
+	}
 	err = c.Start()
 	inside.Close()
 	if err != nil {
@@ -256,6 +259,9 @@ func prepareMounts() error {
 	}
 	if err := unix.Mount("tmpfs", run, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=0711"); err != nil {
 		return fmt.Errorf("mount tmpfs on %s: %w", run, err)
+	}
+	if os.Getenv(MachineVariable) != "" {
+		return prepareMachine()
 	}
 	return nil
 }

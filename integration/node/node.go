@@ -2,7 +2,7 @@
 // either of the configurations that deploy/containerd ships. What it runs is found in $PATH.
 //
 // Nothing is shared with a containerd that the machine runs anyway, and nothing stays behind: the program calls Isolate first. Pods use the host's network, so that no
-// CNI plugin is needed.
+// CNI plugin is needed. With Options.Kubelet it is a node of a real Kubernetes, whose pods may have networks of their own.
 //
 //	DIR/containerd.toml      containerd's own part of the configuration
 //	DIR/conf.d/              the drop-in of deploy/containerd, with this node's paths
@@ -60,6 +60,8 @@ type Options struct {
 	Supervise bool
 	// Units leaves the snapshotter to this machine's systemd, as deploy/systemd's streaming-snapshotter.service, which gets this node's configuration. It must not run yet.
 	Units bool
+	// Kubelet makes it a node of Kubernetes, whose only one it is: Node.Kubernetes. The process has a machine of its own (MachineVariable), and Pause is needed. nil for none.
+	Kubelet *Kubelet
 	// CacheDisk gives the snapshotter's chunk cache a disk of its own, of so many bytes: CacheDir is an ext4 file system. 0 for none.
 	CacheDisk int64
 }
@@ -79,8 +81,9 @@ const (
 
 // Node is a running node. It is for one goroutine.
 type Node struct {
-	Dir string
-	o   Options
+	Dir        string
+	Kubernetes *Kubernetes // nil without Options.Kubelet
+	o          Options
 
 	snapshotter *process
 	containerd  *process
@@ -109,7 +112,7 @@ func Start(ctx context.Context, o Options) (n *Node, err error) {
 	if err := os.Chmod(n.Dir, 0o711); err != nil {
 		return nil, err
 	}
-	for _, d := range []string{"conf.d", "certs.d", "run", "logs"} {
+	for _, d := range []string{"conf.d", "certs.d", "cni", "run", "logs"} {
 		if err := os.Mkdir(n.path(d), 0o755); err != nil {
 			return nil, err
 		}
@@ -313,6 +316,9 @@ func (n *Node) Logs() string {
 // Close ends all containers and daemons and removes the directory. Its error names a daemon that did not end as it should.
 func (n *Node) Close() error {
 	var errs []error
+	if n.Kubernetes != nil {
+		errs = append(errs, n.Kubernetes.Close())
+	}
 	if n.containerd != nil {
 		errs = append(errs, n.removeContainers(), n.containerd.stop())
 		n.containerd = nil
@@ -328,7 +334,7 @@ func (n *Node) removeContainers() error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute) // a cancelled test has to clear up too
 	defer cancel()
 	var errs []error
-	if n.pods > 0 {
+	if n.pods > 0 || n.Kubernetes != nil {
 		_, err := n.Crictl(ctx, "rmp", "--all", "--force")
 		errs = append(errs, err)
 	}

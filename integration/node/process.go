@@ -45,7 +45,11 @@ func start(dir, name string, args ...string) (*process, error) {
 
 // ready polls until check succeeds, for at most a minute.
 func (p *process) ready(ctx context.Context, check func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	return p.readyIn(ctx, time.Minute, check)
+}
+
+func (p *process) readyIn(ctx context.Context, most time.Duration, check func(context.Context) error) error {
+	ctx, cancel := context.WithTimeout(ctx, most)
 	defer cancel()
 	for {
 		err := check(ctx)
