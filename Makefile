@@ -7,7 +7,7 @@ GOTEST := .build/gotest $(if $(CI),-no-skips) -vet=off # lint does
 UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
 FUZZTIME ?= 20s
 
-.PHONY: build kubernetes demo test test-full soak lint unit integration integration-images bench bench-startup fuzz images clean .build/gotest
+.PHONY: build image kubernetes demo test test-full soak lint unit integration integration-images bench bench-startup fuzz images clean .build/gotest
 
 build: .build/tools
 	go build -buildvcs=auto -o $(BIN)/ ./cmd/...
@@ -27,6 +27,10 @@ kubernetes: .build/kubernetes/built
 	cd integration/lab && go build -o $(CURDIR)/.build/kubernetes/etcd go.etcd.io/etcd/server/v3
 	cd tools && CGO_ENABLED=1 go build -tags netgo,osusergo,seccomp -ldflags '-extldflags -static' -o $(CURDIR)/.build/kubernetes/ github.com/opencontainers/runc
 	@touch $@
+
+# The image of the DaemonSet's installer for amd64 and arm64, as an OCI layout: crane push .build/image REF
+image:
+	@go run ./deploy/image .build/image
 
 # make demo [IMAGE=REF] [MODE=file|loop|tree] [FLAGS="-rtt 50ms -mbits 100"]
 demo: build

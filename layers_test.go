@@ -42,6 +42,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"cmd/streaming-snapshotter/fdstore": {nil, []string{"net/http", containerd, fuse, ggcr}},
 	"cmd/streaming-snapshotter/traps":   {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/streaming-snapshotter/install": {[]string{"cmd/streaming-snapshotter/traps", "deploy"}, []string{"net/http", fuse, ggcr}},
+	"deploy/image":                      {nil, []string{containerd, fuse}},
 	"deploy":                            {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/streaming-snapshotter":         {[]string{"cmd/streaming-snapshotter/fdstore", "cmd/streaming-snapshotter/install", "cmd/streaming-snapshotter/traps", "credentials", "criproxy", "fs", "fs/cache", "registryclient", "snapshot", "snapshot/reason", "snapshot/stream"}, []string{ggcr}},
 	"fs/erofs/erofstest":                {[]string{"fs/erofs"}, nil},
