@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -257,6 +259,45 @@ func TestPluginChildren(t *testing.T) {
 			t.Fatal("its child lives")
 		}
 	}
+}
+
+// asker makes the test's process one that asks the plugin of a directory.
+const asker = "STREAMING_SNAPSHOTTER_TEST_ASKER"
+
+// A plugin that hangs does not outlive a daemon that is killed.
+func TestPluginOfKilledProcess(t *testing.T) {
+	if dir := os.Getenv(asker); dir != "" {
+		NewPlugins(filepath.Join(dir, "config.yaml"), dir).Lookup(t.Context(), at("r.example.com/app"))
+		return
+	}
+	p, _ := newPlugin(t, "cd $(dirname $0); echo $$ >new; mv new pid; exec sleep 1000", "r.example.com", "")
+	process := exec.Command(os.Args[0], "-test.run=^TestPluginOfKilledProcess$")
+	process.Env = append(os.Environ(), asker+"="+p.dir)
+	if err := process.Start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually := func(what string, f func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(time.Minute); !f(); time.Sleep(5 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("not within a minute: %s", what)
+			}
+		}
+	}
+	defer process.Wait()
+	defer process.Process.Kill()
+	var pid int
+	eventually("the plugin runs", func() bool {
+		b, _ := os.ReadFile(filepath.Join(p.dir, "pid"))
+		_, err := fmt.Sscan(string(b), &pid)
+		return err == nil
+	})
+	process.Process.Kill()
+	defer syscall.Kill(pid, syscall.SIGKILL)
+	eventually("the plugin has ended", func() bool {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		return err != nil || len(b) == 0 // a zombie has none
+	})
 }
 
 // The configuration is read again when it has changed, and one that is wrong leaves what was there.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -26,7 +27,7 @@ type program struct {
 	timeout time.Duration
 }
 
-// run gives the program stdin and returns what it writes. It is killed with its children when its time is up.
+// run gives the program stdin and returns what it writes. It is killed with its children when its time is up, and itself when this process ends in whatever way.
 func (p program) run(ctx context.Context, stdin []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
@@ -34,7 +35,10 @@ func (p program) run(ctx context.Context, stdin []byte) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, p.path, p.args...)
 	cmd.Env = append(os.Environ(), p.env...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = bytes.NewReader(stdin), out, said
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// The kernel sends that signal when the thread that has started the program ends: it is kept for so long.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = time.Second // children may hold its pipes
 	err := cmd.Run()
