@@ -31,7 +31,9 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"fs/cache":                          {[]string{"artifact", "fs/mapped"}, []string{"net/http", containerd, fuse, ggcr}},
 	"fs":                                {[]string{"fs/erofs", "fs/mapped"}, []string{"net/http", containerd, ggcr}},
 	"registryclient":                    {nil, []string{client, fuse}},
-	"credentials":                       {[]string{"registryclient"}, []string{containerd, fuse, ggcr}},
+	"kubeapi":                           {nil, []string{containerd, fuse, ggcr}},
+	"events":                            {[]string{"kubeapi", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},
+	"credentials":                       {[]string{"kubeapi", "registryclient"}, []string{containerd, fuse, ggcr}},
 	"criproxy":                          {[]string{"credentials", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},
 	"snapshot":                          {[]string{"snapshot/reason"}, []string{"net/http", fuse, ggcr}},
 	"snapshot/stream":                   {[]string{"artifact", "fs", "fs/cache", "fs/erofs", "fs/mapped", "fs/tree", "registryclient", "snapshot/reason"}, []string{"net/http", containerd, fuse, ggcr}},
@@ -44,9 +46,10 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"cmd/streaming-snapshotter/install": {[]string{"cmd/streaming-snapshotter/traps", "deploy"}, []string{"net/http", fuse, ggcr}},
 	"deploy/image":                      {nil, []string{containerd, fuse}},
 	"deploy":                            {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
-	"cmd/streaming-snapshotter":         {[]string{"cmd/streaming-snapshotter/fdstore", "cmd/streaming-snapshotter/install", "cmd/streaming-snapshotter/traps", "credentials", "criproxy", "fs", "fs/cache", "registryclient", "snapshot", "snapshot/reason", "snapshot/stream"}, []string{ggcr}},
+	"cmd/streaming-snapshotter":         {[]string{"cmd/streaming-snapshotter/fdstore", "cmd/streaming-snapshotter/install", "cmd/streaming-snapshotter/traps", "credentials", "criproxy", "events", "fs", "fs/cache", "registryclient", "snapshot", "snapshot/reason", "snapshot/span", "snapshot/stream"}, []string{ggcr}},
 	"fs/erofs/erofstest":                {[]string{"fs/erofs"}, nil},
 	"registryclient/registrytest":       {nil, nil},
+	"kubeapi/kubeapitest":               {nil, nil},
 }
 
 func TestImports(t *testing.T) {

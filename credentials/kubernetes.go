@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/kubeapi"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
@@ -33,7 +34,7 @@ const (
 type Kubernetes struct {
 	node  string
 	calls *calls
-	api   *kubeAPI
+	api   *kubeapi.Client
 
 	mu     sync.Mutex
 	pods   []pod
@@ -68,7 +69,7 @@ type pod struct {
 // NewKubernetes returns a source of the secrets for the pods of a node, got with a kubeconfig, which is read again when it changes. Nothing is read before the first Lookup.
 func NewKubernetes(kubeconfig, node string) *Kubernetes {
 	return &Kubernetes{
-		node: node, calls: newCalls(), api: &kubeAPI{file: kubeconfig},
+		node: node, calls: newCalls(), api: kubeapi.New(kubeconfig),
 		got: map[object]*got{}, former: map[registryclient.Repository][]object{},
 	}
 }
@@ -76,7 +77,7 @@ func NewKubernetes(kubeconfig, node string) *Kubernetes {
 // Close ends what is asked of the API server.
 func (s *Kubernetes) Close() error {
 	s.calls.close()
-	s.api.close()
+	s.api.Close()
 	return nil
 }
 
@@ -144,8 +145,8 @@ func (s *Kubernetes) follow(ctx context.Context, refs []object, lenient bool) ([
 	for i, o := range refs {
 		g.Go(func() error {
 			_, err := s.calls.once(ctx, o.String(), func(ctx context.Context) (any, error) { return nil, s.get(ctx, o) })
-			var status *kubeStatus
-			if !lenient || !errors.As(err, &status) || status.code != http.StatusForbidden {
+			var status *kubeapi.StatusError
+			if !lenient || !errors.As(err, &status) || status.Code != http.StatusForbidden {
 				errs[i] = err
 			}
 			return nil
@@ -168,24 +169,12 @@ func (s *Kubernetes) list(ctx context.Context, fresh time.Duration) error {
 	if age < fresh {
 		return nil
 	}
-	type named struct{ Name string }
-	type container struct{ Image string }
-	var l struct {
-		Items []struct {
-			Metadata struct{ Namespace string }
-			Spec     struct {
-				ServiceAccountName                              string
-				ImagePullSecrets                                []named
-				Containers, InitContainers, EphemeralContainers []container
-				Volumes                                         []struct{ Image *struct{ Reference string } }
-			}
-		}
+	items, err := s.api.Pods(ctx, s.node)
+	if err != nil {
+		return err
 	}
-	if err := s.api.get(ctx, "pods", map[string]string{"fieldSelector": "spec.nodeName=" + s.node, "resourceVersion": "0"}, &l); err != nil { // 0: out of the server's memory
-		return fmt.Errorf("list pods of node %s: %w", s.node, err)
-	}
-	pods := make([]pod, len(l.Items))
-	for i, item := range l.Items {
+	pods := make([]pod, len(items))
+	for i, item := range items {
 		p, namespace := &pods[i], item.Metadata.Namespace
 		for _, r := range item.Spec.ImagePullSecrets {
 			p.refs = append(p.refs, object{secrets, namespace, r.Name})
@@ -193,12 +182,9 @@ func (s *Kubernetes) list(ctx context.Context, fresh time.Duration) error {
 		if name := item.Spec.ServiceAccountName; name != "" {
 			p.refs = append(p.refs, object{serviceAccounts, namespace, name})
 		}
-		for _, c := range slices.Concat(item.Spec.Containers, item.Spec.InitContainers, item.Spec.EphemeralContainers) {
-			p.add(c.Image)
-		}
-		for _, v := range item.Spec.Volumes {
-			if v.Image != nil {
-				p.add(v.Image.Reference)
+		for _, image := range item.Images() {
+			if repo, _, _, err := registryclient.ParseReference(image); err == nil {
+				p.images = append(p.images, repo)
 			}
 		}
 	}
@@ -207,12 +193,6 @@ func (s *Kubernetes) list(ctx context.Context, fresh time.Duration) error {
 	s.remember()
 	s.pods, s.listed = pods, time.Now()
 	return nil
-}
-
-func (p *pod) add(image string) {
-	if repo, _, _, err := registryclient.ParseReference(image); err == nil {
-		p.images = append(p.images, repo)
-	}
 }
 
 // remember keeps what the pods refer to for when they are gone: their image may stay, and be read. The caller holds mu.
@@ -240,9 +220,9 @@ func (s *Kubernetes) get(ctx context.Context, o object) error {
 		Data             map[string][]byte // of a secret
 		ImagePullSecrets []struct{ Name string }
 	}
-	err := s.api.get(ctx, "namespaces/"+o.namespace+"/"+o.kind+"/"+o.name, nil, &r)
-	var status *kubeStatus
-	refused := errors.As(err, &status) && (status.code == http.StatusNotFound || status.code == http.StatusForbidden)
+	err := s.api.Get(ctx, "namespaces/"+o.namespace+"/"+o.kind+"/"+o.name, nil, &r)
+	var status *kubeapi.StatusError
+	refused := errors.As(err, &status) && (status.Code == http.StatusNotFound || status.Code == http.StatusForbidden)
 	if refused && o.kind == serviceAccounts {
 		err = nil // most have no secrets
 	}

@@ -4,88 +4,13 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"net/http"
-	"net/http/httptest"
-	"os"
-	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/kubeapi/kubeapitest"
 )
-
-// apiServer stands in for an API server, which needs etcd and minutes to build: it answers what a test puts there, to who has its token. To be replaced by the
-// real one of integration/lab.
-type apiServer struct {
-	*httptest.Server
-	kubeconfig string
-
-	mu      sync.Mutex
-	token   string
-	objects map[string]string // by path and query; a number is a status
-	asked   []string
-}
-
-func newAPIServer(t *testing.T) *apiServer {
-	a := &apiServer{objects: map[string]string{}, token: "one", kubeconfig: filepath.Join(t.TempDir(), "kubeconfig")}
-	a.Server = httptest.NewTLSServer(a)
-	t.Cleanup(a.Close)
-	a.configure(t)
-	return a
-}
-
-func (a *apiServer) configure(t *testing.T) {
-	t.Helper()
-	text := fmt.Sprintf(`apiVersion: v1
-kind: Config
-clusters: [{name: c, cluster: {server: %q, insecure-skip-tls-verify: true}}]
-users: [{name: u, user: {token: %q}}]
-contexts: [{name: x, context: {cluster: c, user: u}}]
-current-context: x
-`, a.URL, a.token)
-	if err := os.WriteFile(a.kubeconfig, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func (a *apiServer) ServeHTTP(w http.ResponseWriter, req *http.Request) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.asked = append(a.asked, req.URL.Path)
-	answer, ok := a.objects[req.URL.RequestURI()]
-	status := http.StatusOK
-	switch {
-	case req.Header.Get("Authorization") != "Bearer "+a.token:
-		status = http.StatusUnauthorized
-	case !ok:
-		status = http.StatusNotFound
-	case len(answer) == 3:
-		fmt.Sscan(answer, &status)
-	}
-	w.WriteHeader(status)
-	if status != http.StatusOK {
-		fmt.Fprintf(w, `{"kind":"Status","message":"it is %d"}`, status)
-		return
-	}
-	w.Write([]byte(answer))
-}
-
-func (a *apiServer) put(path, answer string) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.objects["/api/v1/"+path] = answer
-}
-
-// requests returns what was asked since the last time, sorted: several things are at once.
-func (a *apiServer) requests() []string {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	list := a.asked
-	a.asked = nil
-	slices.Sort(list)
-	return list
-}
 
 func dockerSecret(t *testing.T, key, host, user string) string {
 	t.Helper()
@@ -115,19 +40,19 @@ func (s *Kubernetes) stale() {
 
 // An image is offered what its own pods refer to, and nothing else is asked for.
 func TestKubernetes(t *testing.T) {
-	a := newAPIServer(t)
-	a.put(podsOfNode, `{"items": [
+	a := kubeapitest.Start(t)
+	a.Put(podsOfNode, `{"items": [
 		{"metadata": {"namespace": "one"}, "spec": {"serviceAccountName": "default", "imagePullSecrets": [{"name": "regcred"}, {"name": "gone"}],
 			"containers": [{"image": "r.example.com/team/app:v1"}], "initContainers": [{"image": "r.example.com/team/init"}], "volumes": [{"emptyDir": {}}, {"image": {"reference": "r.example.com/team/models"}}]}},
 		{"metadata": {"namespace": "two"}, "spec": {"serviceAccountName": "builder", "containers": [{"image": "r.example.com/team/app@sha256:`+strings.Repeat("0", 64)+`"}]}},
 		{"metadata": {"namespace": "three"}, "spec": {"imagePullSecrets": [{"name": "regcred"}], "containers": [{"image": "busybox"}]}}]}`)
-	a.put("namespaces/one/serviceaccounts/default", "403")
-	a.put("namespaces/two/serviceaccounts/builder", `{"secrets": [{"name": "token"}], "imagePullSecrets": [{"name": "old"}, {"name": "late"}]}`)
-	a.put("namespaces/two/secrets/late", "403") // to a kubelet, because its pod does not refer to it
-	a.put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "a"))
-	a.put("namespaces/two/secrets/old", dockerSecret(t, ".dockercfg", "https://r.example.com/v1/", "b"))
-	a.put("namespaces/three/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "https://index.docker.io/v1/", "d"))
-	s := NewKubernetes(a.kubeconfig, "node-1")
+	a.Put("namespaces/one/serviceaccounts/default", "403")
+	a.Put("namespaces/two/serviceaccounts/builder", `{"secrets": [{"name": "token"}], "imagePullSecrets": [{"name": "old"}, {"name": "late"}]}`)
+	a.Put("namespaces/two/secrets/late", "403") // to a kubelet, because its pod does not refer to it
+	a.Put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "a"))
+	a.Put("namespaces/two/secrets/old", dockerSecret(t, ".dockercfg", "https://r.example.com/v1/", "b"))
+	a.Put("namespaces/three/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "https://index.docker.io/v1/", "d"))
+	s := NewKubernetes(a.Kubeconfig, "node-1")
 	defer s.Close()
 
 	got, err := s.Lookup(t.Context(), at("r.example.com/team/app"))
@@ -136,11 +61,11 @@ func TestKubernetes(t *testing.T) {
 	}
 	const ns = "/api/v1/namespaces/"
 	want := []string{ns + "one/secrets/gone", ns + "one/secrets/regcred", ns + "one/serviceaccounts/default", ns + "two/secrets/late", ns + "two/secrets/old", ns + "two/serviceaccounts/builder", "/api/v1/pods"}
-	if got := a.requests(); !slices.Equal(got, want) {
+	if got := a.Requests(); !slices.Equal(got, want) {
 		t.Errorf("asked for %q, want %q", got, want)
 	}
 	wantLogins(t, s, "docker.io/library/busybox", Login{"d", "hush"})
-	if got, want := a.requests(), []string{ns + "three/secrets/regcred"}; !slices.Equal(got, want) {
+	if got, want := a.Requests(), []string{ns + "three/secrets/regcred"}; !slices.Equal(got, want) {
 		t.Errorf("asked for %q, want %q", got, want)
 	}
 	for _, image := range []string{"r.example.com/team/init", "r.example.com/team/models"} {
@@ -148,44 +73,42 @@ func TestKubernetes(t *testing.T) {
 			t.Errorf("%s: got %v", image, got)
 		}
 	}
-	if got := a.requests(); len(got) != 0 {
+	if got := a.Requests(); len(got) != 0 {
 		t.Errorf("asked for %q, want what was got just now", got)
 	}
 	wantLogins(t, s, "r.example.com/team/other") // its pod may be there since
-	if got, want := a.requests(), []string{"/api/v1/pods"}; !slices.Equal(got, want) {
+	if got, want := a.Requests(), []string{"/api/v1/pods"}; !slices.Equal(got, want) {
 		t.Errorf("asked for %q, want %q", got, want)
 	}
 }
 
 // A secret that is renewed is got anew; when its pod is gone, or the API server, the image can be read on.
 func TestKubernetesChanges(t *testing.T) {
-	a := newAPIServer(t)
+	a := kubeapitest.Start(t)
 	const pods = `{"items": [{"metadata": {"namespace": "one"}, "spec": {"imagePullSecrets": [{"name": "regcred"}], "containers": [{"image": "r.example.com/app"}]}}]}`
-	a.put(podsOfNode, pods)
-	a.put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "a"))
-	s := NewKubernetes(a.kubeconfig, "node-1")
+	a.Put(podsOfNode, pods)
+	a.Put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "a"))
+	s := NewKubernetes(a.Kubeconfig, "node-1")
 	defer s.Close()
 	wantLogins(t, s, "r.example.com/app", Login{"a", "hush"})
-	a.put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "b"))
+	a.Put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "b"))
 	s.stale()
 	wantLogins(t, s, "r.example.com/app", Login{"b", "hush"})
-	a.put(podsOfNode, `{"items": []}`)
+	a.Put(podsOfNode, `{"items": []}`)
 	s.stale()
 	wantLogins(t, s, "r.example.com/app", Login{"b", "hush"})
 
-	a.mu.Lock()
-	a.token = "another"
-	a.mu.Unlock()
+	a.Renew("another")
 	s.stale()
 	if got, err := s.Lookup(t.Context(), at("r.example.com/app")); !slices.Equal(got, []Login{{"b", "hush"}}) || err == nil || !strings.Contains(err.Error(), "list pods of node node-1: API server: status 401") {
 		t.Errorf("got %v, %v, want what was there and an error", got, err)
 	}
-	a.configure(t) // with the new token
-	a.put("namespaces/one/secrets/regcred", "404")
+	a.Configure(t) // with the new token
+	a.Put("namespaces/one/secrets/regcred", "404")
 	if got, err := s.Lookup(t.Context(), at("r.example.com/app")); len(got) != 0 || err == nil {
 		t.Errorf("got %v, %v of a secret that is gone", got, err)
 	}
-	a.put("namespaces/one/secrets/regcred", `{"data": {".dockerconfigjson": "aHVzaA=="}}`)
+	a.Put("namespaces/one/secrets/regcred", `{"data": {".dockerconfigjson": "aHVzaA=="}}`)
 	s.stale()
 	if _, err := s.Lookup(t.Context(), at("r.example.com/app")); err == nil || err.Error() != "secrets one/regcred: malformed" {
 		t.Errorf("got %v", err)

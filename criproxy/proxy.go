@@ -29,9 +29,9 @@ import (
 
 // Pulls is told of pulls. *Store is one. Its methods are called from many goroutines; a panic of theirs is caught.
 type Pulls interface {
-	// Begin is called with what the kubelet asks for, before containerd is asked; auth is nil if there is none. done is called once when the call has ended, with the image's ID
+	// Begin is called with what the kubelet asks for, before containerd is asked. done is called once when the call has ended, with the image's ID
 	// (digest of its config), "" if it came to nothing; it may be nil.
-	Begin(image string, auth *runtime.AuthConfig) (done func(id string))
+	Begin(r *runtime.PullImageRequest) (done func(id string))
 }
 
 // Proxy passes calls on to a gRPC server at a Unix socket.
@@ -149,7 +149,7 @@ func (w *pull) request(m message) {
 	w.look(func() {
 		r := &runtime.PullImageRequest{}
 		if w.done == nil && !w.ended && proto.Unmarshal(m, r) == nil {
-			w.done = w.proxy.pulls.Begin(r.GetImage().GetImage(), r.GetAuth())
+			w.done = w.proxy.pulls.Begin(r)
 		}
 	})
 }

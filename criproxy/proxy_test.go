@@ -199,7 +199,7 @@ func TestServices(t *testing.T) {
 
 type noPulls struct{}
 
-func (noPulls) Begin(string, *runtime.AuthConfig) func(string) { return nil }
+func (noPulls) Begin(*runtime.PullImageRequest) func(string) { return nil }
 
 // future is a service of which the proxy knows nothing; f serves a call of it.
 func future(t *testing.T, f func(method string, s grpc.ServerStream) error) *grpc.ClientConn {
@@ -372,8 +372,8 @@ type log struct {
 	fail  bool
 }
 
-func (l *log) Begin(image string, auth *runtime.AuthConfig) func(string) {
-	l.add(fmt.Sprintf("%s %s:%s", image, auth.GetUsername(), auth.GetPassword()))
+func (l *log) Begin(r *runtime.PullImageRequest) func(string) {
+	l.add(fmt.Sprintf("%s %s:%s", r.GetImage().GetImage(), r.GetAuth().GetUsername(), r.GetAuth().GetPassword()))
 	if l.fail {
 		panic("begin")
 	}

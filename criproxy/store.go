@@ -80,12 +80,12 @@ func (s *Store) tell(err error) {
 }
 
 // Begin is Pulls's.
-func (s *Store) Begin(image string, auth *runtime.AuthConfig) (done func(id string)) {
-	c, ok := credentialOf(auth)
+func (s *Store) Begin(r *runtime.PullImageRequest) (done func(id string)) {
+	c, ok := credentialOf(r.GetAuth())
 	if !ok {
 		return nil
 	}
-	repo, _, _, err := registryclient.ParseReference(image)
+	repo, _, _, err := registryclient.ParseReference(r.GetImage().GetImage())
 	if err != nil {
 		return nil // containerd says so
 	}

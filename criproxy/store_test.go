@@ -62,9 +62,14 @@ const (
 	image = "r.example/a:v1"
 )
 
-// pull is a pull with a password, that gets an image.
+// begin begins a pull.
+func begin(s *Store, ref string, auth *runtime.AuthConfig) (done func(id string)) {
+	return s.Begin(&runtime.PullImageRequest{Image: &runtime.ImageSpec{Image: ref}, Auth: auth})
+}
+
+// pullWith is a pull with a password, that gets an image.
 func pullWith(s *Store, ref, password, id string) {
-	if done := s.Begin(ref, &runtime.AuthConfig{Username: "u", Password: password}); done != nil {
+	if done := begin(s, ref, &runtime.AuthConfig{Username: "u", Password: password}); done != nil {
 		done(id)
 	}
 }
@@ -95,11 +100,11 @@ func want(t *testing.T, s *Store, repo registryclient.Repository, passwords ...s
 func TestStore(t *testing.T) {
 	s := Open(Options{File: filepath.Join(t.TempDir(), "none")})
 	want(t, s, repo)
-	done := s.Begin(image, &runtime.AuthConfig{Username: "u", Password: "1"})
+	done := begin(s, image, &runtime.AuthConfig{Username: "u", Password: "1"})
 	want(t, s, repo, "1")
 	want(t, s, "r.example/b")
 	want(t, s, "q.example/a")
-	second := s.Begin(image, &runtime.AuthConfig{Username: "u", Password: "2"})
+	second := begin(s, image, &runtime.AuthConfig{Username: "u", Password: "2"})
 	want(t, s, repo, "2", "1")
 	second("")
 	want(t, s, repo, "1")
@@ -110,7 +115,7 @@ func TestStore(t *testing.T) {
 	pullWith(s, image, "1", "")
 	pullWith(s, image, "2", "")
 	want(t, s, repo, "1")
-	if s.Begin(image, nil) != nil || s.Begin(image, &runtime.AuthConfig{Auth: "%%"}) != nil || s.Begin("::", &runtime.AuthConfig{Username: "u", Password: "p"}) != nil {
+	if begin(s, image, nil) != nil || begin(s, image, &runtime.AuthConfig{Auth: "%%"}) != nil || begin(s, "::", &runtime.AuthConfig{Username: "u", Password: "p"}) != nil {
 		t.Error("kept what is no credential")
 	}
 
@@ -165,19 +170,19 @@ func TestStore(t *testing.T) {
 
 	// Every host of the repository, or one.
 	mirror := registryclient.Repository("m.example/proxy/a")
-	done = s.Begin(image, &runtime.AuthConfig{Username: "u", Password: "p"})
+	done = begin(s, image, &runtime.AuthConfig{Username: "u", Password: "p"})
 	want(t, s, repo, "p")
 	if got := lookup(t, s, repo, mirror); !slices.Equal(got, []credentials.Login{{User: "u", Secret: "p"}}) {
 		t.Errorf("for a mirror: %v", got)
 	}
 	done("")
-	done = s.Begin(image, &runtime.AuthConfig{IdentityToken: "it", ServerAddress: "https://m.example"})
+	done = begin(s, image, &runtime.AuthConfig{IdentityToken: "it", ServerAddress: "https://m.example"})
 	want(t, s, repo)
 	if got := lookup(t, s, repo, mirror); !slices.Equal(got, []credentials.Login{{Secret: "it"}}) {
 		t.Errorf("for its own host: %v", got)
 	}
 	done("")
-	done = s.Begin("busybox", &runtime.AuthConfig{Username: "u", Password: "hub", ServerAddress: "https://registry-1.docker.io"})
+	done = begin(s, "busybox", &runtime.AuthConfig{Username: "u", Password: "hub", ServerAddress: "https://registry-1.docker.io"})
 	want(t, s, "docker.io/library/busybox", "hub")
 	done("")
 }
@@ -190,7 +195,7 @@ func TestFile(t *testing.T) {
 	}
 	pullWith(s, image, "one secret", "sha256:1")
 	pullWith(s, image, "two secret", "sha256:2")
-	s.Begin(image, &runtime.AuthConfig{Username: "u", Password: "under way"})
+	begin(s, image, &runtime.AuthConfig{Username: "u", Password: "under way"})
 	for _, name := range []string{o.File, o.Key} {
 		if fi, err := os.Stat(name); err != nil || fi.Mode() != 0o600 {
 			t.Errorf("%s: %v, %v", name, fi, err)

@@ -39,6 +39,7 @@ type config struct {
 	PluginDir      string      `toml:"credential_provider_bin_dir" comment:"Where the plugins are: the kubelet's --image-credential-provider-bin-dir; empty for where their configuration is."`
 	Kubeconfig     string      `toml:"kubeconfig" comment:"With which to get the image pull secrets of this node's pods from the API server; the kubelet's own has just the rights for that. Empty for none."`
 	NodeName       string      `toml:"node_name" comment:"What the node is called in Kubernetes; empty for this machine's name, as the kubelet has it."`
+	Events         string      `toml:"events_kubeconfig" comment:"With which to put an event on each pod whose image is pulled, streamed or not and why. It takes the rights to create events and to list this node's\npods; the kubelet's own has them. Empty for no events."`
 	DockerConfig   bool        `toml:"docker_config" comment:"Whether docker's config.json with its credential helpers (of the user that runs the daemon), or podman's auth.json, is tried last."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
 	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
@@ -135,18 +136,13 @@ func (c *config) validate() error {
 		key, path string
 		optional  bool
 	}{{"root", c.Root, false}, {"address", c.Address, false}, {"cri_proxy", c.CRIProxy, true}, {"cri_containerd", c.Containerd, false}, {"cri_credentials_key", c.CRIKey, true},
-		{"credential_provider_config", c.Plugins, true}, {"credential_provider_bin_dir", c.PluginDir, true}} {
+		{"credential_provider_config", c.Plugins, true}, {"credential_provider_bin_dir", c.PluginDir, true}, {"kubeconfig", c.Kubeconfig, true}, {"events_kubeconfig", c.Events, true}} {
 		if !filepath.IsAbs(p.path) && (p.path != "" || !p.optional) {
 			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
 		}
 	}
 	if p := filepath.Clean(c.CRIProxy); p == filepath.Clean(c.Address) || p == filepath.Clean(c.Containerd) {
 		return fmt.Errorf("cri_proxy = %q: want a socket of its own", c.CRIProxy)
-	}
-	for _, p := range []struct{ key, path string }{{"credential_provider_config", c.Plugins}, {"credential_provider_bin_dir", c.PluginDir}, {"kubeconfig", c.Kubeconfig}} {
-		if p.path != "" && !filepath.IsAbs(p.path) {
-			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
-		}
 	}
 	if !slices.Contains([]nodefs.Mode{nodefs.ModeAuto, nodefs.ModeFile, nodefs.ModeLoop, nodefs.ModeTree}, c.MountMode) {
 		return fmt.Errorf("mount_mode = %q: want auto, file, loop or tree", c.MountMode)

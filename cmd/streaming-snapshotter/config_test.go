@@ -48,6 +48,7 @@ func TestConfigErrors(t *testing.T) {
 		"syntax":                {"root = \n", "line 1"},
 		"relative root":         {"root = 'var'\n", "root"},
 		"relative plugins":      {"credential_provider_config = 'config.yaml'\n", "want an absolute path"},
+		"relative kubeconfig":   {"events_kubeconfig = 'kubeconfig'\n", "want an absolute path"},
 		"relative proxy":        {"cri_proxy = 'p.sock'\n", "cri_proxy"},
 		"proxy to itself":       {"cri_proxy = '/r/c.sock'\ncri_containerd = '/r/../r/c.sock'\n", "want a socket of its own"},
 		"proxy at address":      {"cri_proxy = '/a'\naddress = '/a'\n", "want a socket of its own"},

@@ -212,6 +212,8 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 		}
 	}
 	cri := openCRI(c)
+	pods, stopEvents := serveEvents(c)
+	defer stopEvents()
 	stopCRI, err := serveCRI(ctx, c, cri, st)
 	if err != nil {
 		log.Error("CRI proxy: pulls through it fail", "address", c.CRIProxy, "error", err)
@@ -225,11 +227,15 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	var n *node
 	var sn *snapshot.Snapshotter
 	ready := false
+	onPull := func(p snapshot.Pull) {
+		seen.pulls.note(p)
+		pods.tell(p, n)
+	}
 	if err = configErr; err == nil {
 		if safe != "" {
-			n, sn, err = startSafe(c, safe, keep, cri, log, seen.pulls.note)
+			n, sn, err = startSafe(c, safe, keep, cri, log, onPull)
 		} else {
-			n, sn, err = startNormal(c, keep, cri, log, seen.pulls.note)
+			n, sn, err = startNormal(c, keep, cri, log, onPull)
 		}
 	}
 	if err == nil {

@@ -47,6 +47,18 @@ func (s *Store) Status() (list []ImageStatus, err error) {
 	return list, err
 }
 
+// Size returns the bytes of an image's own layers, as the registry has them; 0 if that is not known.
+func (s *Store) Size(id string) (total int64) {
+	img, err := s.load(id)
+	if err != nil {
+		return 0
+	}
+	for _, l := range img.rec.Sources {
+		total += l.Size
+	}
+	return total
+}
+
 func (img *image) status() ImageStatus {
 	st := ImageStatus{ID: img.id, Repository: img.rec.Repository, Manifest: img.rec.Manifest, Layers: len(img.rec.Layers)}
 	_, err := os.Stat(filepath.Join(img.store.imageDir(img.id), completedName))

@@ -1,0 +1,89 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/criproxy"
+	"github.com/streaming-snapshotter/streaming-snapshotter/events"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+)
+
+// podEvents tells pods of their pulls. Nil tells nobody.
+type podEvents struct{ *events.Recorder }
+
+// serveEvents sends events until stop, if they are configured; nil if not.
+func serveEvents(c config) (e *podEvents, stop func()) {
+	if c.Events == "" {
+		return nil, func() {}
+	}
+	e = &podEvents{events.New(c.Events, c.node(), logEvents)}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		e.Run(ctx)
+	}()
+	return e, func() {
+		cancel()
+		<-done
+	}
+}
+
+// logEvents logs that no events can be put on pods, and that they can again.
+func logEvents(err error) {
+	ctx := about("Kubernetes events")
+	if err != nil {
+		slog.WarnContext(ctx, "no events are put on pods: whoever events_kubeconfig names needs `create` of events in all namespaces, and `list` of pods", "error", err)
+	} else {
+		slog.InfoContext(ctx, "events are put on pods again")
+	}
+}
+
+// tell tells the pods of a pull. n has its image.
+func (e *podEvents) tell(p snapshot.Pull, n *node) {
+	if e == nil {
+		return
+	}
+	ev := events.Event{Reason: "Streaming", At: p.At}
+	if p.Err != nil {
+		code := reason.Of(p.Err)
+		ev.Reason, ev.Code = "NotStreaming", string(code)
+		ev.Message = fmt.Sprintf("%s: image %q is pulled in the normal way: %v. What to do: %s", code, p.Image, p.Err, code.Remedy())
+	} else {
+		ev.Message = fmt.Sprintf("Image %q is streamed, found in %v: %s, artifact sha256:%s", p.Image, p.Took.Round(time.Millisecond), bytesText(n.images.Size(p.Artifact)), p.Artifact)
+	}
+	e.Tell(p.Image, ev)
+}
+
+// Begin is criproxy.Pulls's: the kubelet says for which pod it pulls.
+func (e *podEvents) Begin(r *runtime.PullImageRequest) (done func(id string)) {
+	m := r.GetSandboxConfig().GetMetadata()
+	if e == nil || m.GetName() == "" {
+		return nil
+	}
+	end := e.Recorder.Begin(r.GetImage().GetImage(), events.Pod{Namespace: m.Namespace, Name: m.Name, UID: m.Uid})
+	return func(string) { end() }
+}
+
+// allPulls tells each of pulls.
+type allPulls []criproxy.Pulls
+
+func (all allPulls) Begin(r *runtime.PullImageRequest) (done func(id string)) {
+	var ends []func(string)
+	for _, p := range all {
+		if end := p.Begin(r); end != nil {
+			ends = append(ends, end)
+		}
+	}
+	return func(id string) {
+		for _, end := range ends {
+			end(id)
+		}
+	}
+}

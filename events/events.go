@@ -1,0 +1,256 @@
+// Package events puts Kubernetes events on the pods whose images are pulled: what `kubectl describe pod` shows under the kubelet's own.
+//
+// Which pods: those that the CRI proxy knows the pull to be for, or else the pods of this node that have the image and wait for it. The rights to create events and, without the proxy, to list the node's pods are
+// all that it takes; a kubelet's kubeconfig has them.
+//
+// The principle: an event is a courtesy. Telling of a pull never waits. At most maxQueued pulls wait for their events, and what is more is left out; each request is made once, one after the other; and
+// what has been said of a pod is said again only after a while, with how often it came meanwhile. What fails is told once, until it works again.
+package events
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/kubeapi"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+)
+
+const (
+	component = "streaming-snapshotter"
+
+	maxQueued  = 64
+	maxPods    = 64   // that one pull is told to
+	maxMessage = 1000 // bytes; the API's bound for the newer kind of events is 1024
+
+	quiet   = 10 * time.Minute
+	maxTold = 1024
+	// another is when to look a second time for the pods of a pull: the API server may have learnt of them after the kubelet, which asked another one.
+	another = time.Second
+
+	// mirror is the annotation with which a static pod's object in the API server says what the pod's UID is for its kubelet, and for kubectl when it looks for events.
+	mirror = "kubernetes.io/config.mirror"
+)
+
+// Pod names a pod.
+type Pod struct{ Namespace, Name, UID string }
+
+// Event is what happened to the pull of an image.
+type Event struct {
+	Reason  string // "Streaming": a word for programs
+	Code    string // further words for programs: events of a pod that differ in neither are the same
+	Message string
+	At      time.Time
+}
+
+// Recorder puts events on pods. It is safe for concurrent use.
+type Recorder struct {
+	api     *kubeapi.Client
+	node    string
+	onError func(error)
+	queue   chan notice
+
+	mu      sync.Mutex
+	pulling map[*pull]bool
+
+	// Of Run:
+	failing bool
+	told    map[subject]*last
+}
+
+// notice is a pull to tell of.
+type notice struct {
+	image string
+	event Event
+	pods  []Pod // none: those that wait for the image
+}
+
+// pull is one that the CRI proxy sees.
+type pull struct {
+	image reference
+	pod   Pod
+}
+
+// subject is what events are counted by.
+type subject struct{ uid, image, reason, code string }
+
+// last is when that was said, and how often it came since, and first.
+type last struct {
+	at, since time.Time
+	count     int
+}
+
+// New returns a Recorder for the pods of a node, with the connection of a kubeconfig. onError is told when events cannot be put on pods, and with nil when they can again; it must not block.
+func New(kubeconfig, node string, onError func(error)) *Recorder {
+	return &Recorder{
+		api: kubeapi.New(kubeconfig), node: node, onError: onError, queue: make(chan notice, maxQueued),
+		pulling: map[*pull]bool{}, told: map[subject]*last{},
+	}
+}
+
+// Begin notes that an image is pulled for a pod, until done is called.
+func (r *Recorder) Begin(image string, pod Pod) (done func()) {
+	p := &pull{parse(image), pod}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.pulling[p] = true
+	return func() {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		delete(r.pulling, p)
+	}
+}
+
+// Tell has e put on the pods that pull an image. It returns at once.
+func (r *Recorder) Tell(image string, e Event) {
+	n := notice{image: image, event: e}
+	of := parse(image)
+	r.mu.Lock()
+	for p := range r.pulling {
+		if of != (reference{}) && p.image == of && !slices.Contains(n.pods, p.pod) {
+			n.pods = append(n.pods, p.pod)
+		}
+	}
+	r.mu.Unlock()
+	select {
+	case r.queue <- n:
+	default:
+	}
+}
+
+// Run sends events until ctx ends.
+func (r *Recorder) Run(ctx context.Context) {
+	defer r.api.Close()
+	for {
+		select {
+		case n := <-r.queue:
+			r.report(r.send(ctx, n))
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// report tells of failures when they begin and end. sent says that an event was put on a pod.
+func (r *Recorder) report(sent bool, err error) {
+	if failing := err != nil; failing != r.failing && (failing || sent) {
+		r.failing = failing
+		r.onError(err)
+	}
+}
+
+func (r *Recorder) send(ctx context.Context, n notice) (sent bool, err error) {
+	if len(n.pods) == 0 {
+		if n.pods, err = r.find(ctx, n.image); err != nil {
+			return false, ended(ctx, err)
+		}
+	}
+	for _, p := range n.pods[:min(len(n.pods), maxPods)] {
+		put, err := r.put(ctx, p, n)
+		if err != nil {
+			return sent, ended(ctx, err)
+		}
+		sent = sent || put
+	}
+	return sent, nil
+}
+
+// ended is err, unless it is because Run is to end.
+func ended(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return err
+}
+
+// find returns the pods that wait for an image.
+func (r *Recorder) find(ctx context.Context, image string) (pods []Pod, err error) {
+	of := parse(image)
+	if of == (reference{}) {
+		return nil, nil
+	}
+	for again := false; ; again = true {
+		list, err := r.api.Pods(ctx, r.node)
+		if err != nil {
+			return nil, err
+		}
+		for _, p := range list {
+			if !p.WaitsFor(func(image string) bool { return parse(image) == of }) {
+				continue
+			}
+			uid := p.Metadata.UID
+			if static := p.Metadata.Annotations[mirror]; static != "" {
+				uid = static
+			}
+			pods = append(pods, Pod{p.Metadata.Namespace, p.Metadata.Name, uid})
+		}
+		if len(pods) > 0 || again {
+			return pods, nil
+		}
+		select {
+		case <-time.After(another):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+}
+
+// put puts an event on a pod, unless the same was said a while ago: then it is counted.
+func (r *Recorder) put(ctx context.Context, p Pod, n notice) (put bool, err error) {
+	e := n.event
+	about := subject{p.UID, n.image, e.Reason, e.Code}
+	count, since := 1, e.At
+	if l := r.told[about]; l != nil {
+		if l.count++; l.count == 1 {
+			l.since = e.At
+		}
+		if e.At.Sub(l.at) < quiet {
+			return false, nil
+		}
+		count, since = l.count, l.since
+	}
+	if err := r.api.Create(ctx, "namespaces/"+p.Namespace+"/events", r.object(p, e, count, since)); err != nil {
+		return false, err
+	}
+	if len(r.told) >= maxTold {
+		clear(r.told) // some are said again too early
+	}
+	r.told[about] = &last{at: e.At}
+	return true, nil
+}
+
+// object is the event as the API has it.
+func (r *Recorder) object(p Pod, e Event, count int, since time.Time) any {
+	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+	return map[string]any{
+		"apiVersion":     "v1",
+		"kind":           "Event",
+		"metadata":       map[string]any{"generateName": p.Name + ".", "namespace": p.Namespace},
+		"involvedObject": map[string]any{"apiVersion": "v1", "kind": "Pod", "namespace": p.Namespace, "name": p.Name, "uid": p.UID},
+		"type":           "Normal", // a container runs either way
+		"reason":         e.Reason,
+		"message":        e.Message[:min(len(e.Message), maxMessage)],
+		"firstTimestamp": at(since), "lastTimestamp": at(e.At), "count": count,
+		"source":             map[string]any{"component": component, "host": r.node},
+		"reportingComponent": component,
+		"reportingInstance":  r.node,
+	}
+}
+
+// reference is an image's, as containerd's CRI reads it. The zero value is none.
+type reference struct {
+	repo registryclient.Repository
+	tag  string
+	dgst digest.Digest
+}
+
+func parse(image string) reference {
+	repo, tag, dgst, err := registryclient.ParseReference(image)
+	if err != nil {
+		return reference{}
+	}
+	return reference{repo, tag, dgst}
+}

@@ -1,0 +1,155 @@
+// Package kubeapi asks a Kubernetes API server for the little that a node's daemon wants of it: objects by name, the pods of a node, a new event.
+//
+// The principle: client-go gives the connection that a kubeconfig describes, certificates that are renewed and programs for tokens included, and not its client, which
+// registers every type of Kubernetes: 17 MB of program and a MB of memory for four kinds of request. What is asked for is what the caller wants now: nothing is listed beyond the node, watched,
+// kept or tried again. Errors show nothing of an answer but a status and its message.
+package kubeapi
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+)
+
+const (
+	timeout    = 15 * time.Second
+	maxAnswer  = 64 << 20 // bytes: a node has hundreds of pods, and a pod at most 1.5 MB
+	maxStatus  = 64 << 10
+	maxMessage = 200 // of a status, in an error
+)
+
+// Client asks one API server. It is safe for concurrent use.
+type Client struct {
+	file string
+
+	mu     sync.Mutex
+	stamp  string // of file
+	client *http.Client
+	base   *url.URL
+}
+
+// New returns a Client with the connection of a kubeconfig, which is read at the first request and again when it changes.
+func New(kubeconfig string) *Client { return &Client{file: kubeconfig} }
+
+// StatusError is an answer that is no success.
+type StatusError struct {
+	Code    int // of HTTP
+	Message string
+}
+
+func (e *StatusError) Error() string {
+	return strings.TrimSuffix(fmt.Sprintf("API server: status %d: %s", e.Code, e.Message), ": ")
+}
+
+// connect returns the connection of the kubeconfig as it is now.
+func (c *Client) connect() (*http.Client, *url.URL, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	fi, err := os.Stat(c.file)
+	if err != nil {
+		return nil, nil, err
+	}
+	stamp := fmt.Sprint(fi.Size(), fi.ModTime().UnixNano())
+	if stamp == c.stamp {
+		return c.client, c.base, nil
+	}
+	config, err := clientcmd.BuildConfigFromFlags("", c.file)
+	if err != nil {
+		return nil, nil, err
+	}
+	client, err := rest.HTTPClientFor(config)
+	if err != nil {
+		return nil, nil, err
+	}
+	base, _, err := rest.DefaultServerUrlFor(config)
+	if err != nil {
+		return nil, nil, err
+	}
+	if c.client != nil {
+		c.client.CloseIdleConnections()
+	}
+	c.client, c.base, c.stamp = client, base, stamp
+	return client, base, nil
+}
+
+// Close closes idle connections.
+func (c *Client) Close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.client != nil {
+		c.client.CloseIdleConnections()
+	}
+}
+
+// Get gets an object or a list of the core group into v. path is below the group, "namespaces/default/secrets/regcred". An answer that is no success is a *StatusError.
+func (c *Client) Get(ctx context.Context, path string, query map[string]string, v any) error {
+	return c.do(ctx, http.MethodGet, path, query, nil, v)
+}
+
+// Create makes an object of the core group out of v. path is that of its list, "namespaces/default/events".
+func (c *Client) Create(ctx context.Context, path string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	return c.do(ctx, http.MethodPost, path, nil, b, nil)
+}
+
+// do sends a request, with body if there is one, and decodes the answer into v unless that is nil.
+func (c *Client) do(ctx context.Context, method, path string, query map[string]string, body []byte, v any) error {
+	client, base, err := c.connect()
+	if err != nil {
+		return fmt.Errorf("kubeconfig %s: %w", c.file, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	u := base.JoinPath("api/v1", path)
+	q := url.Values{}
+	for key, value := range query {
+		q.Set(key, value)
+	}
+	u.RawQuery = q.Encode()
+	req, err := http.NewRequestWithContext(ctx, method, u.String(), bytes.NewReader(body))
+	if err != nil {
+		return err
+	}
+	req.Header.Set("Accept", "application/json")
+	if body != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := client.Do(req)
+	var failed *url.Error
+	if errors.As(err, &failed) {
+		return failed.Err // without the whole URL
+	}
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode/100 != 2 {
+		var status struct{ Message string }
+		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxStatus)) // an error in an error adds nothing
+		_ = json.Unmarshal(b, &status)
+		return &StatusError{resp.StatusCode, strings.Trim(strconv.Quote(status.Message[:min(len(status.Message), maxMessage)]), `"`)}
+	}
+	if v == nil {
+		return nil
+	}
+	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(v); err != nil {
+		return errors.New("the API server's answer is no JSON") // and may show a secret
+	}
+	return nil
+}
