@@ -82,6 +82,7 @@ func TestCRIProxy(t *testing.T) {
 			refused("--creds", "me:wrong")
 			pullProxied(t, registry, n, ref, img)
 			sumIn(t, n, ref, seed, "/data/small")
+			checkAccepted(t, n, ref, "CRI proxy")
 			refused() // beside one that may
 			refused("--creds", "me:wrong")
 			if _, there := kept(n); !there {

@@ -28,6 +28,7 @@ func adminSocket(root string) string { return filepath.Join(root, "admin.sock") 
 //	/readyz      200: containerd is answered, and not in safe mode; 503 with the reason in its body. Paused is ready: somebody wants it so
 //	/metrics     in the text format of Prometheus
 //	/status      the status as JSON
+//	/check       ?ref=REF&platform=PLATFORM: what `check REF` says of an image, as JSON. No secret is in it
 //	/profile     ?manifest=DIGEST of a platform manifest: the record of the image's first start, as JSON
 //	/debug/pprof profiles of the Go runtime
 //
@@ -35,8 +36,9 @@ func adminSocket(root string) string { return filepath.Join(root, "admin.sock") 
 type admin struct {
 	n     *node
 	ready atomic.Bool
-	safe  string        // safe mode, and why; "" is none
-	ask   func() status // nil for mount
+	safe  string                                                                // safe mode, and why; "" is none
+	ask   func() status                                                         // nil for mount
+	check func(ctx context.Context, ref, platform string) (*imageReport, error) // likewise
 }
 
 // public serves what everybody may see.
@@ -68,6 +70,16 @@ func (a *admin) private() *http.ServeMux {
 	if a.ask != nil {
 		mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
 			json.NewEncoder(w).Encode(a.ask()) // who has gone does not want it
+		})
+	}
+	if a.check != nil {
+		mux.HandleFunc("GET /check", func(w http.ResponseWriter, r *http.Request) {
+			report, err := a.check(r.Context(), r.FormValue("ref"), r.FormValue("platform"))
+			if err != nil {
+				http.Error(w, err.Error(), http.StatusBadRequest)
+				return
+			}
+			json.NewEncoder(w).Encode(report)
 		})
 	}
 	mux.HandleFunc("GET /profile", func(w http.ResponseWriter, r *http.Request) {

@@ -68,8 +68,8 @@ func newCheckCommand(configFile *string) *cobra.Command {
 		Use:   "check [REF]",
 		Short: "Say how images would be mounted on this machine, what keeps them from being streamed, and whether REF would be",
 		Long: `Looks at the kernel, the disk, the daemon and containerd's effective configuration, and names each trap with what to do about it.
-With REF it asks the registry's hosts for the image, and looks for its artifact as a pull does, with the configuration and the credentials
-that it finds itself; what kubelet has given the daemon for pods it does not know. It changes nothing, and needs root.
+With REF the registry's hosts are asked for the image, and its artifact is looked for as a pull does: by the daemon, with its configuration and
+credentials, those too that came with pulls through its CRI proxy; or without them where no daemon answers. It changes nothing, and needs root.
 
 Exit status: 0 if all is well and REF would be streamed, 1 if there is a trap or REF would not be streamed, 2 for wrong arguments, or if no trap was
 found and something could not be looked at.`,
@@ -98,11 +98,11 @@ found and something could not be looked at.`,
 
 // check prints what c makes of this machine, and of o.ref. It changes nothing. Its error is an exitStatus once something is printed.
 func check(ctx context.Context, c config, o checkOptions, w io.Writer) (err error) {
-	dir, err := os.MkdirTemp(existing(c.Root), "streaming-snapshotter-check-")
+	dir, remove, err := checkDir(c.Root)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	defer func() { err = errors.Join(err, remove()) }()
 	r := checkReport{Version: version(), Kernel: kernel(), Stream: c.Stream, Traps: []traps.Trap{}, Unknown: []string{}}
 	if err := r.checkMounts(c, dir); err != nil {
 		return err
@@ -114,7 +114,7 @@ func check(ctx context.Context, c config, o checkOptions, w io.Writer) (err erro
 	r.checkDaemon(ctx, c)
 	r.checkContainerd(ctx, c, o)
 	if o.ref != "" {
-		if r.Image, err = checkImage(ctx, c, o, dir); err != nil {
+		if r.Image, err = r.askImage(ctx, c, o, dir); err != nil {
 			return err
 		}
 	}
@@ -128,6 +128,12 @@ func check(ctx context.Context, c config, o checkOptions, w io.Writer) (err erro
 		return checkUnknown
 	}
 	return nil
+}
+
+// checkDir makes a directory for the files of a check, on the file system of root.
+func checkDir(root string) (dir string, remove func() error, err error) {
+	dir, err = os.MkdirTemp(existing(root), "streaming-snapshotter-check-")
+	return dir, func() error { return os.RemoveAll(dir) }, err
 }
 
 func (r *checkReport) trap(c traps.Code, remedy, format string, a ...any) {

@@ -5,11 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/criproxy"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
@@ -37,8 +40,8 @@ type hostReport struct {
 	Error        string   `json:"error,omitempty"`       // "": it has the image
 }
 
-// checkImage looks for the artifact of o.ref as a pull does, with files of its own in dir.
-func checkImage(ctx context.Context, c config, o checkOptions, dir string) (_ *imageReport, err error) {
+// checkImage looks for the artifact of o.ref as a pull does, with files of its own in dir. cri has what came with pulls; nil without the proxy of CRI.
+func checkImage(ctx context.Context, c config, o checkOptions, dir string, cri *criproxy.Store) (_ *imageReport, err error) {
 	r := &imageReport{Ref: o.ref, Hosts: []hostReport{}}
 	_, _, _, err = registryclient.ParseReference(o.ref)
 	if err != nil {
@@ -48,24 +51,24 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string) (_ *i
 	if err != nil {
 		return nil, err
 	}
-	root := c.Root // the daemon's
-	c.Root, c.CacheSize, c.Background, c.RegistryWait = filepath.Join(dir, "image"), "0", "0", c.ResolveTimeout
-	lock, err := lockDir(c.Root)
+	logins := newSources(c, cri)
+	defer func() { err = errors.Join(err, logins.close()) }()
+	reg, err := newRegistry(c, logins)
 	if err != nil {
 		return nil, err
 	}
-	defer lock.Close()
-	n, err := newNode(c, unlessPaused(root, c.Stream.allow), nil, true, nil)
+	defer reg.Close()
+	images, end, err := newSearch(c, reg, dir)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, n.close()) }()
-	if err := r.askHosts(ctx, n.reg, c.ResolveTimeout.std()); err != nil {
+	defer func() { err = errors.Join(err, end()) }()
+	if err := r.askHosts(ctx, reg, c.ResolveTimeout.std()); err != nil {
 		return nil, err
 	}
 	asked, cancel := context.WithTimeout(ctx, c.ResolveTimeout.std())
 	defer cancel()
-	manifest, err := resolve(asked, n.reg, mountOptions{ref: o.ref, platform: o.platform}, matcher)
+	manifest, err := resolve(asked, reg, mountOptions{ref: o.ref, platform: o.platform}, matcher)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
@@ -78,8 +81,7 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string) (_ *i
 		return r, nil
 	}
 	r.Manifest = manifest.String()
-	r.askLast(ctx, root)
-	id, chainIDs, err := n.images.Find(ctx, o.ref, manifest)
+	id, chainIDs, err := images.Find(ctx, o.ref, manifest)
 	if ctx.Err() != nil {
 		return nil, ctx.Err()
 	}
@@ -89,6 +91,52 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string) (_ *i
 	}
 	r.Artifact, r.Layers = id, len(chainIDs)
 	return r, nil
+}
+
+// newSearch returns what looks for artifacts with files of its own in dir, and mounts nothing.
+func newSearch(c config, reg *registryclient.Client, dir string) (images *stream.Store, end func() error, err error) {
+	root := filepath.Join(dir, "image")
+	chunks, err := cache.Open(filepath.Join(root, "cache"), cache.Options{Index: stream.Indexes(root)})
+	if err != nil {
+		return nil, nil, err
+	}
+	images, err = stream.New(stream.Options{
+		Root: root, Registry: reg, Cache: chunks, Allow: unlessPaused(c.Root, c.Stream.allow), Timeout: c.ResolveTimeout.std(), NoReadAhead: true,
+	})
+	if err != nil {
+		return nil, nil, errors.Join(err, chunks.Close())
+	}
+	return images, func() error {
+		images.EndSearches()
+		return chunks.Close()
+	}, nil
+}
+
+// askImage is checkImage by the daemon, if one answers: it has what came with pulls through the proxy of CRI, and its own environment.
+func (r *checkReport) askImage(ctx context.Context, c config, o checkOptions, dir string) (image *imageReport, err error) {
+	err = errors.New("no daemon")
+	if r.Daemon != "" {
+		err = askDaemon(ctx, c.Root, "/check?"+url.Values{"ref": {o.ref}, "platform": {o.platform}}.Encode(), &image)
+	}
+	if err != nil {
+		image, err = checkImage(ctx, c, o, dir, nil)
+	}
+	if err == nil && image.Manifest != "" {
+		image.askLast(ctx, c.Root)
+	}
+	return image, err
+}
+
+// check returns what answers askImage.
+func (n *node) check(c config) func(ctx context.Context, ref, platform string) (*imageReport, error) {
+	return func(ctx context.Context, ref, platform string) (image *imageReport, err error) {
+		dir, remove, err := checkDir(c.Root)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { err = errors.Join(err, remove()) }()
+		return checkImage(ctx, c, checkOptions{ref: ref, platform: platform}, dir, n.cri)
+	}
 }
 
 // notStreamed notes why.

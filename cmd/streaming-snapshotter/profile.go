@@ -74,7 +74,9 @@ func manifestOf(ctx context.Context, c config, ref, platform string) (digest.Dig
 	if err != nil {
 		return "", err
 	}
-	reg, err := newRegistry(c)
+	logins := newSources(c, nil)
+	defer logins.close()
+	reg, err := newRegistry(c, logins)
 	if err != nil {
 		return "", err
 	}
@@ -82,10 +84,10 @@ func manifestOf(ctx context.Context, c config, ref, platform string) (digest.Dig
 	return resolve(ctx, reg, mountOptions{ref: ref, platform: platform}, matcher)
 }
 
-// newRegistry returns a client for what a command asks of registries itself.
-func newRegistry(c config) (*registryclient.Client, error) {
+// newRegistry returns a client for what is asked of registries beside the images that are streamed.
+func newRegistry(c config, logins sources) (*registryclient.Client, error) {
 	return registryclient.New(registryclient.Options{
-		HostsDir: c.HostsDir, Credentials: credentials.Chain(newSources(c, nil)...), UserAgent: "streaming-snapshotter/" + version(),
+		HostsDir: c.HostsDir, Credentials: credentials.Chain(logins...), UserAgent: "streaming-snapshotter/" + version(),
 	})
 }
 

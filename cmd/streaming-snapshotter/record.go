@@ -138,7 +138,9 @@ const maxDocument = 8 << 20
 
 // imageToRecord asks the registry for the image ref and its config.
 func imageToRecord(ctx context.Context, c config, ref string) (*recordImage, error) {
-	reg, err := newRegistry(c)
+	logins := newSources(c, nil)
+	defer logins.close()
+	reg, err := newRegistry(c, logins)
 	if err != nil {
 		return nil, err
 	}

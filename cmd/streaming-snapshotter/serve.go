@@ -33,13 +33,14 @@ type node struct {
 	cache  *cache.Cache
 	reg    *registryclient.Client
 	logins sources
+	cri    *criproxy.Store // nil without the proxy of CRI
 	images *stream.Store
 }
 
 // newNode opens the node's parts with their files in root, which the caller has locked. allow is nil to stream from everywhere. keep is nil
 // if mounts end with the process. foreign is nodefs.Options.Foreign. cri is nil without the proxy of CRI.
 func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.Keeper, foreign bool, cri *criproxy.Store) (n *node, err error) {
-	n = &node{keeps: keep != nil}
+	n = &node{keeps: keep != nil, cri: cri}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, n.close())
@@ -283,7 +284,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	if err != nil {
 		return err
 	}
-	a := &admin{n: n, safe: s.SafeMode, ask: func() status { return s.measure(c.Root, n, seen) }}
+	a := &admin{n: n, safe: s.SafeMode, ask: func() status { return s.measure(c.Root, n, seen) }, check: n.check(c)}
 	stopAdmin, err := a.serve(c.Root, c.Metrics)
 	if err != nil {
 		log.Warn("nobody can ask for the status or the metrics", "error", err)
