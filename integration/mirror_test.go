@@ -2,14 +2,76 @@ package integration_test
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
+
+// writeHosts configures the hosts of a registry on a node.
+func writeHosts(t *testing.T, n *node.Node, registry, text string) {
+	t.Helper()
+	dir := filepath.Join(n.HostsDir(), registry)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestReplicaBehind: a replica that has the manifests of an image and its artifact, and not their blobs yet, costs a pull and its containers a question for each blob where another host comes
+// after it. As the only host it is a reason for a normal pull, which has a name.
+func TestReplicaBehind(t *testing.T) {
+	registry, replica := startRegistry(t, registrytest.Options{}), startRegistry(t, registrytest.Options{})
+	ref, alone := registry.Host()+"/app:v1", replica.Host()+"/app:v1"
+	img := pushSmall(t, ref, 83)
+	if err := ociimage.Push(t.Context(), img, alone); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range []string{ref, alone} { // the same artifact
+		run(t, "streamctl", "create", "--record", "", r)
+	}
+	replica.Inject(func(req *http.Request) bool { return snapshotters(req) && registrytest.Blobs(req) }, -1, registrytest.Status(http.StatusNotFound))
+	ofSnapshotter := func(q registrytest.Request) bool {
+		return strings.HasPrefix(q.Header.Get("User-Agent"), "streaming-snapshotter")
+	}
+
+	n := startNode(t, node.Options{Stream: []string{registry.Host() + "/*"}})
+	writeHosts(t, n, registry.Host(), fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\", \"resolve\", \"referrers\"]\n", registry.URL(), replica.URL()))
+	replica.Reset()
+	registry.Reset()
+	if err := n.Pull(t.Context(), ref); err != nil {
+		t.Fatal(err)
+	}
+	if got := wholeLayers(t, registry, img) + wholeLayers(t, replica, img); got > 0 {
+		t.Errorf("a pull that streams downloaded %d layers", got)
+	}
+	sumIn(t, n, ref, 83, "/data")
+	if got, _ := registry.Count(func(q registrytest.Request) bool { return !registrytest.OfBlobs(q) }); got > 0 {
+		t.Errorf("the registry was asked %d times for what the replica has", got)
+	}
+	for _, r := range []*registrytest.Registry{replica, registry} {
+		if got, _ := r.Count(registrytest.OfBlobs, ofSnapshotter); got == 0 {
+			t.Errorf("%s was asked for no blob", r.Host())
+		}
+	}
+
+	n = startNode(t, node.Options{Stream: []string{replica.Host() + "/*"}})
+	if err := n.Pull(t.Context(), alone); err != nil {
+		t.Fatal(err)
+	}
+	if got := lastNormalPull(t, n, alone); got != reason.Incomplete {
+		t.Errorf("without another host the status says %q, want %s", got, reason.Incomplete)
+	}
+	sumIn(t, n, alone, 83, "/data")
+}
 
 // TestSiteCache: what one node has read through an nginx with the configuration of deploy/mirror costs the registry nothing when a second node reads it, be the registry's blobs
 // its own or elsewhere; without the nginx nodes read from the registry.
@@ -44,14 +106,7 @@ func TestSiteCache(t *testing.T) {
 					}
 				}
 				n := startNode(t, node.Options{Stream: []string{registry.Host() + "/*"}})
-				hosts := filepath.Join(n.HostsDir(), registry.Host())
-				text := fmt.Sprintf("server = %q\nca = %q\n[host.\"https://%s\"]\ncapabilities = [\"pull\", \"resolve\", \"referrers\"]\nca = %q\n", "https://"+registry.Host(), ca, cache.Addr, cert.CAFile)
-				if err := os.MkdirAll(hosts, 0o755); err != nil {
-					t.Fatal(err)
-				}
-				if err := os.WriteFile(filepath.Join(hosts, "hosts.toml"), []byte(text), 0o644); err != nil {
-					t.Fatal(err)
-				}
+				writeHosts(t, n, registry.Host(), fmt.Sprintf("server = %q\nca = %q\n[host.\"https://%s\"]\ncapabilities = [\"pull\", \"resolve\", \"referrers\"]\nca = %q\n", "https://"+registry.Host(), ca, cache.Addr, cert.CAFile))
 				registry.Reset()
 				if err := n.Pull(t.Context(), ref); err != nil {
 					t.Fatal(err)
