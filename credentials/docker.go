@@ -52,7 +52,7 @@ func (s *Docker) Lookup(ctx context.Context, p registryclient.Place) (list []Log
 		return nil, err
 	}
 	if err := json.Unmarshal(b, &c); err != nil {
-		return nil, fmt.Errorf("%s is malformed", file) // the text of err may show some of a secret
+		return nil, fmt.Errorf("%s is malformed: want JSON as `docker login` writes it", file) // the text of err may show some of a secret
 	}
 	all := parseAuths(c.Auths)
 	var errs []error
@@ -90,7 +90,7 @@ func (s *Docker) help(ctx context.Context, name, server string) (Login, error) {
 	l, err := s.calls.once(ctx, name+" "+server, func(ctx context.Context) (any, error) {
 		path, err := exec.LookPath("docker-credential-" + name)
 		if err != nil {
-			return Login{}, errors.Unwrap(err)
+			return Login{}, fmt.Errorf("%w of the daemon", errors.Unwrap(err)) // "executable file not found in $PATH"
 		}
 		b, err := program{path: path, args: []string{"get"}, timeout: s.timeout}.run(ctx, []byte(server))
 		if err != nil {

@@ -231,7 +231,7 @@ func isVersion(s, group string) bool {
 // lookup returns what the plugin has for image, from its cache or by running it. Other than kubelet's, the cache is passed over once a registry has refused what is in it.
 func (p *provider) lookup(ctx context.Context, s *Plugins, image string, refused []registryclient.Credential) ([]Login, error) {
 	if p.TokenAttributes != nil && p.TokenAttributes.RequireServiceAccount {
-		return nil, fmt.Errorf("%s wants a token of the pod's service account, which only kubelet can get: its credentials come through the CRI proxy", p.Name)
+		return nil, fmt.Errorf("%s wants a token of the pod's service account, which only kubelet can get: pull through the CRI proxy (`cri_proxy`) for its credentials", p.Name)
 	}
 	if a, ok := p.cached(image, refused); ok {
 		return a.lookup(registryclient.Repository(image))

@@ -36,7 +36,7 @@ func (s *Store) load() (kept []*entry, err error) {
 		err = nil // as it must be
 	}
 	if err != nil {
-		err = fmt.Errorf("credentials of earlier pulls are lost: %w", err)
+		err = fmt.Errorf("credentials of earlier pulls are lost, and images that are read with them have to be pulled again: %w", err)
 	}
 	if removeErr := os.Remove(s.o.File); removeErr != nil && !errors.Is(removeErr, os.ErrNotExist) {
 		err = errors.Join(err, removeErr)
@@ -151,11 +151,11 @@ func readKey(name string) ([]byte, error) {
 		return nil, err
 	}
 	if st, ok := fi.Sys().(*syscall.Stat_t); !ok || !fi.Mode().IsRegular() || fi.Mode().Perm()&0o077 != 0 || int(st.Uid) != os.Geteuid() {
-		return nil, fmt.Errorf("key %s: want a file that nobody but its owner, user %d, may read", name, os.Geteuid())
+		return nil, fmt.Errorf("key %s: want a file that nobody but its owner, user %d, may read: remove it, and another one is made", name, os.Geteuid())
 	}
 	key := make([]byte, keySize+1)
 	if n, _ := f.ReadAt(key, 0); n != keySize {
-		return nil, fmt.Errorf("key %s: want %d bytes", name, keySize)
+		return nil, fmt.Errorf("key %s: want %d bytes: remove it, and another one is made", name, keySize)
 	}
 	return key[:keySize], nil
 }
@@ -181,7 +181,7 @@ func makeKeyDir(name string) error {
 		return fmt.Errorf("statfs %s: %w", dir, err)
 	}
 	if st.Type != unix.TMPFS_MAGIC && st.Type != unix.RAMFS_MAGIC {
-		return fmt.Errorf("%s is not on a tmpfs: a key there would outlive the machine's start", dir)
+		return fmt.Errorf("%s is not on a tmpfs, and a key there would outlive the machine's start: set `cri_credentials_key` to a place below /run", dir)
 	}
 	return nil
 }

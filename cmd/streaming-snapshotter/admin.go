@@ -152,7 +152,7 @@ func askDaemon(ctx context.Context, root, path string, v any) error {
 	var dial *net.OpError
 	switch {
 	case errors.As(err, &dial) && dial.Op == "dial":
-		return fmt.Errorf("no daemon answers: %w", dial)
+		return fmt.Errorf("no daemon answers (it takes root, and `--config` if that is not the default's): %w", dial)
 	case err != nil:
 		return fmt.Errorf("ask %s: %w", adminSocket(root), errors.Unwrap(err))
 	}

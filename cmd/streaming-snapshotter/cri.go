@@ -31,7 +31,7 @@ func openCRI(c config) *criproxy.Store {
 func logCredentials(err error) {
 	ctx := about("the file of credentials")
 	if err != nil {
-		slog.WarnContext(ctx, "the file of credentials", "error", err)
+		slog.WarnContext(ctx, "credentials that came with pulls through the CRI proxy", "error", err)
 	} else {
 		slog.InfoContext(ctx, "credentials are kept over a restart of the daemon again")
 	}
@@ -80,7 +80,7 @@ func serveCRI(ctx context.Context, c config, pulls criproxy.Pulls, st *fdstore.S
 		hurry, done := context.WithTimeout(context.WithoutCancel(ctx), stopTimeout)
 		defer done()
 		if err := errors.Join(p.Stop(hurry), <-ended); err != nil {
-			slog.Error("CRI proxy", "error", err)
+			slog.Error("CRI proxy: pulls through it were cut", "error", err)
 		}
 	}()
 	return func() {

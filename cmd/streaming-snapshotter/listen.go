@@ -94,10 +94,10 @@ func newSocket(address string) (*net.UnixListener, error) {
 	}
 	if st, err := os.Lstat(address); err == nil {
 		if st.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("address %s exists and is no socket", address)
+			return nil, fmt.Errorf("address %s exists and is no socket: remove it, or configure another address", address)
 		}
 		if reaches(address) {
-			return nil, fmt.Errorf("address %s is served by another process", address)
+			return nil, fmt.Errorf("address %s is served by another process: end that one, or configure another address", address)
 		}
 		if err := os.Remove(address); err != nil {
 			return nil, err

@@ -85,7 +85,7 @@ func recordProfile(ctx context.Context, c config, configFile string, o recordOpt
 	}
 	client, err := containerd.New(o.address, containerd.WithDefaultNamespace(recordNamespace))
 	if err != nil {
-		return nil, fmt.Errorf("connect to containerd: %w", err)
+		return nil, fmt.Errorf("connect to containerd at %s (`--containerd` takes another socket): %w", o.address, err)
 	}
 	defer client.Close()
 	image, err := imageToRecord(ctx, c, o.ref)

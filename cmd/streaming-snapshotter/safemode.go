@@ -137,7 +137,7 @@ func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, lo
 	})
 	var images snapshot.Images = noImages{safe}
 	if err != nil {
-		log.Error("streamed images cannot be used", "error", err)
+		log.Error("streamed images cannot be used until the daemon is restarted without this error", "error", err)
 		n = &node{}
 	} else {
 		images = n.images

@@ -201,7 +201,7 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	count := readStarts(c.Root)
 	safe, err := count.begin()
 	if err != nil {
-		log.Warn("count this start", "error", err)
+		log.Warn("failed starts are not counted: after three there will be no safe mode", "error", err)
 	}
 	if safe != "" {
 		log.Error("safe mode: nothing new is streamed, images are pulled in the normal way", "failed_starts", count.Failed, "reason", safe)
@@ -217,7 +217,7 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	defer stopEvents()
 	stopCRI, err := serveCRI(ctx, c, cri, st)
 	if err != nil {
-		log.Error("CRI proxy: pulls through it fail", "address", c.CRIProxy, "error", err)
+		log.Error("CRI proxy: nobody answers there, and a kubelet that pulls through it pulls nothing", "address", c.CRIProxy, "error", err)
 	} else {
 		defer stopCRI()
 	}
@@ -294,7 +294,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	log.Info("serving", "address", c.Address, "mount_mode", s.MountMode, "others", s.NotTaken, "stream", c.Stream)
 	if err := errors.Join(started(), st.Notify("READY=1")); err != nil {
-		log.Warn("say that the start succeeded", "error", err)
+		log.Warn("the start succeeded, and neither a file nor systemd could be told", "error", err)
 	}
 	a.ready.Store(true)
 	stopped := make(chan struct{})
@@ -303,7 +303,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 		<-ctx.Done()
 		a.ready.Store(false)
 		if err := st.Notify("STOPPING=1"); err != nil {
-			log.Warn("say that we stop", "error", err)
+			log.Warn("systemd could not be told of the stop", "error", err)
 		}
 		if n.images != nil {
 			n.images.EndSearches() // pulls that wait for a search go on as normal ones
@@ -331,7 +331,7 @@ func lockDir(dir string) (*os.File, error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, fmt.Errorf("%s is in use by another streaming-snapshotter", dir)
+			return nil, fmt.Errorf("%s is in use by another streaming-snapshotter: stop that one, or give this one another `root`", dir)
 		}
 		return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
 	}

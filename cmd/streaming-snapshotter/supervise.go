@@ -100,7 +100,7 @@ func (s *supervisor) said(state string) {
 		}
 		if line == "READY=1" || strings.HasPrefix(line, "STATUS=") {
 			if err := s.own.Notify(line); err != nil {
-				s.log.Warn("pass on the state of the command", "error", err)
+				s.log.Warn("systemd could not be told the state of the command", "command", s.args, "error", err)
 			}
 		}
 	}
