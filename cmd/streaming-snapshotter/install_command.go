@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -33,11 +34,8 @@ func (f *installFlags) add(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&f.restart, "restart-containerd", "", "shell command that restarts containerd (default: systemctl restart of its unit)")
 }
 
-// onHost runs the command on the host, if that is elsewhere; done then.
-func (f *installFlags) onHost(cmd *cobra.Command, args ...string) (done bool, err error) {
-	if cmd.Flags().Changed("config") {
-		return true, errors.New("the units know one configuration file, " + defaultConfig + ": --config cannot be given")
-	}
+// onHost runs the command on the host, if that is elsewhere; done then. config is a file that the host does not have; "" for none.
+func (f *installFlags) onHost(cmd *cobra.Command, config string, args ...string) (done bool, err error) {
 	if f.root == "/" {
 		return false, nil
 	}
@@ -50,12 +48,27 @@ func (f *installFlags) onHost(cmd *cobra.Command, args ...string) (done bool, er
 			args = append(args, "--"+name, value)
 		}
 	}
-	return true, install.On(cmd.Context(), f.root, args)
+	if config == "" {
+		return true, install.On(cmd.Context(), f.root, args)
+	}
+	if _, err := loadConfig(config); err != nil { // an error that names this file
+		return true, err
+	}
+	at, err := os.Open(config)
+	if err != nil {
+		return true, err
+	}
+	defer at.Close()
+	return true, install.On(cmd.Context(), f.root, append(args, "--config", "/proc/self/fd/3"), at)
 }
 
-func newInstallCommand() *cobra.Command {
+// handlerName is what Kubernetes takes as the handler of a RuntimeClass.
+var handlerName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
+
+func newInstallCommand(configFile *string) *cobra.Command {
 	var f installFlags
 	var stream []string
+	var runtime string
 	cmd := &cobra.Command{
 		Use:   "install",
 		Short: "Install or upgrade this program, its units and its part of containerd's configuration on this host",
@@ -63,58 +76,79 @@ func newInstallCommand() *cobra.Command {
 containerd's version and its files, and after containerd's own program has said what these then come to. Restarts containerd, if its configuration has changed; containers go on.
 On any failure, or an interrupt, all files are put back as they were. Run again with a newer program it is the upgrade.
 
+The host's configuration, ` + defaultConfig + `, stays as it is, but --config FILE replaces it. With --runtime NAME containerd gets a runtime handler of
+that name, like its default one, and the snapshotter serves the pods that ask for it, by a RuntimeClass, and no others.
+
 Without systemd the daemon is run below supervise, and --restart-containerd has to say how containerd is restarted.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if *configFile != "" && len(stream) > 0 {
+				return errors.New("--stream is for a configuration that is made: the one that --config gives says itself what is streamed")
+			}
+			if runtime != "" && !handlerName.MatchString(runtime) {
+				return fmt.Errorf("--runtime %q: want a name of lower-case letters, digits and hyphens", runtime)
+			}
 			var args []string
 			for _, s := range stream {
 				args = append(args, "--stream", s)
 			}
-			if done, err := f.onHost(cmd, args...); done {
+			if runtime != "" {
+				args = append(args, "--runtime", runtime)
+			}
+			if done, err := f.onHost(cmd, *configFile, args...); done {
 				return err
 			}
-			o, err := installOptions(f, stream, cmd.OutOrStdout())
+			o, err := installOptions(f, *configFile, stream, cmd.OutOrStdout())
 			if err != nil {
 				return err
 			}
+			o.Runtime = runtime
 			return install.Install(cmd.Context(), o)
 		},
 	}
 	f.add(cmd)
+	cmd.Flags().StringVar(&runtime, "runtime", "", "make a runtime handler of this name, and serve its pods alone (default: all that CRI pulls)")
 	cmd.Flags().StringArrayVar(&stream, "stream", nil, "repositories to stream from, HOST/REPOSITORY with globs, for a configuration that is made; may be repeated")
 	return cmd
 }
 
-func newUninstallCommand() *cobra.Command {
+func newUninstallCommand(configFile *string) *cobra.Command {
 	var f installFlags
-	var dropImages, discardChanges bool
+	var retire, dropImages, discardChanges bool
 	cmd := &cobra.Command{
 		Use:   "uninstall",
 		Short: "Take away what install has put on this host",
 		Long: `Puts back every file that install has replaced, removes what it has added, restarts containerd without the snapshotter, and removes the snapshotter's own files.
-Refuses while there are containers with files of the snapshotter. Images are unpacked for containerd's own snapshotter before, and what was never downloaded is fetched: they run as before.
+Refuses while there are containers with files of the snapshotter; with --retire it then has nothing new use the snapshotter, so that all of them go in time. Images are unpacked for containerd's own snapshotter before, and what was never downloaded is fetched: they run as before.
 On any failure, or an interrupt, all files are put back as they were.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if *configFile != "" {
+				return errors.New("the units know one configuration file, " + defaultConfig + ": --config cannot be given")
+			}
 			var args []string
+			if retire {
+				args = append(args, "--retire")
+			}
 			if dropImages {
 				args = append(args, "--drop-images")
 			}
 			if discardChanges {
 				args = append(args, "--discard-changes")
 			}
-			if done, err := f.onHost(cmd, args...); done {
+			if done, err := f.onHost(cmd, "", args...); done {
 				return err
 			}
-			o, err := installOptions(f, nil, cmd.OutOrStdout())
+			o, err := installOptions(f, "", nil, cmd.OutOrStdout())
 			if err != nil {
 				return err
 			}
-			o.DropImages, o.DiscardChanges = dropImages, discardChanges
+			o.Retire, o.DropImages, o.DiscardChanges = retire, dropImages, discardChanges
 			return install.Uninstall(cmd.Context(), o)
 		},
 	}
 	f.add(cmd)
+	cmd.Flags().BoolVar(&retire, "retire", false, "while there are containers with files of the snapshotter, have nothing new use it, and fail; run again when they are gone, it uninstalls")
 	cmd.Flags().BoolVar(&dropImages, "drop-images", false, "go on if images cannot be fetched: they have to be pulled again")
 	cmd.Flags().BoolVar(&discardChanges, "discard-changes", false, "go on if files that install has written were changed since")
 	return cmd
@@ -146,14 +180,18 @@ func fetchBlobs(c config) func(ctx context.Context, ref string, blob ocispec.Des
 	}
 }
 
-// installOptions are for the host that this process runs on.
-func installOptions(f installFlags, stream patterns, out io.Writer) (install.Options, error) {
-	c, err := loadConfig("")
+// installOptions are for the host that this process runs on. configFile is the configuration that it is to have; "" for its own, or one that is made.
+func installOptions(f installFlags, configFile string, stream patterns, out io.Writer) (install.Options, error) {
+	c, err := loadConfig(configFile)
 	if err != nil {
 		return install.Options{}, err
 	}
 	var text []byte
-	if _, err := os.Stat(defaultConfig); errors.Is(err, os.ErrNotExist) {
+	if configFile != "" {
+		if text, err = os.ReadFile(configFile); err != nil {
+			return install.Options{}, err
+		}
+	} else if _, err := os.Stat(defaultConfig); errors.Is(err, os.ErrNotExist) {
 		c.Stream = append(patterns{}, stream...)
 		if err := c.validate(); err != nil {
 			return install.Options{}, err
@@ -169,7 +207,7 @@ func installOptions(f installFlags, stream patterns, out io.Writer) (install.Opt
 		c.Containerd = f.containerd
 	}
 	o := install.Options{
-		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Address: c.Address, Root: c.Root, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Fetch: fetchBlobs(c),
+		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Replace: configFile != "", Address: c.Address, Root: c.Root, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Fetch: fetchBlobs(c),
 		Containerd: func() (install.Containerd, error) { return runningContainerd(c.Containerd) },
 		Loaded: func(ctx context.Context) ([]string, error) {
 			loaded, err := (&containerdReport{Address: c.Containerd}).ask(ctx)

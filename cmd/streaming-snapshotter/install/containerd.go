@@ -2,6 +2,7 @@ package install
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,7 +28,7 @@ type form struct {
 	files []file
 }
 
-// containerdFiles finds the files that have containerd use the snapshotter, and nothing else: those of the first form with which containerd's own program makes an
+// containerdFiles finds the files that have in.use use the snapshotter, and change nothing else: those of the first form with which containerd's own program makes an
 // effective configuration that has no trap, and is otherwise what it was. There are none if containerd's configuration is so already.
 func (in *installer) containerdFiles(ctx context.Context) ([]file, traps.Found, error) {
 	now, err := in.dump(ctx, nil)
@@ -36,8 +37,11 @@ func (in *installer) containerdFiles(ctx context.Context) ([]file, traps.Found, 
 	}
 	want := traps.Want{Address: in.o.Address, Root: in.o.Root}
 	found := traps.Find(now, want)
-	if len(found.Traps) == 0 {
+	if len(in.use.wrong(found)) == 0 {
 		return nil, found, nil
+	}
+	if in.use.runtime != "" && slices.Contains(found.Uses, "cri") {
+		return nil, found, fmt.Errorf("nothing was changed: CRI pulls everything with the snapshotter %s on this host, not runtime %s alone: uninstall first", found.Snapshotter, in.use.runtime)
 	}
 	forms, err := in.forms(now)
 	if err != nil {
@@ -54,14 +58,15 @@ func (in *installer) containerdFiles(ctx context.Context) ([]file, traps.Found, 
 			continue
 		}
 		found = traps.Find(dump, want)
-		lost, err := otherChanges(now, dump)
+		lost, err := otherChanges(now, dump, in.use)
 		if err != nil {
 			return nil, found, err
 		}
-		if len(found.Traps) == 0 && len(lost) == 0 {
+		wrong := in.use.wrong(found)
+		if len(wrong) == 0 && len(lost) == 0 {
 			return f.files, found, nil
 		}
-		for _, t := range found.Traps {
+		for _, t := range wrong {
 			why = append(why, fmt.Errorf("%s: %s: %s", f.name, t.Code, t.Text))
 		}
 		if len(lost) > 0 {
@@ -98,19 +103,25 @@ func (in *installer) forms(dump []byte) (list []form, err error) {
 	if err != nil {
 		return nil, err
 	}
+	var handler map[string]any
+	if in.use.runtime != "" {
+		if handler, err = handlerLike(dump); err != nil {
+			return nil, err
+		}
+	}
 	type place struct {
 		name  string
 		files func(s settings) []file
 	}
 	var places []place
 	for _, i := range has.Imports {
-		if filepath.Base(i) != "*.toml" {
-			continue
-		}
 		if !filepath.IsAbs(i) {
 			i = filepath.Join(filepath.Dir(path), i)
 		}
 		for _, name := range []string{"streaming-snapshotter.toml", "zz-streaming-snapshotter.toml"} { // what comes last, counts
+			if base := filepath.Base(i); base != "*.toml" && base != name { // one that an install has imported by its name
+				continue
+			}
 			dropIn := filepath.Join(filepath.Dir(i), name)
 			places = append(places, place{dropIn, func(s settings) []file { return []file{regular(dropIn, 0o644, s.dropIn())} }})
 		}
@@ -130,7 +141,7 @@ func (in *installer) forms(dump []byte) (list []form, err error) {
 	version := min(effective.Version, 3) // 2 is containerd 1.7's; 3 is understood by all of 2.x
 	for _, local := range []bool{false, true} {
 		for _, p := range places {
-			s := settings{in.o.Address, in.o.Root, version, local, entries}
+			s := settings{in.use, in.o.Address, in.o.Root, version, local, entries, handler}
 			list = append(list, form{p.name + ", " + s.pull(), p.files(s)})
 		}
 	}
@@ -177,10 +188,12 @@ func unpackEntries(dump []byte) ([]map[string]any, error) {
 
 // settings are what containerd's configuration has to say.
 type settings struct {
+	use
 	address, root string
 	version       int // of the file's form
 	local         bool
 	entries       []map[string]any // of unpack_config, beside the snapshotter's
+	handler       map[string]any   // the runtime handler
 }
 
 func (s settings) pull() string {
@@ -198,18 +211,33 @@ type table struct {
 
 // tables are those to write, but for unpack_config.
 func (s settings) tables() []table {
-	cri := table{"plugins.'io.containerd.cri.v1.images'", [][2]string{{"snapshotter", fmt.Sprintf("%q", Name)}}}
+	images, runtimes := "plugins.'io.containerd.cri.v1.images'", "plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes."
 	if s.version <= 2 {
-		cri.name = `plugins."io.containerd.grpc.v1.cri".containerd`
+		images = `plugins."io.containerd.grpc.v1.cri".containerd`
+		runtimes = images + ".runtimes."
+	}
+	cri := table{name: images}
+	if s.runtime == "" {
+		cri.values = [][2]string{{"snapshotter", fmt.Sprintf("%q", cmp.Or(s.retired, Name))}}
 	}
 	if s.local {
 		cri.values = append(cri.values, [2]string{"disable_snapshot_annotations", "false"})
 	}
-	return []table{
+	list := []table{
 		{"proxy_plugins." + Name, [][2]string{{"type", `"snapshot"`}, {"address", fmt.Sprintf("%q", s.address)}, {"capabilities", `["remap-ids"]`}}},
 		{"proxy_plugins." + Name + ".exports", [][2]string{{"root", fmt.Sprintf("%q", s.root)}, {"enable_remote_snapshot_annotations", `"true"`}}},
-		cri,
 	}
+	if len(cri.values) > 0 {
+		list = append(list, cri)
+	}
+	if s.runtime == "" {
+		return list
+	}
+	list = append(list, tablesOf(runtimes+s.runtime, s.handler)...)
+	if s.version > 2 { // before containerd 2.3, pulls know the runtime's snapshotter from here alone
+		list = append(list, table{images + ".runtime_platforms." + s.runtime, [][2]string{{"snapshotter", fmt.Sprintf("%q", Name)}}})
+	}
+	return list
 }
 
 // unpack is unpack_config with all its entries, for a list that is set replaces the one of before.
@@ -296,17 +324,13 @@ func (t table) set(text string) string {
 	return strings.Join(lines, "")
 }
 
-// meant are the keys that the settings are about.
-var meant = regexp.MustCompile(`^(imports|version|proxy_plugins\.` + Name + `|plugins\.io\.containerd\.transfer\.v1\.local\.unpack_config|` +
-	`plugins\.(io\.containerd\.cri\.v1\.images|io\.containerd\.grpc\.v1\.cri\.containerd)\.(snapshotter|disable_snapshot_annotations))(\.|$)`)
-
-// otherChanges lists the keys in which two configurations differ beyond what is meant.
-func otherChanges(before, after []byte) ([]string, error) {
+// otherChanges lists the keys in which two configurations differ beyond what u means.
+func otherChanges(before, after []byte, u use) ([]string, error) {
 	var was, is map[string]any
 	if err := errors.Join(toml.Unmarshal(before, &was), toml.Unmarshal(after, &is)); err != nil {
 		return nil, err
 	}
-	return slices.DeleteFunc(differences("", was, is), meant.MatchString), nil
+	return slices.DeleteFunc(differences("", was, is), u.meant().MatchString), nil
 }
 
 func differences(path string, was, is any) (list []string) {

@@ -6,13 +6,15 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
 // On runs this program with args on the host whose root directory is at root, as a process that the host itself has started: paths, sockets and systemd are the host's. It takes the
-// host's process IDs (hostPID in a pod) and the right to enter its mount namespace (privileged).
-func On(ctx context.Context, root string, args []string) error {
+// host's process IDs (hostPID in a pod) and the right to enter its mount namespace (privileged). The program has files as its descriptors from 3 on.
+func On(ctx context.Context, root string, args []string, files ...*os.File) error {
 	at, err := os.Stat(root)
 	if err != nil {
 		return err
@@ -32,12 +34,12 @@ func On(ctx context.Context, root string, args []string) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread() // and never unlocked: the thread ends in the host's namespace
-		done <- onHost(ctx, ns, args)
+		done <- onHost(ctx, ns, args, files)
 	}()
 	return <-done
 }
 
-func onHost(ctx context.Context, ns *os.File, args []string) error {
+func onHost(ctx context.Context, ns *os.File, args []string, files []*os.File) error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
 		return err
 	}
@@ -46,7 +48,9 @@ func onHost(ctx context.Context, ns *os.File, args []string) error {
 	}
 	c := exec.CommandContext(ctx, "/proc/self/exe", args...) // the child's, which is still this program
 	c.Stdin, c.Stdout, c.Stderr, c.Dir = os.Stdin, os.Stdout, os.Stderr, "/"
-	c.Env = append(os.Environ(), "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	c.ExtraFiles = files
+	c.Env = slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, "HOME=") }) // the pod's
+	c.Env = append(c.Env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	c.Cancel = func() error { return c.Process.Signal(unix.SIGTERM) }
 	return c.Run()
 }

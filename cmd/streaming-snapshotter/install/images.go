@@ -35,9 +35,14 @@ func users(ctx context.Context, cl *client.Client, snapshotter string) (list []s
 	err = eachNamespace(ctx, cl, func(ctx context.Context, ns string) error {
 		containers, err := cl.ContainerService().List(ctx)
 		for _, c := range containers {
-			if c.Snapshotter == snapshotter {
-				list = append(list, fmt.Sprintf("%s/%s (%s)", ns, c.ID, c.Image))
+			if c.Snapshotter != snapshotter {
+				continue
 			}
+			of := c.Image
+			if pod := c.Labels["io.kubernetes.pod.name"]; pod != "" {
+				of = "pod " + c.Labels["io.kubernetes.pod.namespace"] + "/" + pod + ", " + of
+			}
+			list = append(list, fmt.Sprintf("%s/%s (%s)", ns, c.ID, of))
 		}
 		return err
 	})

@@ -30,7 +30,9 @@ const lockFile = "/run/streaming-snapshotter-install.lock"
 type Options struct {
 	Program       string   // path of the program to install
 	ConfigFile    string   // the snapshotter's configuration
-	Config        []byte   // its content, if the host has none
+	Config        []byte   // its content, if the host has none, or Replace
+	Replace       bool     // the host's configuration by Config
+	Runtime       string   // a runtime handler, made for pods that ask for it: CRI uses the snapshotter for these alone
 	Address, Root string   // as it says
 	Restart       []string // the command that restarts containerd; nil is systemd's
 	// Containerd says which containerd runs.
@@ -44,6 +46,7 @@ type Options struct {
 
 	// For Uninstall alone.
 	Socket         string // containerd's
+	Retire         bool   // while there are containers of the snapshotter, have nothing new use it, instead of changing nothing
 	DropImages     bool   // images that cannot be fetched have to be pulled again
 	DiscardChanges bool   // that others have made to the files since
 	// Fetch writes a blob of the image ref to w.
@@ -62,6 +65,7 @@ type installer struct {
 	svc services
 	s   *store
 	c   Containerd
+	use use
 }
 
 // plan is what there is to do.
@@ -90,7 +94,11 @@ func Install(ctx context.Context, o Options) error {
 	if err := in.announce(p); err != nil || o.DryRun {
 		return err
 	}
-	return in.carryOut(ctx, p)
+	if err := in.carryOut(ctx, p); err != nil {
+		return err
+	}
+	fmt.Fprintln(o.Out, "installed")
+	return nil
 }
 
 // begin keeps others off, and undoes what was cut short.
@@ -108,7 +116,7 @@ func begin(ctx context.Context, o Options) (in *installer, unlock func(), err er
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, nil, fmt.Errorf("another install or uninstall is under way: %w", err)
 	}
-	in = &installer{o: o}
+	in = &installer{o: o, use: use{runtime: o.Runtime}}
 	if in.svc, err = findServices(ctx, o); err != nil {
 		return nil, nil, err
 	}
@@ -136,7 +144,7 @@ func (in *installer) plan(ctx context.Context) (p plan, err error) {
 	files := append([]file{regular(Path, 0o755, program)}, in.svc.files()...)
 	if was, err := readFile(in.o.ConfigFile); err != nil {
 		return p, err
-	} else if was.Absent {
+	} else if was.Absent || in.o.Replace {
 		files = append(files, regular(in.o.ConfigFile, 0o644, in.o.Config))
 	}
 	if files, err = changed(files); err != nil {
@@ -146,6 +154,9 @@ func (in *installer) plan(ctx context.Context) (p plan, err error) {
 	containerd, found, err := in.containerdFiles(ctx)
 	if err != nil {
 		return p, err
+	}
+	if in.o.Runtime == "" && len(containerd) == 0 && !slices.Contains(found.Uses, "cri") {
+		fmt.Fprintf(in.o.Out, "%s alone pulls with the snapshotter, and stays so: uninstall first for all of CRI\n", strings.Join(found.Uses, ", "))
 	}
 	loaded, err := in.o.Loaded(ctx)
 	if err != nil {
@@ -223,11 +234,7 @@ func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
 			return err
 		}
 	}
-	if err := in.s.commit(p.files); err != nil {
-		return err
-	}
-	fmt.Fprintln(in.o.Out, "installed")
-	return nil
+	return in.s.commit(p.files)
 }
 
 // restartContainerd does, and waits until it answers and has the snapshotter of this name, if that is not "".

@@ -183,7 +183,7 @@ func (s *supervised) start(ctx context.Context) error {
 	c := exec.Command(Path, "supervise", "--", "serve")
 	c.Stdout, c.Stderr, c.Dir = log, log, "/"
 	c.SysProcAttr = &unix.SysProcAttr{Setsid: true}
-	if err := c.Start(); err != nil {
+	if err := amongHostsOwn(c.Start); err != nil {
 		return err
 	}
 	err = os.WriteFile(pidFile, fmt.Appendf(nil, "%d\n", c.Process.Pid), 0o644)

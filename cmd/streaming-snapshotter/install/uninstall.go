@@ -24,6 +24,8 @@ type removal struct {
 	name    string // of the snapshotter; "" if containerd's configuration does not have it any more
 	before  string // the snapshotter that CRI pulls with then
 	images  []unpacked
+	using   []string // containers that have their files from the snapshotter
+	retire  plan     // has nothing new use the snapshotter, while they do
 }
 
 // Uninstall takes away what Install has put there. On an error all files are as they were before.
@@ -33,6 +35,10 @@ func Uninstall(ctx context.Context, o Options) error {
 		return err
 	}
 	defer unlock()
+	if !in.s.installed() && o.Retire {
+		fmt.Fprintln(o.Out, "nothing is installed")
+		return nil
+	}
 	if !in.s.installed() {
 		return fmt.Errorf("`streaming-snapshotter install` has put nothing on this host: %s has no record", Dir)
 	}
@@ -51,7 +57,20 @@ func Uninstall(ctx context.Context, o Options) error {
 	if err := in.keepImages(ctx, cl, r); err != nil {
 		return err
 	}
+	if len(r.using) > 0 {
+		return in.retire(ctx, r)
+	}
 	return in.remove(ctx, cl, r)
+}
+
+// retire has nothing new use the snapshotter, and says what is in the way of the rest.
+func (in *installer) retire(ctx context.Context, r removal) error {
+	if len(r.retire.files) > 0 {
+		if err := in.carryOut(ctx, r.retire); err != nil {
+			return err
+		}
+	}
+	return fmt.Errorf("nothing new uses the snapshotter %s; run it again when these containers, which have their files from it, are gone:\n  %s", r.name, strings.Join(r.using, "\n  "))
 }
 
 func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r removal, err error) {
@@ -65,7 +84,8 @@ func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r remo
 	if err != nil {
 		return r, err
 	}
-	r.name = traps.Find(dump, traps.Want{Address: in.o.Address, Root: in.o.Root}).Snapshotter
+	found := traps.Find(dump, traps.Want{Address: in.o.Address, Root: in.o.Root})
+	r.name = found.Snapshotter
 	before, err := in.dump(ctx, r.files)
 	if err != nil {
 		return r, fmt.Errorf("containerd cannot read its configuration as it was before the install: %w", err)
@@ -74,12 +94,22 @@ func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r remo
 		return r, err
 	}
 	r.restart = in.svc.restartContainerd(in.c.Unit)
-	using, err := users(ctx, cl, r.name)
-	if err != nil {
+	if r.using, err = users(ctx, cl, r.name); err != nil {
 		return r, err
 	}
-	if len(using) > 0 {
-		return r, fmt.Errorf("nothing was changed: drain the node first, these containers have their files from the snapshotter %s:\n  %s", r.name, strings.Join(using, "\n  "))
+	byRuntime := slices.ContainsFunc(found.Uses, func(u string) bool { return u != "cri" }) // its pods could not be started otherwise
+	if len(r.using) > 0 && (!in.o.Retire || byRuntime) {
+		return r, fmt.Errorf("nothing was changed: drain the node first, these containers have their files from the snapshotter %s:\n  %s", r.name, strings.Join(r.using, "\n  "))
+	}
+	if len(r.using) > 0 {
+		r.retire.name = r.name
+		in.use = use{retired: r.before}
+		if r.retire.files, _, err = in.containerdFiles(ctx); err != nil {
+			return r, err
+		}
+		if len(r.retire.files) > 0 {
+			r.retire.restart = r.restart
+		}
 	}
 	r.images, err = imagesOf(ctx, cl, r.name, r.before)
 	return r, err
@@ -136,6 +166,9 @@ func snapshotterOf(dump []byte) (string, error) {
 func (in *installer) announceRemoval(r removal) error {
 	for _, u := range r.images {
 		fmt.Fprintf(in.o.Out, "unpack %s for %s, and fetch what of it is not on the node\n", u, r.before)
+	}
+	if len(r.using) > 0 {
+		return in.announce(r.retire)
 	}
 	for _, f := range r.files {
 		is, err := readFile(f.Path)
