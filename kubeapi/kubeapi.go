@@ -41,7 +41,8 @@ type Client struct {
 	base   *url.URL
 }
 
-// New returns a Client with the connection of a kubeconfig, which is read at the first request and again when it changes.
+// New returns a Client with the connection of a kubeconfig, which is read at the first request and again when it changes; "" is the connection of the pod that this process
+// runs in, with the token of its service account.
 func New(kubeconfig string) *Client { return &Client{file: kubeconfig} }
 
 // StatusError is an answer that is no success.
@@ -58,15 +59,19 @@ func (e *StatusError) Error() string {
 func (c *Client) connect() (*http.Client, *url.URL, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	fi, err := os.Stat(c.file)
-	if err != nil {
-		return nil, nil, err
+	stamp, read := "a pod's", rest.InClusterConfig // whose token client-go reads again
+	if c.file != "" {
+		fi, err := os.Stat(c.file)
+		if err != nil {
+			return nil, nil, err
+		}
+		stamp = fmt.Sprint(fi.Size(), fi.ModTime().UnixNano())
+		read = func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", c.file) }
 	}
-	stamp := fmt.Sprint(fi.Size(), fi.ModTime().UnixNano())
 	if stamp == c.stamp {
 		return c.client, c.base, nil
 	}
-	config, err := clientcmd.BuildConfigFromFlags("", c.file)
+	config, err := read()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -85,6 +90,13 @@ func (c *Client) connect() (*http.Client, *url.URL, error) {
 	return client, base, nil
 }
 
+func (c *Client) name() string {
+	if c.file == "" {
+		return "this pod's service account"
+	}
+	return "kubeconfig " + c.file
+}
+
 // Close closes idle connections.
 func (c *Client) Close() {
 	c.mu.Lock()
@@ -96,23 +108,32 @@ func (c *Client) Close() {
 
 // Get gets an object or a list of the core group into v. path is below the group, "namespaces/default/secrets/regcred". An answer that is no success is a *StatusError.
 func (c *Client) Get(ctx context.Context, path string, query map[string]string, v any) error {
-	return c.do(ctx, http.MethodGet, path, query, nil, v)
+	return c.do(ctx, http.MethodGet, path, query, "", nil, v)
 }
 
 // Create makes an object of the core group out of v. path is that of its list, "namespaces/default/events".
 func (c *Client) Create(ctx context.Context, path string, v any) error {
+	return c.send(ctx, http.MethodPost, path, "application/json", v)
+}
+
+// Patch merges v into an object of the core group, by JSON merge patch: null removes.
+func (c *Client) Patch(ctx context.Context, path string, v any) error {
+	return c.send(ctx, http.MethodPatch, path, "application/merge-patch+json", v)
+}
+
+func (c *Client) send(ctx context.Context, method, path, contentType string, v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, http.MethodPost, path, nil, b, nil)
+	return c.do(ctx, method, path, nil, contentType, b, nil)
 }
 
 // do sends a request, with body if there is one, and decodes the answer into v unless that is nil.
-func (c *Client) do(ctx context.Context, method, path string, query map[string]string, body []byte, v any) error {
+func (c *Client) do(ctx context.Context, method, path string, query map[string]string, contentType string, body []byte, v any) error {
 	client, base, err := c.connect()
 	if err != nil {
-		return fmt.Errorf("kubeconfig %s: %w", c.file, err)
+		return fmt.Errorf("%s: %w", c.name(), err)
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -128,7 +149,7 @@ func (c *Client) do(ctx context.Context, method, path string, query map[string]s
 	}
 	req.Header.Set("Accept", "application/json")
 	if body != nil {
-		req.Header.Set("Content-Type", "application/json")
+		req.Header.Set("Content-Type", contentType)
 	}
 	resp, err := client.Do(req)
 	var failed *url.Error

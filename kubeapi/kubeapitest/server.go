@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// Server answers what a test has put there, to who has its token, and keeps what is posted where something was put.
+// Server answers what a test has put there, to who has its token, and keeps what is posted or patched where something was put.
 type Server struct {
 	*httptest.Server
 	Kubeconfig string // of a client with the token
@@ -75,7 +75,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 		status = http.StatusNotFound
 	case len(answer) == 3:
 		fmt.Sscan(answer, &status)
-	case req.Method == http.MethodPost:
+	case req.Method == http.MethodPost, req.Method == http.MethodPatch:
 		s.posted = append(s.posted, body)
 		status = http.StatusCreated
 	}
@@ -104,7 +104,7 @@ func (s *Server) Requests() []string {
 	return list
 }
 
-// Posted returns what was posted since the last time.
+// Posted returns what was posted or patched since the last time.
 func (s *Server) Posted() [][]byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
