@@ -15,11 +15,11 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
-// provider installs a credential provider plugin that gives creds ("USER:PASSWORD") for a registry, not to be kept, and returns the snapshotter's configuration
-// for it, and how often it has run.
-func provider(t *testing.T, registry, creds string) (config string, runs func() int) {
+// provider installs a credential provider plugin that gives creds ("USER:PASSWORD") for a registry, not to be kept, and returns the directory that it is in, with its
+// config.yaml, and how often it has run.
+func provider(t *testing.T, registry, creds string) (dir string, runs func() int) {
 	t.Helper()
-	dir := tempDir(t)
+	dir = tempDir(t)
 	user, password, _ := strings.Cut(creds, ":")
 	log := filepath.Join(dir, "log")
 	for name, text := range map[string]string{
@@ -39,13 +39,18 @@ providers:
 			t.Fatal(err)
 		}
 	}
-	return fmt.Sprintf("credential_provider_config = %q\n", filepath.Join(dir, "config.yaml")), func() int {
+	return dir, func() int {
 		b, err := os.ReadFile(log)
 		if err != nil && !os.IsNotExist(err) {
 			t.Error(err)
 		}
 		return strings.Count(string(b), "\n")
 	}
+}
+
+// withPlugins is the snapshotter's configuration for a provider.
+func withPlugins(dir string) string {
+	return fmt.Sprintf("credential_provider_config = %q\n", filepath.Join(dir, "config.yaml"))
 }
 
 // mustStream pulls, without downloading any of the image's layers.
@@ -82,8 +87,8 @@ func TestCredentialProvider(t *testing.T) {
 		t.Run(string(pull), func(t *testing.T) {
 			seed := uint64(430 + i)
 			registry, ref, img := private(t, seed)
-			config, runs := provider(t, registry.Host(), creds)
-			n := startNode(t, node.Options{Pull: pull, Stream: []string{registry.Host() + "/*"}, Config: config})
+			plugins, runs := provider(t, registry.Host(), creds)
+			n := startNode(t, node.Options{Pull: pull, Stream: []string{registry.Host() + "/*"}, Config: withPlugins(plugins)})
 			pullWithCreds(t, registry, n, ref, img)
 			if got := runs(); got != 1 {
 				t.Errorf("the plugin ran %d times for a pull", got)
@@ -111,8 +116,8 @@ func TestCredentialProvider(t *testing.T) {
 // TestWrongCredentials: what one place has, and is wrong, does not hinder what the next one has, nor what everybody may pull.
 func TestWrongCredentials(t *testing.T) {
 	registry, ref, img := private(t, 432)
-	config, runs := provider(t, registry.Host(), "me:wrong")
-	n := startNode(t, node.Options{Stream: []string{registry.Host() + "/*"}, Config: config})
+	plugins, runs := provider(t, registry.Host(), "me:wrong")
+	n := startNode(t, node.Options{Stream: []string{registry.Host() + "/*"}, Config: withPlugins(plugins)})
 	login(t, registry.Host(), creds)
 	pullWithCreds(t, registry, n, ref, img)
 	sumIn(t, n, ref, 432, "/data/small")

@@ -103,6 +103,10 @@ type status struct {
 		Reason reason.Code
 	} `json:"not_streamed"`
 	Images []struct{ Size, Local, Direct, Through int64 }
+	Hosts  []struct {
+		Host        string
+		Credentials []string
+	}
 }
 
 func statusOf(t *testing.T, n *node.Node) (s status, err error) {
