@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/kubeapi/kubeapitest"
 )
@@ -27,16 +26,6 @@ func dockerSecret(t *testing.T, key, host, user string) string {
 }
 
 const podsOfNode = "pods?fieldSelector=spec.nodeName%3Dnode-1&resourceVersion=0"
-
-// stale makes everything old that was got.
-func (s *Kubernetes) stale() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.listed = time.Time{}
-	for _, g := range s.got {
-		g.at = time.Time{}
-	}
-}
 
 // An image is offered what its own pods refer to, and nothing else is asked for.
 func TestKubernetes(t *testing.T) {
@@ -79,43 +68,5 @@ func TestKubernetes(t *testing.T) {
 	wantLogins(t, s, "r.example.com/team/other") // its pod may be there since
 	if got, want := a.Requests(), []string{"/api/v1/pods"}; !slices.Equal(got, want) {
 		t.Errorf("asked for %q, want %q", got, want)
-	}
-}
-
-// A secret that is renewed is got anew; when its pod is gone, or the API server, the image can be read on.
-func TestKubernetesChanges(t *testing.T) {
-	a := kubeapitest.Start(t)
-	const pods = `{"items": [{"metadata": {"namespace": "one"}, "spec": {"imagePullSecrets": [{"name": "regcred"}], "containers": [{"image": "r.example.com/app"}]}}]}`
-	a.Put(podsOfNode, pods)
-	a.Put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "a"))
-	s := NewKubernetes(a.Kubeconfig, "node-1")
-	defer s.Close()
-	wantLogins(t, s, "r.example.com/app", Login{"a", "hush"})
-	a.Put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "b"))
-	s.stale()
-	wantLogins(t, s, "r.example.com/app", Login{"b", "hush"})
-	a.Put(podsOfNode, `{"items": []}`)
-	s.stale()
-	wantLogins(t, s, "r.example.com/app", Login{"b", "hush"})
-
-	a.Renew("another")
-	s.stale()
-	if got, err := s.Lookup(t.Context(), at("r.example.com/app")); !slices.Equal(got, []Login{{"b", "hush"}}) || err == nil || !strings.Contains(err.Error(), "list pods of node node-1: API server: status 401") {
-		t.Errorf("got %v, %v, want what was there and an error", got, err)
-	}
-	a.Configure(t) // with the new token
-	a.Put("namespaces/one/secrets/regcred", "404")
-	if got, err := s.Lookup(t.Context(), at("r.example.com/app")); len(got) != 0 || err == nil {
-		t.Errorf("got %v, %v of a secret that is gone", got, err)
-	}
-	a.Put("namespaces/one/secrets/regcred", `{"data": {".dockerconfigjson": "aHVzaA=="}}`)
-	s.stale()
-	if _, err := s.Lookup(t.Context(), at("r.example.com/app")); err == nil || err.Error() != "secrets one/regcred: malformed" {
-		t.Errorf("got %v", err)
-	}
-	a.Close()
-	s.stale()
-	if _, err := s.Lookup(t.Context(), at("r.example.com/app")); err == nil || !strings.Contains(err.Error(), "connection refused") {
-		t.Errorf("got %v", err)
 	}
 }

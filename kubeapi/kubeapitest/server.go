@@ -1,4 +1,4 @@
-// Package kubeapitest stands in for an API server, which needs etcd and minutes to build, in tests that make test runs. What the real one makes of the same requests is tested in integration/lab.
+// Package kubeapitest stands in for an API server, which needs etcd and minutes to build, in tests that make test runs. What the real one makes of the same requests is tested in integration (TestKubernetes...).
 package kubeapitest
 
 import (
@@ -19,7 +19,6 @@ type Server struct {
 	Kubeconfig string // of a client with the token
 
 	mu      sync.Mutex
-	token   string
 	objects map[string]string // by path and query; a number is a status
 	asked   []string
 	posted  [][]byte
@@ -28,33 +27,20 @@ type Server struct {
 // Start runs a Server until the test ends.
 func Start(t *testing.T) *Server {
 	t.Helper()
-	s := &Server{objects: map[string]string{}, token: "one", Kubeconfig: filepath.Join(t.TempDir(), "kubeconfig")}
+	s := &Server{objects: map[string]string{}, Kubeconfig: filepath.Join(t.TempDir(), "kubeconfig")}
 	s.Server = httptest.NewTLSServer(s)
 	t.Cleanup(s.Close)
-	s.Configure(t)
-	return s
-}
-
-// Configure writes the kubeconfig.
-func (s *Server) Configure(t *testing.T) {
-	t.Helper()
 	text := fmt.Sprintf(`apiVersion: v1
 kind: Config
 clusters: [{name: c, cluster: {server: %q, insecure-skip-tls-verify: true}}]
-users: [{name: u, user: {token: %q}}]
+users: [{name: u, user: {token: one}}]
 contexts: [{name: x, context: {cluster: c, user: u}}]
 current-context: x
-`, s.URL, s.token)
+`, s.URL)
 	if err := os.WriteFile(s.Kubeconfig, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// Renew changes the token; Configure lets clients have it.
-func (s *Server) Renew(token string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.token = token
+	return s
 }
 
 // ServeHTTP implements http.Handler.
@@ -69,7 +55,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	answer, ok := s.objects[req.URL.RequestURI()]
 	status := http.StatusOK
 	switch {
-	case req.Header.Get("Authorization") != "Bearer "+s.token:
+	case req.Header.Get("Authorization") != "Bearer one":
 		status = http.StatusUnauthorized
 	case !ok:
 		status = http.StatusNotFound
