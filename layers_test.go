@@ -36,7 +36,8 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"credentials":                       {[]string{"kubeapi", "registryclient"}, []string{containerd, fuse, ggcr}},
 	"criproxy":                          {[]string{"credentials", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},
 	"snapshot":                          {[]string{"snapshot/reason"}, []string{"net/http", fuse, ggcr}},
-	"snapshot/stream":                   {[]string{"artifact", "fs", "fs/cache", "fs/erofs", "fs/mapped", "fs/tree", "registryclient", "snapshot/reason"}, []string{"net/http", containerd, fuse, ggcr}},
+	"snapshot/stream":                   {[]string{"artifact", "fs", "fs/cache", "fs/erofs", "fs/mapped", "fs/tree", "registryclient", "snapshot/reason", "snapshot/span"}, []string{"net/http", containerd, fuse, ggcr}},
+	"snapshot/span":                     {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"snapshot/reason":                   {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"converter":                         {[]string{"artifact", "converter/startup", "fs/tree"}, []string{containerd, fuse}},
 	"converter/startup":                 {[]string{"fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
@@ -48,8 +49,8 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"deploy":                            {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/streaming-snapshotter":         {[]string{"cmd/streaming-snapshotter/fdstore", "cmd/streaming-snapshotter/install", "cmd/streaming-snapshotter/traps", "credentials", "criproxy", "events", "fs", "fs/cache", "registryclient", "snapshot", "snapshot/reason", "snapshot/span", "snapshot/stream"}, []string{ggcr}},
 	"fs/erofs/erofstest":                {[]string{"fs/erofs"}, nil},
-	"registryclient/registrytest":       {nil, nil},
 	"kubeapi/kubeapitest":               {nil, nil},
+	"registryclient/registrytest":       {nil, nil},
 }
 
 func TestImports(t *testing.T) {

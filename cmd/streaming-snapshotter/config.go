@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"math"
 	"net"
+	"net/url"
 	"os"
 	"path"
 	"path/filepath"
@@ -38,8 +39,8 @@ type config struct {
 	Plugins        string      `toml:"credential_provider_config" comment:"The kubelet's credential provider plugins: its --image-credential-provider-config, a file or a directory; empty for none.\nWhat the plugins have is tried first."`
 	PluginDir      string      `toml:"credential_provider_bin_dir" comment:"Where the plugins are: the kubelet's --image-credential-provider-bin-dir; empty for where their configuration is."`
 	Kubeconfig     string      `toml:"kubeconfig" comment:"With which to get the image pull secrets of this node's pods from the API server; the kubelet's own has just the rights for that. Empty for none."`
-	NodeName       string      `toml:"node_name" comment:"What the node is called in Kubernetes; empty for this machine's name, as the kubelet has it."`
 	Events         string      `toml:"events_kubeconfig" comment:"With which to put an event on each pod whose image is pulled, streamed or not and why. It takes the rights to create events and to list this node's\npods; the kubelet's own has them. Empty for no events."`
+	NodeName       string      `toml:"node_name" comment:"What the node is called in Kubernetes; empty for this machine's name, as the kubelet has it."`
 	DockerConfig   bool        `toml:"docker_config" comment:"Whether docker's config.json with its credential helpers (of the user that runs the daemon), or podman's auth.json, is tried last."`
 	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
 	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
@@ -47,6 +48,7 @@ type config struct {
 	Containerd     string      `toml:"cri_containerd" comment:"Unix socket of containerd, where the proxy passes everything on."`
 	CRIKey         string      `toml:"cri_credentials_key" comment:"File of the key with which the credentials of images that are streamed are kept in root over restarts of the daemon. On a tmpfs, so that a reboot\nends them. Empty keeps them in memory only: after a restart images are read with other credentials, or have to be pulled again."`
 	Metrics        string      `toml:"metrics" comment:"TCP address, as in \"127.0.0.1:9465\", at which anybody gets /metrics (of Prometheus), /healthz and /readyz. Empty for none:\nthe socket admin.sock in root has them, too."`
+	OTLPEndpoint   string      `toml:"otlp_endpoint" comment:"Where traces of pulls go, as in \"http://127.0.0.1:4318\": an OpenTelemetry collector, by HTTP. Empty for what OTEL_EXPORTER_OTLP_ENDPOINT says, and no\ntraces without that; the other OTEL_ variables hold with either."`
 	LogLevel       level       `toml:"log_level" comment:"debug, info, warn or error."`
 }
 
@@ -149,6 +151,9 @@ func (c *config) validate() error {
 	}
 	if _, _, err := net.SplitHostPort(c.Metrics); err != nil && c.Metrics != "" {
 		return fmt.Errorf("metrics = %q: want an address and a port, as in \"127.0.0.1:9465\"", c.Metrics)
+	}
+	if u, err := url.Parse(c.OTLPEndpoint); c.OTLPEndpoint != "" && (err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
+		return fmt.Errorf("otlp_endpoint = %q: want the URL of a collector, as in \"http://127.0.0.1:4318\"", c.OTLPEndpoint)
 	}
 	if c.ResolveTimeout.d <= 0 {
 		return fmt.Errorf("resolve_timeout = %q: want more than nothing", c.ResolveTimeout.d)

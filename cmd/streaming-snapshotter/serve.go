@@ -212,10 +212,10 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 			defer stop()
 		}
 	}
-	cri := openCRI(c)
 	pods, stopEvents := serveEvents(c)
 	defer stopEvents()
-	stopCRI, err := serveCRI(ctx, c, cri, st)
+	cri := openCRI(c)
+	stopCRI, err := serveCRI(ctx, c, allPulls{cri, pods}, st)
 	if err != nil {
 		log.Error("CRI proxy: nobody answers there, and a kubelet that pulls through it pulls nothing", "address", c.CRIProxy, "error", err)
 	} else {
@@ -227,11 +227,11 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	}
 	var n *node
 	var sn *snapshot.Snapshotter
-	ready := false
 	onPull := func(p snapshot.Pull) {
 		seen.pulls.note(p)
 		pods.tell(p, n)
 	}
+	ready := false
 	if err = configErr; err == nil {
 		if safe != "" {
 			n, sn, err = startSafe(c, safe, keep, cri, log, onPull)
@@ -290,7 +290,9 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 		log.Warn("nobody can ask for the status or the metrics", "error", err)
 	}
 	defer stopAdmin()
-	server := grpc.NewServer()
+	options, stopTraces := startTraces(ctx, c)
+	defer stopTraces()
+	server := grpc.NewServer(options...)
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(sn))
 	log.Info("serving", "address", c.Address, "mount_mode", s.MountMode, "others", s.NotTaken, "stream", c.Stream)
 	if err := errors.Join(started(), st.Notify("READY=1")); err != nil {

@@ -19,6 +19,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
 )
 
 const (
@@ -61,8 +62,8 @@ type hotFetch struct {
 }
 
 // fetchHot begins to fetch the hot blob of the best of an image's profiles, if there is one. The search calls want and give, or fail.
-func (s *Store) fetchHot(repo registryclient.Repository, manifest digest.Digest, profiles []ocispec.Descriptor, shares bool) *hotFetch {
-	ctx, cancel := context.WithTimeout(context.Background(), hotTimeout)
+func (s *Store) fetchHot(ctx context.Context, repo registryclient.Repository, manifest digest.Digest, profiles []ocispec.Descriptor, shares bool) *hotFetch {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), hotTimeout)
 	h := &hotFetch{
 		store: s, repo: repo, manifest: manifest, shares: shares, share: s.o.Cache.Share(), cancel: cancel,
 		wanted: make(chan *record, 1), opened: make(chan *deviceUse, 1), indexed: make(chan struct{}),
@@ -159,6 +160,12 @@ func (s *Store) endHots(img *image) {
 // run fetches the hot blob of one of profiles.
 func (h *hotFetch) run(ctx context.Context, profiles []ocispec.Descriptor) {
 	defer h.noMore()
+	if len(profiles) == 0 {
+		return
+	}
+	ctx, end := span.Start(ctx, "hot blob")
+	var err error
+	defer func() { end(err) }()
 	slices.SortStableFunc(profiles, func(a, b ocispec.Descriptor) int {
 		return cmp.Or(
 			sourceRank(a)-sourceRank(b),
@@ -166,7 +173,8 @@ func (h *hotFetch) run(ctx context.Context, profiles []ocispec.Descriptor) {
 	})
 	for _, p := range profiles[:min(len(profiles), maxProfiles)] {
 		begun := time.Now()
-		n, err := h.fill(ctx, p)
+		var n int
+		n, err = h.fill(ctx, p)
 		log := h.store.log.With("image", string(h.repo)+"@"+h.manifest.String(), "profile", p.Digest.String(), "source", p.Annotations[artifact.AnnotationProfileSource])
 		switch {
 		case ctx.Err() != nil:

@@ -21,6 +21,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/tree"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
 )
 
 // blockSize is that of metadata images, bytes: tar aligns file bodies to 512.
@@ -55,7 +56,9 @@ type image struct {
 	hot    *ahead  // what the next container's start will read, see warm; nil is nothing
 }
 
-func (img *image) mount(ctx context.Context, n int, target string) error {
+func (img *image) mount(ctx context.Context, n int, target string) (err error) {
+	ctx, end := span.Start(ctx, "mount")
+	defer func() { end(err) }()
 	if n < 1 || n > len(img.rec.Layers) {
 		return fmt.Errorf("mount %s: no chain of %d layers in an image of %d", target, n, len(img.rec.Layers))
 	}
@@ -91,7 +94,9 @@ func (img *image) mount(ctx context.Context, n int, target string) error {
 }
 
 // prepare makes the metadata image of the whole chain, the one that containers of the image mount, and returns a use of the image.
-func (img *image) prepare(ctx context.Context) (*deviceUse, error) {
+func (img *image) prepare(ctx context.Context) (use *deviceUse, err error) {
+	ctx, end := span.Start(ctx, "tree")
+	defer func() { end(err) }()
 	img.mu.Lock()
 	defer img.mu.Unlock()
 	if _, err := img.metadata(ctx, len(img.rec.Layers)); err != nil {

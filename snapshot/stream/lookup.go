@@ -20,6 +20,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
 )
 
 // maxConfigSize bounds an image's config, bytes: containerd's own bound for what it reads whole is the same order.
@@ -58,22 +59,14 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 	var artifacts, profiles []ocispec.Descriptor
 	var src source
 	g, gctx := errgroup.WithContext(ctx)
-	g.Go(func() error {
-		referrers, err := s.o.Registry.Referrers(gctx, repo, manifest, artifact.ArtifactType, artifact.ProfileType)
-		for _, r := range referrers {
-			if r.ArtifactType == artifact.ProfileType {
-				profiles = append(profiles, r)
-			} else {
-				artifacts = append(artifacts, r)
-			}
-		}
-		if err == nil && len(artifacts) == 0 {
-			err = reason.New(reason.NoArtifact, fmt.Errorf("%s@%s has no streaming artifact (`streamctl create` makes one)", repo, manifest))
-		}
+	g.Go(func() (err error) {
+		artifacts, profiles, err = s.readReferrers(gctx, repo, manifest)
 		return err
 	})
-	g.Go(func() error {
-		b, err := s.o.Registry.Manifest(gctx, repo, manifest, artifact.MaxManifestSize)
+	g.Go(func() (err error) {
+		ctx, end := span.Start(gctx, "image manifest")
+		defer func() { end(err) }()
+		b, err := s.o.Registry.Manifest(ctx, repo, manifest, artifact.MaxManifestSize)
 		if err == nil {
 			src.manifest, err = artifact.UnmarshalManifest(b)
 		}
@@ -87,7 +80,7 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 	slices.SortStableFunc(artifacts, func(a, b ocispec.Descriptor) int {
 		return cmp.Compare(b.Annotations[ocispec.AnnotationCreated], a.Annotations[ocispec.AnnotationCreated])
 	})
-	hot := s.fetchHot(repo, manifest, profiles, s.shares(src.manifest))
+	hot := s.fetchHot(ctx, repo, manifest, profiles, s.shares(src.manifest))
 	defer hot.fail()
 	config := make(chan error, 1)
 	go func() { config <- s.readConfig(ctx, repo, &src) }()
@@ -122,17 +115,39 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 	return nil, errors.Join(errs...)
 }
 
-func (s *Store) readArtifact(ctx context.Context, repo registryclient.Repository, r ocispec.Descriptor) (*artifact.Manifest, []byte, error) {
-	raw, err := s.o.Registry.Manifest(ctx, repo, r.Digest, artifact.MaxManifestSize)
+// readReferrers lists what the registry has for an image: artifacts, at least one, and profiles.
+func (s *Store) readReferrers(ctx context.Context, repo registryclient.Repository, manifest digest.Digest) (artifacts, profiles []ocispec.Descriptor, err error) {
+	ctx, end := span.Start(ctx, "referrers")
+	defer func() { end(err) }()
+	referrers, err := s.o.Registry.Referrers(ctx, repo, manifest, artifact.ArtifactType, artifact.ProfileType)
+	for _, r := range referrers {
+		if r.ArtifactType == artifact.ProfileType {
+			profiles = append(profiles, r)
+		} else {
+			artifacts = append(artifacts, r)
+		}
+	}
+	if err == nil && len(artifacts) == 0 {
+		err = reason.New(reason.NoArtifact, fmt.Errorf("%s@%s has no streaming artifact (`streamctl create` makes one)", repo, manifest))
+	}
+	return artifacts, profiles, err
+}
+
+func (s *Store) readArtifact(ctx context.Context, repo registryclient.Repository, r ocispec.Descriptor) (m *artifact.Manifest, raw []byte, err error) {
+	ctx, end := span.Start(ctx, "artifact manifest")
+	defer func() { end(err) }()
+	raw, err = s.o.Registry.Manifest(ctx, repo, r.Digest, artifact.MaxManifestSize)
 	if err != nil {
 		return nil, nil, err
 	}
-	m, err := artifact.DecodeManifest(raw)
+	m, err = artifact.DecodeManifest(raw)
 	return m, raw, err
 }
 
 // readConfig fetches the image's config by the digest that the image's manifest names, and derives the chain IDs.
-func (s *Store) readConfig(ctx context.Context, repo registryclient.Repository, src *source) error {
+func (s *Store) readConfig(ctx context.Context, repo registryclient.Repository, src *source) (err error) {
+	ctx, end := span.Start(ctx, "image config")
+	defer func() { end(err) }()
 	b, err := s.o.Registry.Blob(ctx, repo, src.manifest.Config.Digest, maxConfigSize)
 	if err != nil {
 		return err
@@ -199,25 +214,7 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 		}
 	}()
 	hot.want(rec)
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(indexFetches)
-	for _, i := range first {
-		l := rec.Layers[i]
-		g.Go(func() error {
-			if l.IndexSize <= artifact.MaxHotIndex && !s.hasIndex(l) {
-				hot.await(gctx)
-			}
-			x, err := s.openIndex(gctx, repo, l)
-			if err != nil {
-				return fmt.Errorf("index of layer %d: %w", i, err)
-			}
-			if x.DiffID != rec.DiffIDs[i] {
-				return fmt.Errorf("%w: index of layer %d is of tar %s, the image's config lists %s", artifact.ErrInvalid, i, x.DiffID, rec.DiffIDs[i])
-			}
-			return nil
-		})
-	}
-	if err := g.Wait(); err != nil {
+	if err := s.openIndexes(ctx, rec, first, hot); err != nil {
 		return nil, err
 	}
 	img, isNew, err := s.add(rec)
@@ -234,6 +231,31 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	}
 	hot.give(use)
 	return img, nil
+}
+
+// openIndexes has the indexes of some layers on disk: out of the hot blob, or fetched.
+func (s *Store) openIndexes(ctx context.Context, rec *record, layers []int, hot *hotFetch) (err error) {
+	ctx, end := span.Start(ctx, "indexes")
+	defer func() { end(err) }()
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(indexFetches)
+	for _, i := range layers {
+		l := rec.Layers[i]
+		g.Go(func() error {
+			if l.IndexSize <= artifact.MaxHotIndex && !s.hasIndex(l) {
+				hot.await(gctx)
+			}
+			x, err := s.openIndex(gctx, rec.Repository, l)
+			if err != nil {
+				return fmt.Errorf("index of layer %d: %w", i, err)
+			}
+			if x.DiffID != rec.DiffIDs[i] {
+				return fmt.Errorf("%w: index of layer %d is of tar %s, the image's config lists %s", artifact.ErrInvalid, i, x.DiffID, rec.DiffIDs[i])
+			}
+			return nil
+		})
+	}
+	return g.Wait()
 }
 
 // firsts lists the layers without those that repeat the blob of one below. A blob that stands for two different layers of the image is an error, and so are

@@ -147,6 +147,10 @@ func mapIndex(path string, l artifact.Layer) (*artifact.Index, error) {
 	return mapDecoded(path, l.Index)
 }
 
+func indexPath(root string, index digest.Digest) string {
+	return filepath.Join(root, "indexes", index.Encoded())
+}
+
 // Indexes returns what opens the indexes that a Store in root has, by digest: cache.Options.Index. What is read with them is verified otherwise.
 func Indexes(root string) func(dgst digest.Digest) (*artifact.Index, error) {
 	return func(dgst digest.Digest) (*artifact.Index, error) {

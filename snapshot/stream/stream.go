@@ -49,6 +49,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
 )
 
 // Registry is where artifacts are looked for and read from. *registryclient.Client is one.
@@ -273,6 +274,9 @@ func (s *Store) stale(q *search) bool {
 func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 	defer close(q.done)
 	defer q.cancel()
+	ctx, end := span.Start(ctx, "search")
+	defer func() { end(q.err) }()
+	span.Set(ctx, "image", string(key.repo)+"@"+key.manifest.String())
 	start := time.Now()
 	var err error
 	q.image, err = s.lookup(ctx, key.repo, key.manifest)
@@ -281,6 +285,7 @@ func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 	}
 	if err != nil {
 		q.err = WithReason(err)
+		span.Set(ctx, "reason", string(reason.Of(q.err)))
 		q.expires = time.Now().Add(s.o.RetryAfter)
 		if took := time.Since(start); took > time.Second {
 			q.expires = q.expires.Add(4 * took) // or searches would take most of the time of a normal pull of many layers
@@ -375,10 +380,6 @@ func (s *Store) Retain(used func(id string) bool) error {
 func (s *Store) imageDir(id string) string { return filepath.Join(s.o.Root, "images", id) }
 
 func (s *Store) indexPath(index digest.Digest) string { return indexPath(s.o.Root, index) }
-
-func indexPath(root string, index digest.Digest) string {
-	return filepath.Join(root, "indexes", index.Encoded())
-}
 
 // sweep removes what a killed daemon left half made. A record that cannot be read stays, as long as snapshots need it: it may be
 // that of a newer release, which comes back.
