@@ -1,0 +1,160 @@
+package integration_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// eventRights are those that docs/operations.md names, of two service accounts of which one has `create` of events alone.
+const eventRights = `{apiVersion: v1, kind: ServiceAccount, metadata: {name: nobody}}
+---
+{apiVersion: v1, kind: ServiceAccount, metadata: {name: creator}}
+---
+{apiVersion: v1, kind: ServiceAccount, metadata: {name: lister}}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: creator}
+rules: [{apiGroups: [""], resources: [events], verbs: [create]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata: {name: lister}
+rules: [{apiGroups: [""], resources: [pods], verbs: [list]}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: creator}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: creator}
+subjects: [{kind: ServiceAccount, namespace: default, name: creator}, {kind: ServiceAccount, namespace: default, name: lister}]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata: {name: lister}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: lister}
+subjects: [{kind: ServiceAccount, namespace: default, name: lister}]
+`
+
+// TestKubernetesEvents: a pod's events say that its image is streamed, or why not, by whoever has just the rights for that; who has them not costs no pod anything, and is told once.
+func TestKubernetesEvents(t *testing.T) {
+	if !ownMachine(t) {
+		return
+	}
+	registry := startRegistry(t, registrytest.Options{})
+	n := startKubernetes(t, node.Options{
+		Stream: []string{registry.Host() + "/*"}, Config: criConfig + "events_kubeconfig = \"DIR/events.kubeconfig\"\nnode_name = \"" + node.NodeName + "\"\n",
+	})
+	if err := n.Kubernetes.Apply(t.Context(), eventRights); err != nil {
+		t.Fatal(err)
+	}
+	kubeconfig := filepath.Join(n.Dir, "events.kubeconfig")
+	as := func(account string) { loginAs(t, n, account, kubeconfig) }
+	seed := uint64(450)
+	runs := func(name string, converted bool) {
+		t.Helper()
+		seed++
+		ref := fmt.Sprintf("%s/%s:v1", registry.Host(), name)
+		img := pushSmall(t, ref, seed)
+		p := pod{Name: name, Image: ref}
+		if converted {
+			run(t, "streamctl", "create", "--record", "", ref)
+			p.streams(t, n, registry, img, seed)
+		} else {
+			checkSums(t, p.output(t, n), seed)
+		}
+	}
+
+	as("nobody")
+	runs("unheard", true)
+	runs("unheard-too", true)
+	if got := eventProblems(t, n); len(got) != 1 || !strings.Contains(got[0], `cannot list resource`) {
+		t.Errorf("problems: %q", got)
+	}
+	as("creator")
+	runs("unlisted", true) // without the proxy nobody knows whose it is
+	as("lister")
+	runs("streamed", true)
+	wantEvent(t, n, "streamed", "Streaming", "artifact sha256:")
+	eventually(t, "the problem is over", func() bool { return len(eventProblems(t, n)) == 0 })
+	runs("plain", false)
+	wantEvent(t, n, "plain", "NotStreaming", "NO_ARTIFACT: ")
+
+	if err := n.Kubernetes.RestartKubelet(t.Context(), node.Kubelet{Config: "imageServiceEndpoint: unix://DIR/run/p.sock\n"}); err != nil {
+		t.Fatal(err)
+	}
+	as("creator")
+	runs("proxied", true)
+	wantEvent(t, n, "proxied", "Streaming", "artifact sha256:")
+	if got := eventProblems(t, n); len(got) != 0 {
+		t.Errorf("problems: %q", got)
+	}
+	kubelets, err := os.ReadFile(n.Kubernetes.KubeletKubeconfig())
+	if err == nil {
+		err = os.WriteFile(kubeconfig, kubelets, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	runs("kubelets", false)
+	wantEvent(t, n, "kubelets", "NotStreaming", "NO_ARTIFACT: ")
+	for _, name := range []string{"unheard", "unheard-too", "unlisted"} {
+		if got := kubectl(t, n, "get", "events", "--field-selector=source=streaming-snapshotter,involvedObject.name="+name, "--output=name"); got != "" {
+			t.Errorf("%s has %q", name, got)
+		}
+	}
+}
+
+// loginAs writes a kubeconfig of a service account.
+func loginAs(t *testing.T, n *node.Node, account, kubeconfig string) {
+	t.Helper()
+	token := strings.TrimSpace(kubectl(t, n, "create", "token", account))
+	admin, err := os.ReadFile(n.Kubernetes.Kubeconfig())
+	if err == nil {
+		err = os.WriteFile(kubeconfig, []byte(strings.Replace(string(admin), "{token: admin}", "{token: "+token+"}", 1)), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// wantEvent waits for a pod's event.
+func wantEvent(t *testing.T, n *node.Node, name, reason, text string) {
+	t.Helper()
+	uid := kubectl(t, n, "get", "pod", name, "--output=jsonpath={.metadata.uid}")
+	var got string
+	defer func() {
+		if t.Failed() {
+			t.Logf("%s: %q", name, got)
+		}
+	}()
+	eventually(t, "event "+reason, func() bool {
+		got = kubectl(t, n, "get", "events", "--field-selector=source=streaming-snapshotter,involvedObject.name="+name,
+			"--output=jsonpath={range .items[*]}{.involvedObject.uid} {.type} {.reason} {.count} {.message}{end}")
+		return strings.HasPrefix(got, uid+" Normal "+reason+" 1 ") && strings.Contains(got, text)
+	})
+	if said := kubectl(t, n, "describe", "pod", name); !strings.Contains(said, "streaming-snapshotter") || !strings.Contains(said, text) {
+		t.Errorf("kubectl describe says\n%s", said)
+	}
+}
+
+// eventProblems are what the status has of events.
+func eventProblems(t *testing.T, n *node.Node) (list []string) {
+	t.Helper()
+	var s struct{ Problems []string }
+	if err := json.Unmarshal([]byte(run(t, "streaming-snapshotter", "status", "-o", "json", "--config", n.ConfigFile())), &s); err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range s.Problems {
+		if strings.Contains(p, "events") {
+			list = append(list, p)
+		}
+	}
+	return list
+}
