@@ -20,7 +20,7 @@ import (
 const throughProxy = "imageServiceEndpoint: unix://DIR/run/p.sock\n"
 
 // TestKubernetesPull: with a registry that wants a token, what the kubelet pulls with serves the reads of the image, be it an imagePullSecret or a credential provider plugin's. Who has neither is refused as
-// by containerd alone. What the kubelet's garbage collection removes is removed from the cache.
+// by containerd alone. What the kubelet's garbage collection removes is removed from the cache. Without the proxy the kubelet does not start.
 func TestKubernetesPull(t *testing.T) {
 	if !ownMachine(t) {
 		return
@@ -53,8 +53,18 @@ func TestKubernetesPull(t *testing.T) {
 	if _, there := kept(n); len(cacheFiles(t, n)) == 0 || !there {
 		t.Fatal("there is nothing to collect")
 	}
-	// Both are due at once, when the kubelet starts: then and every five minutes it collects.
-	if err := n.Kubernetes.RestartKubelet(t.Context(), node.Kubelet{Config: throughProxy + "imageMinimumGCAge: 1ns\nimageMaximumGCAge: 2ns\n", Flags: flags}); err != nil {
+	if err := n.StopSnapshotter(); err != nil {
+		t.Fatal(err)
+	}
+	// Both ages are over when the kubelet starts: then, and every five minutes, it collects.
+	kubelet := node.Kubelet{Config: throughProxy + "imageMinimumGCAge: 1ns\nimageMaximumGCAge: 2ns\n", Flags: flags}
+	if err := n.Kubernetes.RestartKubelet(t.Context(), kubelet); err == nil || !strings.Contains(err.Error(), "kubelet ended: exit status 1") || !strings.Contains(err.Error(), "/run/p.sock") {
+		t.Errorf("without the proxy the kubelet does not end for that: %v", err)
+	}
+	if err := n.StartSnapshotter(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Kubernetes.RestartKubelet(t.Context(), kubelet); err != nil {
 		t.Fatal(err)
 	}
 	eventually(t, "the images are gone, with their chunks and credentials", func() bool {

@@ -196,17 +196,21 @@ func (k *Kubernetes) startKubelet(ctx context.Context, o Kubelet) error {
 	if err != nil {
 		return err
 	}
-	k.kubelet = p
-	return p.readyIn(ctx, kubernetesPatience, func(ctx context.Context) error {
+	if err := p.readyIn(ctx, kubernetesPatience, func(ctx context.Context) error {
 		if err := answersOK(ctx, "http://127.0.0.1:10248/healthz"); err != nil {
 			return err
 		}
 		_, err := k.Kubectl(ctx, "wait", "--for=condition=Ready", "node/"+NodeName, "--timeout=10s")
 		return err
-	})
+	}); err != nil {
+		p.kill()
+		return err
+	}
+	k.kubelet = p
+	return nil
 }
 
-// RestartKubelet ends the kubelet, as `systemctl stop` does, and runs it as o says. Containers go on.
+// RestartKubelet ends the kubelet, as `systemctl stop` does, and runs it as o says. Containers go on. After an error there is none, and it may be called again.
 func (k *Kubernetes) RestartKubelet(ctx context.Context, o Kubelet) error {
 	p := k.kubelet
 	k.kubelet = nil
