@@ -86,7 +86,7 @@ func TestKubernetesEvents(t *testing.T) {
 	runs("plain", false)
 	wantEvent(t, n, "plain", "NotStreaming", "NO_ARTIFACT: ")
 
-	if err := n.Kubernetes.RestartKubelet(t.Context(), node.Kubelet{Config: "imageServiceEndpoint: unix://DIR/run/p.sock\n"}); err != nil {
+	if err := n.Kubernetes.RestartKubelet(t.Context(), node.Kubelet{Config: throughProxy}); err != nil {
 		t.Fatal(err)
 	}
 	as("creator")
@@ -108,19 +108,6 @@ func TestKubernetesEvents(t *testing.T) {
 		if got := kubectl(t, n, "get", "events", "--field-selector=source=streaming-snapshotter,involvedObject.name="+name, "--output=name"); got != "" {
 			t.Errorf("%s has %q", name, got)
 		}
-	}
-}
-
-// loginAs writes a kubeconfig of a service account.
-func loginAs(t *testing.T, n *node.Node, account, kubeconfig string) {
-	t.Helper()
-	token := strings.TrimSpace(kubectl(t, n, "create", "token", account))
-	admin, err := os.ReadFile(n.Kubernetes.Kubeconfig())
-	if err == nil {
-		err = os.WriteFile(kubeconfig, []byte(strings.Replace(string(admin), "{token: admin}", "{token: "+token+"}", 1)), 0o600)
-	}
-	if err != nil {
-		t.Fatal(err)
 	}
 }
 

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"encoding/base64"
 	"fmt"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -121,14 +120,7 @@ func (s *secretsTest) apply(manifest string) {
 func (s *secretsTest) login() {
 	s.Helper()
 	kubectl(s.T, s.n, "create", "serviceaccount", "reader")
-	token := strings.TrimSpace(kubectl(s.T, s.n, "create", "token", "reader"))
-	admin, err := os.ReadFile(s.n.Kubernetes.Kubeconfig())
-	if err != nil {
-		s.Fatal(err)
-	}
-	if err := os.WriteFile(s.reader, []byte(strings.Replace(string(admin), "{token: admin}", "{token: "+token+"}", 1)), 0o600); err != nil {
-		s.Fatal(err)
-	}
+	loginAs(s.T, s.n, "reader", s.reader)
 }
 
 // What is wrong with two of the secrets.

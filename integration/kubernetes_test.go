@@ -67,6 +67,19 @@ func kubectl(t *testing.T, n *node.Node, args ...string) string {
 	return out
 }
 
+// loginAs writes a kubeconfig of a service account.
+func loginAs(t *testing.T, n *node.Node, account, kubeconfig string) {
+	t.Helper()
+	token := strings.TrimSpace(kubectl(t, n, "create", "token", account))
+	admin, err := os.ReadFile(n.Kubernetes.Kubeconfig())
+	if err == nil {
+		err = os.WriteFile(kubeconfig, []byte(strings.Replace(string(admin), "{token: admin}", "{token: "+token+"}", 1)), 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // pod is a pod of one container, which is pulled for, and run once.
 type pod struct {
 	Name, Image string
