@@ -47,7 +47,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"cmd/streaming-snapshotter/install": {[]string{"cmd/streaming-snapshotter/traps", "deploy"}, []string{"net/http", fuse, ggcr}},
 	"deploy/image":                      {nil, []string{containerd, fuse}},
 	"deploy":                            {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
-	"cmd/streaming-snapshotter":         {[]string{"cmd/streaming-snapshotter/fdstore", "cmd/streaming-snapshotter/install", "cmd/streaming-snapshotter/traps", "credentials", "criproxy", "events", "fs", "fs/cache", "registryclient", "snapshot", "snapshot/reason", "snapshot/span", "snapshot/stream"}, []string{ggcr}},
+	"cmd/streaming-snapshotter":         {[]string{"cmd/streaming-snapshotter/fdstore", "cmd/streaming-snapshotter/install", "cmd/streaming-snapshotter/traps", "credentials", "criproxy", "events", "fs", "fs/cache", "kubeapi", "registryclient", "snapshot", "snapshot/reason", "snapshot/span", "snapshot/stream"}, []string{ggcr}},
 	"fs/erofs/erofstest":                {[]string{"fs/erofs"}, nil},
 	"kubeapi/kubeapitest":               {nil, nil},
 	"registryclient/registrytest":       {nil, nil},

@@ -87,6 +87,7 @@ func newCommand() *cobra.Command {
 		newResumeCommand(&configFile),
 		newProfileCommand(&configFile),
 		newSuperviseCommand(),
+		newWatchCommand(&configFile),
 		&cobra.Command{
 			Use:   "version",
 			Short: "Print the version",
