@@ -55,7 +55,7 @@ func TestKubernetesEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	kubeconfig := filepath.Join(n.Dir, "events.kubeconfig")
-	as := func(account string) { loginAs(t, n, account, kubeconfig) }
+	as := func(account string) { loginAs(t, n.Kubernetes, kubeconfig, account) }
 	seed := uint64(450)
 	runs := func(name string, converted bool) {
 		t.Helper()

@@ -120,7 +120,7 @@ func (s *secretsTest) apply(manifest string) {
 func (s *secretsTest) login() {
 	s.Helper()
 	kubectl(s.T, s.n, "create", "serviceaccount", "reader")
-	loginAs(s.T, s.n, "reader", s.reader)
+	loginAs(s.T, s.n.Kubernetes, s.reader, "reader")
 }
 
 // What is wrong with two of the secrets.

@@ -67,13 +67,16 @@ func kubectl(t *testing.T, n *node.Node, args ...string) string {
 	return out
 }
 
-// loginAs writes a kubeconfig of a service account.
-func loginAs(t *testing.T, n *node.Node, account, kubeconfig string) {
+// loginAs writes a kubeconfig of a service account, with a token that `kubectl create token` makes.
+func loginAs(t *testing.T, k *node.Kubernetes, kubeconfig, account string, flags ...string) {
 	t.Helper()
-	token := strings.TrimSpace(kubectl(t, n, "create", "token", account))
-	admin, err := os.ReadFile(n.Kubernetes.Kubeconfig())
+	token, err := k.Kubectl(t.Context(), append([]string{"create", "token", account}, flags...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	admin, err := os.ReadFile(k.Kubeconfig())
 	if err == nil {
-		err = os.WriteFile(kubeconfig, []byte(strings.Replace(string(admin), "{token: admin}", "{token: "+token+"}", 1)), 0o600)
+		err = os.WriteFile(kubeconfig, []byte(strings.Replace(string(admin), "{token: admin}", "{token: "+strings.TrimSpace(token)+"}", 1)), 0o600)
 	}
 	if err != nil {
 		t.Fatal(err)

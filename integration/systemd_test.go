@@ -72,10 +72,10 @@ func TestSystemd(t *testing.T) {
 	}
 }
 
-// bootTest runs what runInside has prepared.
-func bootTest(t *testing.T, root, checkout, test string) {
+// bootTest runs what runInside has prepared. More are directories beside the checkout and the tools that are to be seen there.
+func bootTest(t *testing.T, root, checkout, test string, more ...string) {
 	t.Helper()
-	console, err := boot(t, root, checkout, toolsDir(checkout))
+	console, err := boot(t, root, append([]string{checkout, toolsDir(checkout)}, more...))
 	b, _ := os.ReadFile(filepath.Join(root, "result"))
 	if err != nil || !strings.Contains(string(b), "\nexit 0\n") || !strings.Contains(string(b), "--- PASS: "+test+" ") {
 		journal, _ := os.ReadFile(filepath.Join(root, "journal"))
@@ -211,9 +211,9 @@ WantedBy=multi-user.target
 	run(t, "systemctl", "--root="+root, "enable", "inside.service")
 }
 
-// boot runs the Debian in root until it powers itself off, and returns its console. Nothing is left of it however that ends: its mounts, and nspawn's own in
+// boot runs the Debian in root, which sees some of our directories, until it powers itself off, and returns its console. Nothing is left of it however that ends: its mounts, and nspawn's own in
 // /run, are in a mount namespace, and its processes in a PID namespace, which ends with this process, and in a cgroup.
-func boot(t *testing.T, root, checkout, tools string) (console []byte, err error) {
+func boot(t *testing.T, root string, seen []string) (console []byte, err error) {
 	t.Helper()
 	mounts, err := mountinfo.GetMounts(mountinfo.FSTypeFilter("cgroup2"))
 	if err != nil || len(mounts) == 0 {
@@ -229,10 +229,13 @@ func boot(t *testing.T, root, checkout, tools string) (console []byte, err error
 		t.Fatal(err)
 	}
 	defer fd.Close()
-	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
-	c := exec.CommandContext(ctx, "sh", "-c", `mount -t proc proc /proc && mount -t tmpfs tmpfs /run && exec systemd-nspawn --register=no --keep-unit --boot --bind=/dev/fuse --bind=/dev/loop-control --bind-ro="$1" --bind-ro="$2" --system-call-filter="bpf @keyring" --capability=all --console=pipe -D "$0"`,
-		root, checkout, tools)
+	args := []string{"-c", `mount -t proc proc /proc && mount -t tmpfs tmpfs /run && exec systemd-nspawn --register=no --keep-unit --boot --bind=/dev/fuse --bind=/dev/loop-control --system-call-filter="bpf @keyring" --capability=all --console=pipe -D "$0" "$@"`, root}
+	for _, dir := range seen {
+		args = append(args, "--bind-ro="+dir)
+	}
+	c := exec.CommandContext(ctx, "sh", args...)
 	c.Env = append(os.Environ(), "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1")
 	c.WaitDelay = 10 * time.Second
 	c.SysProcAttr = &unix.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Unshareflags: unix.CLONE_NEWNS, UseCgroupFD: true, CgroupFD: int(fd.Fd()), Pdeathsig: unix.SIGKILL}
