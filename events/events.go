@@ -4,11 +4,14 @@
 // all that it takes; a kubelet's kubeconfig has them.
 //
 // The principle: an event is a courtesy. Telling of a pull never waits. At most maxQueued pulls wait for their events, and what is more is left out; each request is made once, one after the other; and
-// what has been said of a pod is said again only after a while, with how often it came meanwhile. What fails is told once, until it works again.
+// what has been said of a pod is said again only after a while, with how often it came meanwhile. What fails is told once, until it works again, and a namespace that takes no events keeps no other pod from its own.
 package events
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -28,6 +31,8 @@ const (
 
 	quiet   = 10 * time.Minute
 	maxTold = 1024
+	// given is after how long a failure counts no more that nobody has tried again: its namespace may be gone.
+	given = time.Hour
 	// another is when to look a second time for the pods of a pull: the API server may have learnt of them after the kubelet, which asked another one.
 	another = time.Second
 
@@ -57,7 +62,7 @@ type Recorder struct {
 	pulling map[*pull]bool
 
 	// Of Run:
-	failing bool
+	failing map[place]time.Time // when it failed last
 	told    map[subject]*last
 }
 
@@ -74,8 +79,19 @@ type pull struct {
 	pod   Pod
 }
 
-// subject is what events are counted by.
-type subject struct{ uid, image, reason, code string }
+// subject is what events are counted by. A pod's UID alone does not name it: the annotation mirror is its author's.
+type subject struct {
+	pod                 Pod
+	image, reason, code string
+}
+
+// place is what can fail apart from the rest: the events of a namespace, of which this is the name, or one of these.
+type place string
+
+const (
+	server place = ""
+	list   place = "/pods" // no namespace has a slash
+)
 
 // last is when that was said, and how often it came since, and first.
 type last struct {
@@ -87,7 +103,7 @@ type last struct {
 func New(kubeconfig, node string, onError func(error)) *Recorder {
 	return &Recorder{
 		api: kubeapi.New(kubeconfig), node: node, onError: onError, queue: make(chan notice, maxQueued),
-		pulling: map[*pull]bool{}, told: map[subject]*last{},
+		pulling: map[*pull]bool{}, told: map[subject]*last{}, failing: map[place]time.Time{},
 	}
 }
 
@@ -127,35 +143,64 @@ func (r *Recorder) Run(ctx context.Context) {
 	for {
 		select {
 		case n := <-r.queue:
-			r.report(r.send(ctx, n))
+			r.tell(ctx, n)
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// report tells of failures when they begin and end. sent says that an event was put on a pod.
-func (r *Recorder) report(sent bool, err error) {
-	if failing := err != nil; failing != r.failing && (failing || sent) {
-		r.failing = failing
+// tell sends what is to be told of a pull, and says when that begins to fail, and when all works again that did not.
+func (r *Recorder) tell(ctx context.Context, n notice) {
+	was := len(r.failing) > 0
+	err := ended(ctx, r.send(ctx, n))
+	switch {
+	case err != nil && !was:
 		r.onError(err)
+	case err == nil && was && len(r.failing) == 0:
+		r.onError(nil)
 	}
 }
 
-func (r *Recorder) send(ctx context.Context, n notice) (sent bool, err error) {
-	if len(n.pods) == 0 {
+// fails notes where err is, unless it is no answer: then no place has one.
+func (r *Recorder) fails(at place, err error) (answered bool) {
+	var status *kubeapi.StatusError
+	if answered = errors.As(err, &status); !answered {
+		at = server
+	}
+	r.failing[at] = time.Now()
+	return answered
+}
+
+// send puts the event on the pods. One that is refused is no reason to leave out the others.
+func (r *Recorder) send(ctx context.Context, n notice) error {
+	listed := len(n.pods) == 0
+	if listed {
+		var err error
 		if n.pods, err = r.find(ctx, n.image); err != nil {
-			return false, ended(ctx, err)
+			r.fails(list, err)
+			return err
 		}
 	}
+	var errs []error
 	for _, p := range n.pods[:min(len(n.pods), maxPods)] {
 		put, err := r.put(ctx, p, n)
 		if err != nil {
-			return sent, ended(ctx, err)
+			errs = append(errs, fmt.Errorf("pod %s/%s: %w", p.Namespace, p.Name, err))
+			if !r.fails(place(p.Namespace), err) {
+				break
+			}
 		}
-		sent = sent || put
+		if put {
+			delete(r.failing, server)
+			delete(r.failing, place(p.Namespace))
+			if listed {
+				delete(r.failing, list)
+			}
+			maps.DeleteFunc(r.failing, func(_ place, at time.Time) bool { return time.Since(at) > given })
+		}
 	}
-	return sent, nil
+	return errors.Join(errs...)
 }
 
 // ended is err, unless it is because Run is to end.
@@ -173,11 +218,11 @@ func (r *Recorder) find(ctx context.Context, image string) (pods []Pod, err erro
 		return nil, nil
 	}
 	for again := false; ; again = true {
-		list, err := r.api.Pods(ctx, r.node)
+		all, err := r.api.Pods(ctx, r.node)
 		if err != nil {
 			return nil, err
 		}
-		for _, p := range list {
+		for _, p := range all {
 			if !p.WaitsFor(func(image string) bool { return parse(image) == of }) {
 				continue
 			}
@@ -201,7 +246,7 @@ func (r *Recorder) find(ctx context.Context, image string) (pods []Pod, err erro
 // put puts an event on a pod, unless the same was said a while ago: then it is counted.
 func (r *Recorder) put(ctx context.Context, p Pod, n notice) (put bool, err error) {
 	e := n.event
-	about := subject{p.UID, n.image, e.Reason, e.Code}
+	about := subject{p, n.image, e.Reason, e.Code}
 	count, since := 1, e.At
 	if l := r.told[about]; l != nil {
 		if l.count++; l.count == 1 {

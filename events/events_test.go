@@ -32,7 +32,7 @@ func newRecorder(t *testing.T, s *kubeapitest.Server, errs *[]string) *Recorder 
 func drain(t *testing.T, r *Recorder, s *kubeapitest.Server) (list []posted) {
 	t.Helper()
 	for len(r.queue) > 0 {
-		r.report(r.send(t.Context(), <-r.queue))
+		r.tell(t.Context(), <-r.queue)
 	}
 	for _, b := range s.Posted() {
 		var p posted
@@ -168,4 +168,56 @@ func TestFailures(t *testing.T) {
 	cancel()
 	r.Tell("r.example/b:v1", Event{Reason: "Streaming"})
 	r.Run(ctx) // ends
+}
+
+// A namespace that takes no events keeps none of the others' pods from theirs, and is told once, whichever pods a pull is for.
+func TestRefusedNamespace(t *testing.T) {
+	s := kubeapitest.Start(t)
+	s.Put("namespaces/full/events", "403")
+	s.Put("namespaces/one/events", `{}`)
+	var errs []string
+	r := newRecorder(t, s, &errs)
+	full, one := Pod{"full", "a", "1"}, Pod{"one", "b", "2"}
+	told := func(image string, pods ...Pod) []string {
+		r.queue <- notice{image, Event{Reason: "Streaming"}, pods}
+		return uids(drain(t, r, s))
+	}
+	for i := range 3 {
+		if got := told(fmt.Sprint("r.example/both:", i), full, one); !slices.Equal(got, []string{"2"}) {
+			t.Errorf("told %q, want the pod of the other namespace", got)
+		}
+		if got := told(fmt.Sprint("r.example/one:", i), one); len(got) != 1 {
+			t.Errorf("told %q, want one", got)
+		}
+	}
+	if want := []string{"pod full/a: API server: status 403: it is 403"}; !slices.Equal(errs, want) {
+		t.Errorf("errors %q, want %q", errs, want)
+	}
+	s.Put("namespaces/full/events", `{}`)
+	if told("r.example/both:3", full, one); len(errs) != 2 || errs[1] != "<nil>" {
+		t.Errorf("errors %q, want its end", errs)
+	}
+	s.Put("namespaces/full/events", "403")
+	told("r.example/both:4", full)
+	r.failing["full"] = r.failing["full"].Add(-2 * given) // and the namespace is removed
+	if told("r.example/one:4", one); len(errs) != 4 || errs[3] != "<nil>" {
+		t.Errorf("errors %q, want an end", errs)
+	}
+}
+
+// A pod that says that its UID is another's takes nothing from that.
+func TestForgedUID(t *testing.T) {
+	s := kubeapitest.Start(t)
+	pod := func(namespace, more string) string {
+		return fmt.Sprintf(`{"metadata": {"namespace": %q, "name": "p", "uid": %q%s}, "spec": {"containers": [{"name": "c", "image": "r.example/a:v1"}]}}`, namespace, namespace, more)
+	}
+	s.Put(podsOfNode, `{"items": [`+pod("attacker", `, "annotations": {"kubernetes.io/config.mirror": "victim"}`)+","+pod("victim", "")+`]}`)
+	s.Put("namespaces/attacker/events", `{}`)
+	s.Put("namespaces/victim/events", `{}`)
+	var errs []string
+	r := newRecorder(t, s, &errs)
+	r.Tell("r.example/a:v1", Event{Reason: "Streaming"})
+	if got := drain(t, r, s); len(got) != 2 || got[1].InvolvedObject.Namespace != "victim" || len(errs) > 0 {
+		t.Errorf("told %+v, errors %q, want both", got, errs)
+	}
 }
