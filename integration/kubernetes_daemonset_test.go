@@ -256,9 +256,10 @@ components:
 	h.kubectl("apply", "-k", h.own())
 }
 
+// rolledOut waits for the DaemonSet. The kubelet may wait five minutes before it tries an uninstall again.
 func (h *cluster) rolledOut() {
 	h.Helper()
-	if _, err := h.k.Kubectl(h.Context(), inNamespace, "rollout", "status", "daemonset/streaming-snapshotter", "--timeout=4m"); err != nil {
+	if _, err := h.k.Kubectl(h.Context(), inNamespace, "rollout", "status", "daemonset/streaming-snapshotter", "--timeout=7m"); err != nil {
 		out, _ := h.k.Kubectl(h.Context(), inNamespace, "logs", "daemonset/streaming-snapshotter", "--all-containers", "--tail=50")
 		h.Fatal(err, out)
 	}
