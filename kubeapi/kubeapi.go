@@ -108,7 +108,7 @@ func (c *Client) Close() {
 
 // Get gets an object or a list of the core group into v. path is below the group, "namespaces/default/secrets/regcred". An answer that is no success is a *StatusError.
 func (c *Client) Get(ctx context.Context, path string, query map[string]string, v any) error {
-	return c.do(ctx, http.MethodGet, path, query, "", nil, v)
+	return c.do(ctx, http.MethodGet, path, query, "", nil, func(d *json.Decoder) error { return d.Decode(v) })
 }
 
 // Create makes an object of the core group out of v. path is that of its list, "namespaces/default/events".
@@ -129,8 +129,8 @@ func (c *Client) send(ctx context.Context, method, path, contentType string, v a
 	return c.do(ctx, method, path, nil, contentType, b, nil)
 }
 
-// do sends a request, with body if there is one, and decodes the answer into v unless that is nil.
-func (c *Client) do(ctx context.Context, method, path string, query map[string]string, contentType string, body []byte, v any) error {
+// do sends a request, with body if there is one, and has the answer decoded unless decode is nil.
+func (c *Client) do(ctx context.Context, method, path string, query map[string]string, contentType string, body []byte, decode func(*json.Decoder) error) error {
 	client, base, err := c.connect()
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.name(), err)
@@ -154,10 +154,10 @@ func (c *Client) do(ctx context.Context, method, path string, query map[string]s
 	resp, err := client.Do(req)
 	var failed *url.Error
 	if errors.As(err, &failed) {
-		return failed.Err // without the whole URL
+		err = failed.Err // without the whole URL
 	}
 	if err != nil {
-		return err
+		return c.unanswered(base, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode/100 != 2 {
@@ -166,11 +166,20 @@ func (c *Client) do(ctx context.Context, method, path string, query map[string]s
 		_ = json.Unmarshal(b, &status)
 		return &StatusError{resp.StatusCode, strings.Trim(strconv.Quote(status.Message[:min(len(status.Message), maxMessage)]), `"`)}
 	}
-	if v == nil {
+	if decode == nil {
 		return nil
 	}
-	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(v); err != nil {
-		return errors.New("the API server's answer is no JSON") // and may show a secret
+	err = decode(json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)))
+	switch {
+	case err == nil || errors.Is(err, errTooMany):
+		return err
+	case ctx.Err() != nil:
+		return c.unanswered(base, ctx.Err())
 	}
-	return nil
+	return errors.New("the API server's answer is no JSON") // and may show a secret
+}
+
+// unanswered names who has not answered, and what says who that is.
+func (c *Client) unanswered(base *url.URL, err error) error {
+	return fmt.Errorf("API server %s of %s: %w", base.Host, c.name(), err)
 }

@@ -2,8 +2,19 @@ package kubeapi
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"net/http"
 	"slices"
+)
+
+// maxPods bounds those of a node, of which Kubernetes recommends 110: in memory an empty one takes a hundred times its bytes in the answer.
+const maxPods = 4096
+
+var (
+	errTooMany = fmt.Errorf("the API server's answer has more than %d pods", maxPods)
+	errNoList  = errors.New("no list")
 )
 
 // Pod is what of a pod matters here.
@@ -33,13 +44,57 @@ type ContainerStatus struct {
 	State, LastState struct{ Running, Terminated *struct{} }
 }
 
-// Pods lists the pods of a node, out of the server's memory: one that was bound a moment ago may be missing.
-func (c *Client) Pods(ctx context.Context, node string) ([]Pod, error) {
-	var l struct{ Items []Pod }
-	if err := c.Get(ctx, "pods", map[string]string{"fieldSelector": "spec.nodeName=" + node, "resourceVersion": "0"}, &l); err != nil {
+// Pods lists the pods of a node, out of the server's memory: one that was bound a moment ago may be missing. More than maxPods are an error.
+func (c *Client) Pods(ctx context.Context, node string) (pods []Pod, err error) {
+	query := map[string]string{"fieldSelector": "spec.nodeName=" + node, "resourceVersion": "0"}
+	err = c.do(ctx, http.MethodGet, "pods", query, "", nil, func(d *json.Decoder) error {
+		return eachItem(d, func() error {
+			if len(pods) == maxPods {
+				return errTooMany
+			}
+			pods = append(pods, Pod{})
+			return d.Decode(&pods[len(pods)-1])
+		})
+	})
+	if err != nil {
 		return nil, fmt.Errorf("list pods of node %s: %w", node, err)
 	}
-	return l.Items, nil
+	return pods, nil
+}
+
+// eachItem calls decode for each item of a list, which is an object with the array "items", or null.
+func eachItem(d *json.Decoder, decode func() error) error {
+	if t, err := d.Token(); err != nil || t != json.Delim('{') {
+		return errors.Join(err, errNoList)
+	}
+	for d.More() {
+		key, err := d.Token()
+		if err != nil {
+			return err
+		}
+		if key != "items" {
+			if err := d.Decode(new(json.RawMessage)); err != nil {
+				return err
+			}
+			continue
+		}
+		t, err := d.Token()
+		if err != nil || t != nil && t != json.Delim('[') {
+			return errors.Join(err, errNoList)
+		}
+		for t != nil && d.More() {
+			if err := decode(); err != nil {
+				return err
+			}
+		}
+		if t != nil {
+			if _, err := d.Token(); err != nil {
+				return err
+			}
+		}
+	}
+	_, err := d.Token()
+	return err
 }
 
 // Images lists the references of the pod's images, of volumes too.
