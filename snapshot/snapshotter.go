@@ -326,6 +326,10 @@ func cutBelow(mounts []mount.Mount, base string) []mount.Mount {
 			mounts[i] = mount.Mount{Type: "bind", Source: dirs[0], Options: append(idMaps(m.Options), "ro", "rbind")}
 			continue
 		}
+		if len(dirs) == 1 && dirs[0] == base && len(idMaps(m.Options)) > 0 {
+			// containerd 2.2 maps the directory that the lower ones have in common, without what is mounted below it: that has to be the mount itself.
+			dirs = []string{base + "/."}
+		}
 		m.Options[lower] = "lowerdir=" + strings.Join(dirs, ":")
 	}
 	return mounts
