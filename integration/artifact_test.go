@@ -155,6 +155,13 @@ func TestDockerRegistry(t *testing.T) {
 	checkSums(t, out, 30)
 	checkIdentity(t, n, ref, digestOf(t, img), img)
 
+	// The layers are not on the node. containerd has the registry mount them from the repository that they are in.
+	pushed := proxy.Addr() + "/other/app:v1"
+	if _, err := n.Ctr(t.Context(), "images", "push", "--plain-http", pushed, ref); err != nil {
+		t.Error(err)
+	}
+	wantImage(t, pushed, img)
+
 	run(t, "streamctl", "delete", ref)
 	if got, err := crane.Digest(ref, crane.Insecure); err != nil || got != digestOf(t, img) {
 		t.Errorf("after the artifact was deleted the image is %s, %v", got, err)

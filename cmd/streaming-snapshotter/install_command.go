@@ -10,13 +10,10 @@ import (
 	"slices"
 	"strings"
 
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/install"
-	"github.com/streaming-snapshotter/streaming-snapshotter/credentials"
-	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
 // installFlags are what install and uninstall take.
@@ -152,32 +149,6 @@ On any failure, or an interrupt, all files are put back as they were.`,
 	cmd.Flags().BoolVar(&dropImages, "drop-images", false, "go on if images cannot be fetched: they have to be pulled again")
 	cmd.Flags().BoolVar(&discardChanges, "discard-changes", false, "go on if files that install has written were changed since")
 	return cmd
-}
-
-// fetchBlobs returns what fetches blobs with the daemon's configuration and credentials, but for those that came with pulls.
-func fetchBlobs(c config) func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) error {
-	return func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) (err error) {
-		repo, _, _, err := registryclient.ParseReference(ref)
-		if err != nil {
-			return err
-		}
-		logins := newSources(c, nil)
-		defer func() { err = errors.Join(err, logins.close()) }()
-		reg, err := registryclient.New(registryclient.Options{
-			HostsDir: c.HostsDir, Credentials: credentials.Chain(logins...), UserAgent: "streaming-snapshotter/" + version(), Wait: c.ResolveTimeout.std(),
-		})
-		if err != nil {
-			return err
-		}
-		defer func() { err = errors.Join(err, reg.Close()) }()
-		r, err := reg.ReadRange(ctx, repo, blob.Digest, 0, blob.Size, 0)
-		if err != nil {
-			return err
-		}
-		defer r.Close()
-		_, err = io.Copy(w, r)
-		return err
-	}
 }
 
 // installOptions are for the host that this process runs on. configFile is the configuration that it is to have; "" for its own, or one that is made.

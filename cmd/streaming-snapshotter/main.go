@@ -79,6 +79,7 @@ func newCommand() *cobra.Command {
 			},
 		},
 		newCheckCommand(&configFile),
+		newFetchCommand(&configFile),
 		newMountCommand(&configFile),
 		newStatusCommand(&configFile),
 		newInstallCommand(&configFile),

@@ -8,12 +8,11 @@ import (
 	"strings"
 
 	client "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/content"
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/blobs"
 )
 
 // eachNamespace calls f for each of containerd's namespaces.
@@ -99,49 +98,10 @@ func (in *installer) unpack(ctx context.Context, cl *client.Client, u unpacked, 
 		return err
 	}
 	defer func() { err = errors.Join(err, done(context.WithoutCancel(ctx))) }()
-	m, err := images.Manifest(ctx, cl.ContentStore(), u.image.Target(), u.image.Platform())
-	if err != nil {
+	if _, err := blobs.Fetch(ctx, cl.ContentStore(), blobs.Image{Names: u.names, Target: u.image.Target(), Platform: u.image.Platform()}, in.o.Fetch); err != nil {
 		return err
 	}
-	for _, l := range m.Layers {
-		if _, err := cl.ContentStore().Info(ctx, l.Digest); err == nil {
-			continue
-		} else if !errdefs.IsNotFound(err) {
-			return err
-		}
-		if err := in.fetch(ctx, cl.ContentStore(), u.names, l); err != nil {
-			return fmt.Errorf("fetch layer %s: %w", l.Digest, err)
-		}
-	}
 	return u.image.Unpack(ctx, snapshotter)
-}
-
-// fetch gets a blob of an image into containerd's content store, by the first of its names that serves.
-func (in *installer) fetch(ctx context.Context, cs content.Store, names []string, l ocispec.Descriptor) error {
-	var errs []error
-	for _, name := range names {
-		w, err := content.OpenWriter(ctx, cs, content.WithRef("streaming-snapshotter-"+l.Digest.String()), content.WithDescriptor(l))
-		if errdefs.IsAlreadyExists(err) {
-			return nil
-		}
-		if err == nil {
-			err = w.Truncate(0)
-		}
-		if err == nil {
-			err = in.o.Fetch(ctx, name, l, w)
-		}
-		if err == nil {
-			err = w.Commit(ctx, l.Size, l.Digest)
-		}
-		if w != nil {
-			err = errors.Join(err, w.Close())
-		}
-		if err == nil || errdefs.IsAlreadyExists(err) {
-			return nil
-		}
-		errs = append(errs, err)
-	}
-	return errors.Join(errs...)
 }
 
 // removeSnapshots removes all of a snapshotter's, those before that others stand on.
