@@ -32,6 +32,11 @@ kubernetes: .build/kubernetes/built
 image:
 	@go run ./deploy/image .build/image
 
+# Other releases of containerd that nodes have, each with its shim and ctr: make .build/containerd-2.2
+.build/containerd-%: tools/containerd-%/go.mod tools/containerd-%/go.sum
+	cd tools/containerd-$* && go build -o $(CURDIR)/$@/ $$(go list tool)
+	@touch $@
+
 # make demo [IMAGE=REF] [MODE=file|loop|tree] [FLAGS="-rtt 50ms -mbits 100"]
 demo: build
 	@go build -o .build/demo ./integration/demo && .build/demo $(if $(IMAGE),-image $(IMAGE)) $(if $(MODE),-mode $(MODE)) $(FLAGS)
@@ -55,7 +60,7 @@ integration: build .build/gotest
 integration-images: build images .build/gotest
 	$(GOTEST) -timeout 30m -run '$(OF_IMAGES)' ./integration
 
-test-full: test fuzz kubernetes
+test-full: test fuzz kubernetes .build/containerd-1.7 .build/containerd-2.2 .build/containerd-2.3
 	FULL=1 $(GOTEST) -timeout 120m ./...
 
 # make soak [SEED=n] [FOR=10m]: faults at random under containers that read and compile; the seed gives the sequence

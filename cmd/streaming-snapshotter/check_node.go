@@ -1,12 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -15,6 +13,7 @@ import (
 	containerd "github.com/containerd/containerd/v2/client"
 	"golang.org/x/sys/unix"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/install"
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 )
@@ -130,18 +129,15 @@ func (r *checkReport) checkContainerd(ctx context.Context, c config, o checkOpti
 		config = o.config
 	}
 	at.Config = config
-	cmd := exec.CommandContext(ctx, program, "--config", config, "config", "dump")
-	var said bytes.Buffer
-	cmd.Stderr = &said
-	dump, err := cmd.Output()
+	dump, err := install.Dump(ctx, program, config)
 	if err != nil && loaded == nil {
-		r.unknown("containerd's configuration: %s: %v", strings.Join(cmd.Args, " "), err)
+		r.unknown("containerd's configuration: %v", err)
 		return
 	}
 	w := traps.Want{Address: c.Address, Root: c.Root, DropIns: dropIns(config, c.Address)}
 	at.Found = traps.Find(dump, w)
 	if err != nil {
-		at.Found = traps.Found{Traps: []traps.Trap{{Code: traps.Unreadable, Text: fmt.Sprintf("%s: %v: %s", config, err, strings.TrimSpace(said.String())), Remedy: "mend the file: containerd does not start with it"}}}
+		at.Found = traps.Found{Traps: []traps.Trap{{Code: traps.Unreadable, Text: fmt.Sprintf("%s: %v", config, err), Remedy: "mend the file: containerd does not start with it"}}}
 	}
 	r.Traps = append(r.Traps, at.Traps...)
 	if at.Snapshotter != "" && loaded != nil && !slices.Contains(loaded, at.Snapshotter) {

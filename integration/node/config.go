@@ -52,6 +52,28 @@ disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.tracing.processor
   use_internal_loopback = true
 `
 
+// containerdConfig17 is containerdConfig for containerd 1.7.
+const containerdConfig17 = `version = 2
+root = "DIR/c"
+state = "DIR/run/c"
+disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing", "io.containerd.snapshotter.v1.aufs",
+  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs", "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.blockfile"]
+
+[grpc]
+  address = "DIR/run/c.sock"
+[plugins."io.containerd.internal.v1.opt"]
+  path = "DIR/opt"
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "PAUSE"
+  restrict_oom_score_adj = true
+  disable_apparmor = true
+  [plugins."io.containerd.grpc.v1.cri".cni]
+    bin_dir = "DIR/cni"
+    conf_dir = "DIR/cni"
+  [plugins."io.containerd.grpc.v1.cri".registry]
+    config_path = "DIR/certs.d"
+`
+
 const snapshotterConfig = `address = "DIR/run/s.sock"
 root = "DIR/s"
 hosts_dir = "DIR/certs.d"
@@ -96,12 +118,17 @@ func (n *Node) writeConfigs() error {
 		if err != nil {
 			return err
 		}
-		files["conf.d/streaming-snapshotter.toml"] = strings.NewReplacer(
+		dropIn := strings.NewReplacer(
 			"/run/streaming-snapshotter/snapshotter.sock", "DIR/run/s.sock",
 			"/var/lib/streaming-snapshotter", "DIR/s",
 			`snapshotter = "`+Snapshotter+`"`, `snapshotter = "`+n.Snapshotter()+`"`,
 			"proxy_plugins."+Snapshotter, "proxy_plugins."+n.Snapshotter(),
 		).Replace(string(b))
+		if n.o.Pull == Old { // whose drop-ins replace CRI's settings as a whole
+			files["containerd.toml"] = strings.ReplaceAll(containerdConfig17, "PAUSE", n.o.Pause) + dropIn
+		} else {
+			files["conf.d/streaming-snapshotter.toml"] = dropIn
+		}
 	}
 	for name, text := range files {
 		if err := os.WriteFile(n.path(name), []byte(strings.ReplaceAll(text, "DIR", n.Dir)), 0o644); err != nil {

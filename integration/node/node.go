@@ -43,6 +43,7 @@ type Pull string
 const (
 	Transfer Pull = "transfer" // through the transfer service: deploy/containerd/transfer.toml
 	Local    Pull = "local"    // CRI's own: deploy/containerd/local.toml
+	Old      Pull = "1.7"      // containerd 1.7's, with Options.Programs: deploy/containerd/1.7.toml
 	Plain    Pull = "plain"    // no streaming snapshotter on this node: containerd's overlayfs
 )
 
@@ -53,6 +54,8 @@ type Options struct {
 	Stream []string // repositories to stream from
 	Pause  string   // reference of the pods' pause image; "" for nodes without pods
 	Config string   // more of the snapshotter's configuration, TOML
+	// Programs is the directory of a containerd of another version, with its shim and ctr; "" for those in $PATH.
+	Programs string
 	// Peer is run in the snapshotter's place; Pull is Transfer then.
 	Peer *Peer
 	// Supervise runs the snapshotter below `supervise`, which keeps its mounts when it ends, and starts it again. Start-, Stop- and
@@ -275,7 +278,7 @@ func (n *Node) RestartContainerd(ctx context.Context, kill bool) error {
 
 // StartContainerd runs containerd; after StopContainerd, again.
 func (n *Node) StartContainerd(ctx context.Context) error {
-	p, err := start(n.path("logs"), "containerd", "containerd", "--config", n.path("containerd.toml"))
+	p, err := start(n.path("logs"), "containerd", n.versioned("containerd", "--config", n.path("containerd.toml"))...)
 	if err != nil {
 		return err
 	}
@@ -294,7 +297,15 @@ func (n *Node) Socket() string { return n.path("run/c.sock") }
 
 // Ctr runs ctr in the node's namespace and returns its output.
 func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
-	return command(ctx, append([]string{"ctr", "--address", n.Socket(), "--namespace", Namespace}, args...)...)
+	return command(ctx, n.versioned(append([]string{"ctr", "--address", n.Socket(), "--namespace", Namespace}, args...)...)...)
+}
+
+// versioned runs a program of this node's containerd: where Programs come first in $PATH, for containerd finds its shim there.
+func (n *Node) versioned(args ...string) []string {
+	if n.o.Programs == "" {
+		return args
+	}
+	return append([]string{"env", "PATH=" + n.o.Programs + ":" + os.Getenv("PATH")}, args...)
 }
 
 // Crictl runs crictl and returns its output.

@@ -133,15 +133,21 @@ func (in *installer) forms(dump []byte) (list []form, err error) {
 		}})
 	}
 	if !was.Absent {
-		places = append(places, place{path + " itself", func(s settings) []file {
-			s.version = has.Version
-			return []file{replaced(was, s.edit(main))}
-		}})
+		itself := func(version int) func(s settings) []file {
+			return func(s settings) []file {
+				s.version = version
+				return []file{replaced(was, s.edit(main))}
+			}
+		}
+		places = append(places, place{path + " itself", itself(has.Version)})
+		if has.Version < 3 && effective.Version > 2 { // containerd 2 migrates CRI's snapshotter only beside runtimes, and takes what stands in its new place already
+			places = append(places, place{path + " itself, by the names of version 3", itself(3)})
+		}
 	}
 	version := min(effective.Version, 3) // 2 is containerd 1.7's; 3 is understood by all of 2.x
 	for _, local := range []bool{false, true} {
 		for _, p := range places {
-			s := settings{in.use, in.o.Address, in.o.Root, version, local, entries, handler}
+			s := settings{in.use, in.o.Address, in.o.Root, version, local, effective.Version > 2, entries, handler}
 			list = append(list, form{p.name + ", " + s.pull(), p.files(s)})
 		}
 	}
@@ -192,6 +198,7 @@ type settings struct {
 	address, root string
 	version       int // of the file's form
 	local         bool
+	remap         bool             // containerd makes ID-mapped mounts, as 1.7 does not
 	entries       []map[string]any // of unpack_config, beside the snapshotter's
 	handler       map[string]any   // the runtime handler
 }
@@ -212,7 +219,11 @@ type table struct {
 // tables are those to write, but for unpack_config.
 func (s settings) tables() []table {
 	images, runtimes := "plugins.'io.containerd.cri.v1.images'", "plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes."
-	if s.version <= 2 {
+	switch {
+	case s.version < 2:
+		images = "plugins.cri.containerd"
+		runtimes = images + ".runtimes."
+	case s.version == 2:
 		images = `plugins."io.containerd.grpc.v1.cri".containerd`
 		runtimes = images + ".runtimes."
 	}
@@ -223,8 +234,12 @@ func (s settings) tables() []table {
 	if s.local {
 		cri.values = append(cri.values, [2]string{"disable_snapshot_annotations", "false"})
 	}
+	plugin := [][2]string{{"type", `"snapshot"`}, {"address", fmt.Sprintf("%q", s.address)}}
+	if s.remap {
+		plugin = append(plugin, [2]string{"capabilities", `["remap-ids"]`})
+	}
 	list := []table{
-		{"proxy_plugins." + Name, [][2]string{{"type", `"snapshot"`}, {"address", fmt.Sprintf("%q", s.address)}, {"capabilities", `["remap-ids"]`}}},
+		{"proxy_plugins." + Name, plugin},
 		{"proxy_plugins." + Name + ".exports", [][2]string{{"root", fmt.Sprintf("%q", s.root)}, {"enable_remote_snapshot_annotations", `"true"`}}},
 	}
 	if len(cri.values) > 0 {

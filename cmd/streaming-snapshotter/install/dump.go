@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -42,7 +43,23 @@ func (in *installer) dumpHere(ctx context.Context, files []file, scratch string)
 			return nil, fmt.Errorf("show containerd's program the new configuration: %w", err)
 		}
 	}
-	c := exec.CommandContext(ctx, in.c.Program, "--config", in.c.Config, "config", "dump")
+	return Dump(ctx, in.c.Program, in.c.Config)
+}
+
+// Dump returns what a containerd's program makes of its configuration file, which need not be there, with what it imports.
+func Dump(ctx context.Context, program, config string) ([]byte, error) {
+	b, err := dump(ctx, program, config)
+	if err == nil {
+		return b, nil
+	}
+	if _, missing := os.Stat(config); errors.Is(missing, fs.ErrNotExist) { // containerd 1.7 starts so, and does not print what that comes to
+		return dump(ctx, program, os.DevNull)
+	}
+	return nil, err
+}
+
+func dump(ctx context.Context, program, config string) ([]byte, error) {
+	c := exec.CommandContext(ctx, program, "--config", config, "config", "dump")
 	var said bytes.Buffer
 	c.Stderr = &said
 	b, err := c.Output()

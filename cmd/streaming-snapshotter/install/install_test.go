@@ -22,14 +22,23 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// on returns an installer for the containerd of this machine, with files in a directory; names ending in .toml in conf.d are drop-ins.
-func on(t *testing.T, files map[string]string) *installer {
+// containerd finds the program of a version; "" is the newest, beside which make build puts the others.
+func containerd(t *testing.T, version string) string {
 	t.Helper()
-	needRoot(t)
 	program, err := exec.LookPath("containerd")
+	if err == nil && version != "" {
+		program, err = exec.LookPath(filepath.Join(filepath.Dir(program), "../containerd-"+version, "containerd"))
+	}
 	if err != nil {
 		t.Skip(err)
 	}
+	return program
+}
+
+// on returns an installer for a containerd, with files in a directory; names ending in .toml in conf.d are drop-ins.
+func on(t *testing.T, program string, files map[string]string) *installer {
+	t.Helper()
+	needRoot(t)
 	dir := t.TempDir()
 	for name, text := range files {
 		path := filepath.Join(dir, name)
@@ -48,15 +57,19 @@ func on(t *testing.T, files map[string]string) *installer {
 
 var noted change
 
+// formCase is what containerd's files may be, and what is made of them.
+type formCase struct {
+	files map[string]string
+	pull  string   // how CRI pulls then; "" if there is no way
+	wrote []string // in order
+}
+
 const others = "[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n"
 
-// In each form that containerd's files may have, the snapshotter gets into the configuration in effect, and all else stays as it was. Nothing is changed for finding out.
-func TestContainerdFiles(t *testing.T) {
-	for name, c := range map[string]struct {
-		files map[string]string
-		pull  string   // how CRI pulls then
-		wrote []string // in order
-	}{
+// forms are those that containerd's files may have, and forms17 those of containerd 1.7, where what is imported replaces all of CRI's settings: the snapshotter's are added to
+// where the others are.
+func forms() map[string]formCase {
+	return map[string]formCase{
 		"no file":          {nil, "transfer", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
 		"empty":            {map[string]string{"config.toml": ""}, "transfer", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
 		"imports":          {map[string]string{"config.toml": "version = 4\nimports = ['DIR/conf.d/*.toml']\n" + others}, "transfer", []string{"conf.d/streaming-snapshotter.toml"}},
@@ -69,65 +82,124 @@ func TestContainerdFiles(t *testing.T) {
 		"list replaced":    {map[string]string{"config.toml": "version = 3\nimports = ['DIR/conf.d/*.toml']\n", "conf.d/z.toml": "version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux'\n  snapshotter = 'overlayfs'\n"}, "transfer", []string{"conf.d/zz-streaming-snapshotter.toml"}},
 		"name taken":       {map[string]string{"config.toml": "version = 3\nimports = ['DIR/conf.d/*.toml']\n", "conf.d/streaming-snapshotter.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 5\n"}, "local", []string{"conf.d/zz-streaming-snapshotter.toml"}},
 		"another imported": {map[string]string{"config.toml": "version = 3\nimports = ['DIR/other.toml']\n[plugins.'io.containerd.cri.v1.images'] # CRI\n  snapshotter = 'overlayfs'\n", "other.toml": "version = 3\n" + others}, "transfer", []string{"config.toml"}},
-		"two keys":         {map[string]string{"config.toml": "version = 2\nimports = ['DIR/other.toml']\n[plugins]\n  [plugins.'io.containerd.grpc.v1.cri']\n    image_pull_with_sync_fs = true\n    [plugins.'io.containerd.grpc.v1.cri'.containerd]\n      snapshotter = 'native'\n      disable_snapshot_annotations = true\n      [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\n        runtime_type = 'io.containerd.runc.v2'", "other.toml": "version = 3\n"}, "local", []string{"config.toml"}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			in := on(t, c.files)
-			dir := filepath.Dir(in.c.Config)
-			was := treeOf(t, dir)
-			files, found, err := in.containerdFiles(t.Context())
-			if err != nil {
-				t.Fatal(err)
-			}
-			if is := treeOf(t, dir); !reflect.DeepEqual(is, was) {
-				t.Errorf("to find out has changed\n%v\nto\n%v", was, is)
-			}
-			if found.Pull != c.pull || found.Snapshotter != Name {
-				t.Errorf("got %+v, want %s", found, c.pull)
-			}
-			var wrote []string
-			for _, f := range files {
-				rel, _ := filepath.Rel(dir, f.Path)
-				wrote = append(wrote, rel)
-				if st, ok := was[rel]; ok && f.Mode != uint32(st.mode) {
-					t.Errorf("%s would have mode %o", rel, f.Mode)
+		"not migrated":     {map[string]string{"config.toml": "version = 2\nimports = ['DIR/other.toml']\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\n  snapshotter = 'overlayfs'\n", "other.toml": "version = 2\n"}, "transfer", []string{"config.toml"}},
+		"two keys":         {map[string]string{"config.toml": "version = 2\nimports = ['DIR/other.toml']\n[plugins]\n  [plugins.'io.containerd.grpc.v1.cri']\n    image_pull_with_sync_fs = true\n    [plugins.'io.containerd.grpc.v1.cri'.containerd]\n      snapshotter = 'native'\n      disable_snapshot_annotations = true\n      [plugins.'io.containerd.grpc.v1.cri'.containerd.runtimes.runc]\n        runtime_type = 'io.containerd.runc.v2'", "other.toml": "version = 2\n"}, "local", []string{"config.toml"}},
+	}
+}
+
+const aks = `version = 2
+oom_score = -999
+[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "mcr.example.com/pause:3.6"
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "runc"
+    disable_snapshot_annotations = true
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.grpc.v1.cri".registry]
+    config_path = "/etc/containerd/certs.d"
+[proxy_plugins]
+  [proxy_plugins.other]
+    type = "snapshot"
+    address = "/run/other.sock"
+`
+
+func forms17() map[string]formCase {
+	return map[string]formCase{
+		"no file":          {nil, "local", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
+		"AKS":              {map[string]string{"config.toml": aks}, "local", []string{"config.toml"}},
+		"AKS and imports":  {map[string]string{"config.toml": strings.Replace(aks, "oom", "imports = ['DIR/conf.d/*.toml']\noom", 1), "conf.d/z.toml": "version = 2\n[grpc]\n  max_recv_message_size = 1000000\n"}, "local", []string{"config.toml"}},
+		"imports alone":    {map[string]string{"config.toml": "version = 2\nimports = ['DIR/conf.d/*.toml']\noom_score = -999\n"}, "local", []string{"conf.d/streaming-snapshotter.toml"}},
+		"CRI in a drop-in": {map[string]string{"config.toml": "version = 2\nimports = ['DIR/conf.d/*.toml']\n", "conf.d/cri.toml": "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"mcr.example.com/pause:3.6\"\n"}, "", nil},
+		"version 1":        {map[string]string{"config.toml": "[plugins.cri]\n  sandbox_image = \"mcr.example.com/pause:3.6\"\n"}, "local", []string{"config.toml"}},
+	}
+}
+
+// In each form that containerd's files may have, the snapshotter gets into the configuration in effect, and all else stays as it was, or it is an error that says what would not.
+// Nothing is changed for finding out.
+func TestContainerdFiles(t *testing.T) {
+	versions := []string{""}
+	if os.Getenv("FULL") != "" {
+		versions = append(versions, "1.7", "2.2", "2.3")
+	}
+	for _, version := range versions {
+		program, cases := containerd(t, version), forms()
+		if version == "1.7" {
+			cases = forms17()
+		}
+		for name, c := range cases {
+			t.Run(strings.TrimSpace(version+" "+name), func(t *testing.T) {
+				if text, ok := c.files["config.toml"]; ok && version == "2.2" {
+					c.files["config.toml"] = strings.ReplaceAll(text, "version = 4", "version = 3")
 				}
-			}
-			if !reflect.DeepEqual(wrote, c.wrote) {
-				t.Errorf("would write %q, want %q", wrote, c.wrote)
-			}
-			if err := apply(t.Context(), files); err != nil {
-				t.Fatal(err)
-			}
-			if again, _, err := in.containerdFiles(t.Context()); err != nil || len(again) > 0 {
-				t.Errorf("after that, there is %v to write, %v", again, err)
-			}
-			dump, err := in.dump(t.Context(), nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			for text, want := range map[string]string{"restrict_oom_score_adj = true": "restrict_oom_score_adj = true", "max_concurrent_downloads = 5": "max_concurrent_downloads = 5", "mirror.example.com": "mirror.example.com", "image_pull_with_sync_fs = true": "image_pull_with_sync_fs = true"} {
-				if strings.Contains(fmt.Sprint(c.files), text) && !strings.Contains(string(dump), want) {
-					t.Errorf("%s is lost", want)
+				if name == "version 2" && version == "2.2" { // where a file of version 3 beside it keeps one of version 2 from being migrated
+					c.wrote = []string{"config.toml"}
 				}
-			}
-			if strings.Contains(string(dump), "max_concurrent_downloads = 9") {
-				t.Error("a drop-in that was ignored is in effect")
-			}
-		})
+				in := on(t, program, c.files)
+				if c.pull != "" {
+					checkForm(t, in, c)
+				} else if files, _, err := in.containerdFiles(t.Context()); err == nil || !strings.Contains(err.Error(), "sandbox_image, too") {
+					t.Errorf("got %v, %v", files, err)
+				}
+			})
+		}
+	}
+}
+
+// checkForm wants the snapshotter in containerd's configuration as c says, and the rest as it was.
+func checkForm(t *testing.T, in *installer, c formCase) {
+	t.Helper()
+	dir := filepath.Dir(in.c.Config)
+	was := treeOf(t, dir)
+	files, found, err := in.containerdFiles(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if is := treeOf(t, dir); !reflect.DeepEqual(is, was) {
+		t.Errorf("to find out has changed\n%v\nto\n%v", was, is)
+	}
+	if found.Pull != c.pull || found.Snapshotter != Name {
+		t.Errorf("got %+v, want %s", found, c.pull)
+	}
+	var wrote []string
+	for _, f := range files {
+		rel, _ := filepath.Rel(dir, f.Path)
+		wrote = append(wrote, rel)
+		if st, ok := was[rel]; ok && f.Mode != uint32(st.mode) {
+			t.Errorf("%s would have mode %o", rel, f.Mode)
+		}
+	}
+	if !reflect.DeepEqual(wrote, c.wrote) {
+		t.Errorf("would write %q, want %q", wrote, c.wrote)
+	}
+	if err := apply(t.Context(), files); err != nil {
+		t.Fatal(err)
+	}
+	if again, _, err := in.containerdFiles(t.Context()); err != nil || len(again) > 0 {
+		t.Errorf("after that, there is %v to write, %v", again, err)
+	}
+	dump, err := in.dump(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"restrict_oom_score_adj = true", "max_concurrent_downloads = 5", "mirror.example.com", "image_pull_with_sync_fs = true", "mcr.example.com/pause", "oom_score = -999", "/run/other.sock"} {
+		if strings.Contains(fmt.Sprint(c.files), text) && !strings.Contains(string(dump), text) {
+			t.Errorf("%s is lost", text)
+		}
+	}
+	if strings.Contains(string(dump), "max_concurrent_downloads = 9") {
+		t.Error("a drop-in that was ignored is in effect")
 	}
 }
 
 // What cannot be written safely is an error that says why, and changes nothing.
 func TestContainerdFilesRefused(t *testing.T) {
 	for name, c := range map[string]struct{ config, want string }{
-		"no TOML": {"version 3\n", "cannot read its configuration as it is"},
-		// containerd 2.4.2 moves the snapshotter of version 2 to where it belongs only if there are runtimes, too.
-		"not migrated": {"version = 2\nimports = ['DIR/other.toml']\n[plugins.'io.containerd.grpc.v1.cri'.containerd]\n  snapshotter = 'overlayfs'\n", "SNAPSHOTTER_NOT_SET"},
+		"no TOML":      {"version 3\n", "cannot read its configuration as it is"},
 		"inline table": {"version = 3\nimports = ['DIR/other.toml']\nplugins = {'io.containerd.cri.v1.images' = {snapshotter = 'overlayfs'}}\n", "config.toml itself"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			in := on(t, map[string]string{"config.toml": c.config, "other.toml": "version = 3\n"})
+			in := on(t, containerd(t, ""), map[string]string{"config.toml": c.config, "other.toml": "version = 3\n"})
 			dir := filepath.Dir(in.c.Config)
 			was := treeOf(t, dir)
 			files, _, err := in.containerdFiles(t.Context())

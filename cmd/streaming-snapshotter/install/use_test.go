@@ -25,7 +25,7 @@ func TestUse(t *testing.T) {
 		"another imported": {"config.toml": "version = 3\nimports = ['DIR/other.toml']\n[plugins.'io.containerd.cri.v1.images'] # CRI\n  snapshotter = 'overlayfs'\n" + runc, "other.toml": "version = 3\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			in := on(t, files)
+			in := on(t, containerd(t, ""), files)
 			write := func(u use, uses ...string) []byte {
 				t.Helper()
 				in.use = u
@@ -72,7 +72,7 @@ func TestUse(t *testing.T) {
 				t.Errorf("the handler is %v and %v, want one like %v", got, c.Plugins.Images.Platforms, want)
 			}
 
-			in = on(t, files)
+			in = on(t, containerd(t, ""), files)
 			write(use{}, "cri")
 			in.use = use{runtime: "lazy"}
 			if list, _, err := in.containerdFiles(t.Context()); err == nil || !strings.Contains(err.Error(), "uninstall first") {

@@ -112,7 +112,7 @@ type images struct {
 	Discard            bool                   `toml:"discard_unpacked_layers"`
 	Downloads          int64                  `toml:"max_concurrent_downloads"`
 	SyncFS             bool                   `toml:"image_pull_with_sync_fs"`
-	Local              bool                   `toml:"use_local_image_pull"`
+	Local              *bool                  `toml:"use_local_image_pull"` // nil before 2.1, where all pulls are
 	RuntimePlatforms   map[string]snapshotter `toml:"runtime_platforms"`
 	Registry           struct {
 		Mirrors map[string]any `toml:"mirrors"`
@@ -149,7 +149,7 @@ func Find(dump []byte, w Want) Found {
 	f.checkUse(cri, runtimes)
 	switch {
 	case f.Pull == "local" && !annotated:
-		f.trap(NoAnnotations, "set disable_snapshot_annotations = false there (deploy/containerd/local.toml)",
+		f.trap(NoAnnotations, "set disable_snapshot_annotations = false there (deploy/containerd/local.toml; 1.7.toml for containerd 1.7)",
 			"pulls are local, for %s, and disable_snapshot_annotations is true: the snapshotter is not told which image is pulled, and everything is pulled in full", f.Why)
 	case f.Pull == "transfer" && p.Exports["enable_remote_snapshot_annotations"] != "true":
 		f.trap(NoAnnotations, `set enable_remote_snapshot_annotations = "true" in [proxy_plugins.`+f.Snapshotter+`.exports] (deploy/containerd/transfer.toml)`,
@@ -182,14 +182,23 @@ func (c *effective) plugin(f *Found, w Want) (proxy, bool) {
 		f.trap(WrongAddress, fmt.Sprintf("make both the same: address in [proxy_plugins.%s], and address in the snapshotter's configuration", other),
 			"proxy plugin %s has address %s, the snapshotter serves on %s: pulls fail", other, c.ProxyPlugins[other].Address, w.Address)
 	case len(w.DropIns) > 0:
-		f.trap(NoImports, fmt.Sprintf("add a line imports = [%q] to containerd's configuration, above the first table, and restart containerd", dirOf(w.DropIns[0])+"/*.toml"),
-			"%s is there and not in effect: a configuration file without an `imports` line ignores it", strings.Join(w.DropIns, ", "))
+		remedy := fmt.Sprintf("add a line imports = [%q] to containerd's configuration, above the first table, and restart containerd", dirOf(w.DropIns[0])+"/*.toml")
+		if c.old() {
+			remedy = "put its tables into containerd's configuration file itself (deploy/containerd/1.7.toml), and restart containerd: what 1.7 imports replaces all that the file says of CRI"
+		}
+		f.trap(NoImports, remedy, "%s is there and not in effect: a configuration file without an `imports` line ignores it", strings.Join(w.DropIns, ", "))
 	default:
-		f.trap(NoProxyPlugin, "copy deploy/containerd/transfer.toml, or local.toml, to /etc/containerd/conf.d, and restart containerd",
-			"no proxy plugin has the address %s: containerd does not know the snapshotter", w.Address)
+		remedy := "copy deploy/containerd/transfer.toml, or local.toml, to /etc/containerd/conf.d, and restart containerd"
+		if c.old() {
+			remedy = "put the tables of deploy/containerd/1.7.toml into containerd's configuration file, and restart containerd"
+		}
+		f.trap(NoProxyPlugin, remedy, "no proxy plugin has the address %s: containerd does not know the snapshotter", w.Address)
 	}
 	return proxy{}, false
 }
+
+// old reports whether it is containerd 1.7's.
+func (c *effective) old() bool { return c.Version == 2 }
 
 func dirOf(file string) string { return file[:strings.LastIndexByte(file, '/')] }
 
@@ -224,7 +233,7 @@ func (c *effective) cri(f *Found) (runtimes map[string]string, name string, anno
 			key string
 			is  bool
 		}{
-			{"use_local_image_pull", i.Local}, {"disable_snapshot_annotations = false", !i.DisableAnnotations}, {"discard_unpacked_layers", i.Discard},
+			{"containerd 2.0", i.Local == nil}, {"use_local_image_pull", i.Local != nil && *i.Local}, {"disable_snapshot_annotations = false", !i.DisableAnnotations}, {"discard_unpacked_layers", i.Discard},
 			{"registry.mirrors", len(i.Registry.Mirrors) > 0}, {"registry.configs", len(i.Registry.Configs) > 0}, {"registry.auths", len(i.Registry.Auths) > 0},
 			{"max_concurrent_downloads", i.Downloads != 3}, {"image_pull_with_sync_fs", i.SyncFS},
 		} {

@@ -14,6 +14,7 @@ state = '/run/c'
   snapshotter = 'streaming'
   disable_snapshot_annotations = true
   max_concurrent_downloads = 3
+  use_local_image_pull = false
 [plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.runc]
   snapshotter = ''
 [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
@@ -51,6 +52,9 @@ func TestFind(t *testing.T) {
 	}{
 		"transfer":                    {good, "", "", nil, "transfer", ""},
 		"local":                       {local, "", "", nil, "local", "disable_snapshot_annotations = false"},
+		"2.0":                         {local, "  use_local_image_pull = false\n", "", nil, "local", "containerd 2.0, disable_snapshot_annotations = false"},
+		"2.0, not annotated":          {good, "  use_local_image_pull = false\n", "", []Code{NoAnnotations}, "local", "containerd 2.0"},
+		"told to":                     {good, "pull = false", "pull = true", []Code{NoAnnotations}, "local", "use_local_image_pull"},
 		"1.7":                         {old, "", "", nil, "local", "containerd 1.7"},
 		"no TOML":                     {good, "version = 4", "version 4", []Code{Unreadable}, "", ""},
 		"no plugin":                   {good, "[proxy_plugins", "[other", []Code{NoProxyPlugin}, "", ""},
@@ -64,6 +68,7 @@ func TestFind(t *testing.T) {
 		"for a runtime":               {strings.Replace(good, "snapshotter = ''", "snapshotter = 'streaming'", 1), "snapshotter = 'streaming'\n  dis", "snapshotter = 'overlayfs'\n  dis", nil, "transfer", ""},
 		"no export":                   {good, "  enable_remote_snapshot_annotations = 'true'\n", "", []Code{NoAnnotations}, "transfer", ""},
 		"local, not annotated":        {good, "= 3", "= 5", []Code{NoAnnotations}, "local", "max_concurrent_downloads"},
+		"1.7, no plugin":              {old, "[proxy_plugins", "[other", []Code{NoProxyPlugin}, "", ""},
 		"1.7, not annotated":          {old, "annotations = false", "annotations = true", []Code{NoAnnotations}, "local", "containerd 1.7"},
 		"no entry":                    {local, "annotations = false", "annotations = true", []Code{NoUnpackConfig}, "transfer", ""},
 		"list without overlayfs":      {good, "'overlayfs'", "'native'", []Code{UnpackReplaced}, "transfer", ""},
@@ -97,7 +102,10 @@ func TestFind(t *testing.T) {
 	if len(found) != len(All()) {
 		t.Errorf("%d of %d traps are tested", len(found), len(All()))
 	}
-	if f := Find([]byte("version = 4"), Want{Address: "/s.sock", DropIns: []string{"/etc/containerd/conf.d/s.toml"}}); len(f.Traps) != 1 || f.Traps[0].Code != NoImports || !strings.Contains(f.Traps[0].Remedy, `["/etc/containerd/conf.d/*.toml"]`) {
-		t.Errorf("got %+v", f.Traps)
+	for dump, remedy := range map[string]string{"version = 4": `["/etc/containerd/conf.d/*.toml"]`, "version = 2": "1.7.toml"} {
+		f := Find([]byte(dump), Want{Address: "/s.sock", DropIns: []string{"/etc/containerd/conf.d/s.toml"}})
+		if len(f.Traps) != 1 || f.Traps[0].Code != NoImports || !strings.Contains(f.Traps[0].Remedy, remedy) {
+			t.Errorf("%s: got %+v", dump, f.Traps)
+		}
 	}
 }
