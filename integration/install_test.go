@@ -5,18 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"reflect"
-	"slices"
 	"strings"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
@@ -24,9 +21,10 @@ import (
 // installTest is what TestInstall does in one of its Debians.
 type installTest struct {
 	Debian     string
-	App        string   // reference of an image that streams, with systemdSeed
-	Forms      []string // of containerd's configuration
+	App, Other string   // references of images that stream, with systemdSeed and the next one
+	Forms      []string // of containerd's configuration; the last one goes through a reboot
 	Containerd string   // the program
+	Old        string   // containerd 1.7, for the form of its name
 }
 
 // TestInstall boots Debians with a real systemd and a containerd of their own, and installs there with the commands: systemd 252, with the keeper, and 257, without; with
@@ -37,8 +35,12 @@ func TestInstall(t *testing.T) {
 		if err := json.Unmarshal([]byte(text), &c); err != nil {
 			t.Fatal(err)
 		}
-		for _, form := range c.Forms {
-			t.Run(form, func(t *testing.T) { installOnHost(t, c, form) })
+		if before, ok := rebooted(t); ok {
+			afterReboot(t, c, before)
+			return
+		}
+		for i, form := range c.Forms {
+			t.Run(form, func(t *testing.T) { installOnHost(t, c, form, i == 0, i == len(c.Forms)-1) })
 			if t.Failed() {
 				return
 			}
@@ -47,19 +49,25 @@ func TestInstall(t *testing.T) {
 	}
 	images := debians(t)
 	registry := startRegistry(t, registrytest.Options{})
-	app := registry.Host() + "/app:v1"
-	pushSmall(t, app, systemdSeed)
-	run(t, "streamctl", "create", "--record", "", app)
+	app, other := registry.Host()+"/app:v1", registry.Host()+"/other:v1"
+	for i, ref := range []string{app, other} {
+		pushSmall(t, ref, systemdSeed+uint64(i))
+		run(t, "streamctl", "create", "--record", "", ref)
+	}
 	programs := buildForDebian(t)
+	first, old := []string{"no file", "version 2"}, ""
+	if os.Getenv("FULL") != "" {
+		first, old = []string{"no file", "1.7", "version 2"}, filepath.Join(programsOf(t, "1.7"), "containerd")
+	}
 	for _, c := range []installTest{
-		{Debian: "systemd", Forms: []string{"no file", "version 2"}},
-		{Debian: "systemd-trixie", Forms: []string{"list replaced", "another file imported", "forced to local", bare}},
+		{Debian: "systemd", Forms: first},
+		{Debian: "systemd-trixie", Forms: []string{"list replaced", "another file imported", "forced to local", bare, "annotated"}},
 	} {
 		t.Run(c.Debian, func(t *testing.T) {
 			root, checkout := filepath.Join(tempDir(t), "root"), checkout(t)
-			c.App, c.Containerd = app, filepath.Join(toolsDir(checkout), "containerd")
+			c.App, c.Other, c.Containerd, c.Old = app, other, filepath.Join(toolsDir(checkout), "containerd"), old
 			runInside(t, root, filepath.Join(images, c.Debian), checkout, programs, "TestInstall", c)
-			bootTest(t, root, checkout, "TestInstall")
+			bootTest(t, root, checkout, "TestInstall", 2, filepath.Dir(toolsDir(checkout)))
 		})
 	}
 }
@@ -75,36 +83,61 @@ var forms = map[string]map[string]string{
 	"another file imported": {"config.toml": "version = 3\nimports = ['/etc/containerd/other.toml']\n[plugins.'io.containerd.cri.v1.images'] # CRI\n  snapshotter = 'overlayfs'\n", "other.toml": "version = 3\n[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n"},
 	bare:                    {"config.toml": "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n"},
 	"forced to local":       {"config.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 5\n"},
+	"annotated":             {"config.toml": "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n[plugins.'io.containerd.cri.v1.images']\n  disable_snapshot_annotations = false\n"},
+	"1.7": {"config.toml": `version = 2
+oom_score = -500
+[plugins."io.containerd.grpc.v1.cri"]
+  restrict_oom_score_adj = true
+  [plugins."io.containerd.grpc.v1.cri".containerd]
+    default_runtime_name = "runc"
+    [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+  [plugins."io.containerd.grpc.v1.cri".registry]
+    config_path = "/etc/containerd/certs.d"
+`},
 }
 
 const containerdUnit = `[Service]
 Type=notify
-Environment=PATH=%s:/usr/bin:/usr/sbin
+Environment=PATH=%s:%s:/usr/bin:/usr/sbin
 ExecStart=%s
 KillMode=process
 Delegate=yes
+[Install]
+WantedBy=multi-user.target
 `
 
 // hosted is a host with containerd's unit, and what install has found there.
 type hosted struct {
 	*testing.T
 	c   installTest
+	old bool // it is containerd 1.7
 	was map[string]hostFile
 }
 
 // hostFile is all that is compared of a file.
 type hostFile struct {
-	mode     uint32
-	uid, gid uint32
-	time     int64 // ns, of regular files
-	content  string
+	Mode     uint32
+	UID, GID uint32
+	Time     int64  // ns, of regular files
+	Content  []byte // or a link's target
 }
+
+func (f hostFile) String() string {
+	return fmt.Sprintf("{mode %o of %d:%d, changed %d: %.500q}", f.Mode, f.UID, f.GID, f.Time, f.Content)
+}
+
+// ownRoot is the daemon's, and keptFile is a file in one that was there before an install.
+const (
+	ownRoot  = "/var/lib/streaming-snapshotter"
+	keptFile = ownRoot + "/of-another"
+)
 
 // files are those of the host where an install has something to do.
 func (h *hosted) files() map[string]hostFile {
 	h.Helper()
 	tree := map[string]hostFile{}
-	for _, dir := range []string{"/etc", "/usr/local", "/var/lib/streaming-snapshotter", "/var/lib/streaming-snapshotter-install"} {
+	for _, dir := range []string{"/etc", "/usr/local", ownRoot, "/var/lib/streaming-snapshotter-install"} {
 		err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil
@@ -118,16 +151,20 @@ func (h *hosted) files() map[string]hostFile {
 			} else if err != nil {
 				return &fs.PathError{Op: "lstat", Path: path, Err: err}
 			}
-			f := hostFile{mode: st.Mode, uid: st.Uid, gid: st.Gid}
+			f := hostFile{Mode: st.Mode, UID: st.Uid, GID: st.Gid}
 			switch st.Mode & unix.S_IFMT {
 			case unix.S_IFLNK:
-				f.content, err = os.Readlink(path)
+				var link string
+				link, err = os.Readlink(path)
+				f.Content = []byte(link)
 			case unix.S_IFREG:
-				var b []byte
-				b, err = os.ReadFile(path)
-				f.content, f.time = string(b), st.Mtim.Nano()
+				f.Content, err = os.ReadFile(path)
+				f.Time = st.Mtim.Nano()
 			}
 			tree[path] = f
+			if path == ownRoot+"/devices" { // what the daemon serves there may come from the registry
+				return fs.SkipDir
+			}
 			return err
 		})
 		if err != nil {
@@ -137,18 +174,36 @@ func (h *hosted) files() map[string]hostFile {
 	return tree
 }
 
-// unchanged wants the files to be as they were, byte for byte.
+// unchanged wants the files to be as they were, byte for byte. In a directory of the snapshotter that was there before, there may be more.
 func (h *hosted) unchanged(after string) {
 	h.Helper()
 	is := h.files()
+	if _, ok := h.was[ownRoot]; ok {
+		maps.DeleteFunc(is, func(path string, _ hostFile) bool { return strings.HasPrefix(path, ownRoot+"/") && path != keptFile })
+	}
+	h.compare(h.was, is, after)
+}
+
+// asInstalled wants all files but the daemon's and the installer's own to be as they were with the install.
+func (h *hosted) asInstalled(installed map[string]hostFile, after string) {
+	h.Helper()
+	is := h.files()
+	for _, tree := range []map[string]hostFile{installed, is} {
+		maps.DeleteFunc(tree, func(path string, _ hostFile) bool { return strings.HasPrefix(path, ownRoot) })
+	}
+	h.compare(installed, is, after)
+}
+
+func (h *hosted) compare(was, is map[string]hostFile, after string) {
+	h.Helper()
 	for path, f := range is {
-		if was, ok := h.was[path]; !ok {
+		if before, ok := was[path]; !ok {
 			h.Errorf("%s: %s is left", after, path)
-		} else if !reflect.DeepEqual(was, f) {
-			h.Errorf("%s: %s was %+v and is %+v", after, path, was, f)
+		} else if !reflect.DeepEqual(before, f) {
+			h.Errorf("%s: %s was %v and is %v", after, path, before, f)
 		}
 	}
-	for path := range h.was {
+	for path := range was {
 		if _, ok := is[path]; !ok {
 			h.Errorf("%s: %s is gone", after, path)
 		}
@@ -162,7 +217,25 @@ func (h *hosted) must(args ...string) string {
 
 func (h *hosted) ctr(args ...string) string {
 	h.Helper()
-	return h.must(append([]string{"ctr", "--namespace", node.Namespace}, args...)...)
+	return h.must(append([]string{filepath.Join(filepath.Dir(h.containerd()), "ctr"), "--namespace", node.Namespace}, args...)...)
+}
+
+func (h *hosted) crictl(args ...string) string {
+	h.Helper()
+	return h.must(append([]string{"crictl", "--runtime-endpoint", "unix:///run/containerd/containerd.sock", "--timeout", "60s"}, args...)...)
+}
+
+// unit is containerd's.
+func (h *hosted) unit() []byte {
+	return fmt.Appendf(nil, containerdUnit, filepath.Dir(h.containerd()), filepath.Dir(h.c.Containerd), h.containerd())
+}
+
+// containerd is the program.
+func (h *hosted) containerd() string {
+	if h.old {
+		return h.c.Old
+	}
+	return h.c.Containerd
 }
 
 // fails runs a command that must fail with a text.
@@ -170,204 +243,5 @@ func (h *hosted) fails(want string, args ...string) {
 	h.Helper()
 	if out, err := tryRun(h.T, args...); err == nil || !strings.Contains(err.Error(), want) {
 		h.Errorf("%q: got %v, want %q\n%s", args, err, want, out)
-	}
-}
-
-const newProgram = "/opt/" + thisRelease
-
-func installOnHost(t *testing.T, c installTest, form string) {
-	for i := range 64 { // here is no udev
-		if err := unix.Mknod(fmt.Sprintf("/dev/loop%d", i), unix.S_IFBLK|0o600, int(unix.Mkdev(7, uint32(i)))); err != nil && err != unix.EEXIST {
-			t.Fatal(err)
-		}
-	}
-	h := &hosted{T: t, c: c}
-	if err := os.WriteFile("/etc/systemd/system/containerd.service", fmt.Appendf(nil, containerdUnit, filepath.Dir(c.Containerd), c.Containerd), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	for name, text := range forms[form] {
-		path := filepath.Join("/etc/containerd", name)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o640), os.Chown(path, 0, 4)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	h.must("systemctl", "daemon-reload")
-	h.must("systemctl", "restart", "containerd")
-	defer func() {
-		h.must("systemctl", "stop", "containerd")
-		if err := os.RemoveAll("/etc/containerd"); err != nil {
-			t.Error(err)
-		}
-	}()
-	h.was = h.files()
-	host, _, _ := strings.Cut(c.App, "/")
-	install := []string{"install", "--stream", host + "/*"}
-
-	if form == bare {
-		h.installBare(install)
-		return
-	}
-	out := h.must(append([]string{newProgram}, append(install, "--dry-run")...)...)
-	for _, want := range []string{"write " + node.InstalledPath, "+++ /etc/containerd/", `+  address = "/run/streaming-snapshotter/snapshotter.sock"`, "+++ /etc/streaming-snapshotter/config.toml", "run systemctl restart containerd.service"} {
-		if !strings.Contains(out, want) {
-			t.Errorf("no %q in\n%s", want, out)
-		}
-	}
-	h.unchanged("dry run")
-	h.failedInstall(install)
-	h.killedInstall(install)
-	// As a pod with hostPID does it.
-	h.must("unshare", "-m", "sh", "-c", `mkdir -p /run/pod && mount -t tmpfs none /run/pod && mkdir /run/pod/host && mount --rbind / /run/pod/host && cp "$0" /run/pod/program && mount -t tmpfs none /etc && exec /run/pod/program "$@" --root /run/pod/host`,
-		newProgram, install[0], install[1], install[2])
-	if out := h.must(append([]string{newProgram}, install...)...); !strings.Contains(out, "nothing to do") {
-		t.Errorf("a second install: %s", out)
-	}
-	check, _ := tryRun(t, node.InstalledPath, "check") // this machine's disk may be too small for it
-	for _, code := range traps.All() {
-		if strings.Contains(check, "TRAP "+string(code)) {
-			t.Error(check)
-		}
-	}
-
-	w := h.watch()
-	h.upgrade(w, install)
-	h.fails(node.Namespace+"/"+w.id, node.InstalledPath, "uninstall")
-	h.ctr("tasks", "delete", "--force", w.id)
-	h.ctr("containers", "delete", w.id)
-	h.uninstall(host)
-}
-
-// watch pulls the image, which is streamed, and runs a container that reads it.
-func (h *hosted) watch() *watcher {
-	h.Helper()
-	h.must("crictl", "--runtime-endpoint", "unix:///run/containerd/containerd.sock", "--timeout", "60s", "pull", h.c.App)
-	if s := unitStatus(h.T); s.Streamed != 1 || !s.Kept {
-		h.Fatalf("after the pull: %+v", s)
-	}
-	w := &watcher{id: "watch", want: smallSum(systemdSeed), log: filepath.Join(tempDir(h.T), "watch.out")}
-	h.ctr("run", "--detach", node.NoShares, "--snapshotter", node.Snapshotter, "--log-uri", "file://"+w.log, h.c.App, w.id, "/guest", "watch", "/data")
-	w.awaitPass(h.T)
-	return w
-}
-
-// installBare installs, upgrades and uninstalls where systemd is not seen: the daemon runs below `supervise`.
-func (h *hosted) installBare(install []string) {
-	h.Helper()
-	run := func(program string, args ...string) string {
-		h.Helper()
-		return h.must(append(append([]string{"unshare", "-m", "--propagation", "unchanged", "sh", "-c", `mount --make-private /run && mount -t tmpfs none /run/systemd && exec "$0" "$@"`, program}, args...),
-			"--restart-containerd", "nsenter -t 1 -m systemctl restart containerd")...)
-	}
-	run(newProgram, install...)
-	w := h.watch()
-	pid := func() string {
-		b, err := os.ReadFile("/run/streaming-snapshotter/supervise.pid")
-		if err != nil {
-			h.Fatal(err)
-		}
-		return string(b)
-	}
-	before := pid()
-	newer := filepath.Join(tempDir(h.T), "newer")
-	h.must("sh", "-c", `cat "$0" >"$1"; echo a newer one >>"$1"; chmod 755 "$1"`, newProgram, newer)
-	run(newer, install...)
-	w.awaitPass(h.T)
-	if pid() != before {
-		h.Error("the upgrade has replaced the supervisor")
-	}
-	h.ctr("tasks", "delete", "--force", w.id)
-	h.ctr("containers", "delete", w.id)
-	run(node.InstalledPath, "uninstall")
-	h.unchanged("uninstall")
-	if _, err := os.Stat("/proc/" + strings.TrimSpace(before)); err == nil {
-		h.Error("the supervisor still runs")
-	}
-	h.must("crictl", "--runtime-endpoint", "unix:///run/containerd/containerd.sock", "rmi", h.c.App)
-}
-
-// failedInstall: containerd that does not come back, once, puts everything back.
-func (h *hosted) failedInstall(install []string) {
-	h.Helper()
-	once := filepath.Join(tempDir(h.T), "once")
-	h.fails("exit status 7", append([]string{newProgram}, append(install, "--restart-containerd", "test -e "+once+" || { touch "+once+"; exit 7; }; systemctl restart containerd")...)...)
-	h.unchanged("failed install")
-	h.ctr("plugins", "ls")
-	if out, _ := tryRun(h.T, "systemctl", "is-active", node.Unit); !strings.HasPrefix(out, "inactive") {
-		h.Errorf("after a failed install the daemon is %s", out)
-	}
-}
-
-// killedInstall: the next command puts everything back, and goes on. Here that is an uninstall, which finds nothing to do then.
-func (h *hosted) killedInstall(install []string) {
-	h.Helper()
-	c := exec.Command(newProgram, append(install, "--restart-containerd", "systemctl restart containerd; kill -KILL $PPID")...)
-	c.CombinedOutput()
-	if st, ok := c.ProcessState.Sys().(syscall.WaitStatus); !ok || !st.Signaled() {
-		h.Fatalf("install was not killed: %v", c.ProcessState)
-	}
-	if _, err := os.Stat(node.InstalledPath); err != nil {
-		h.Fatal(err)
-	}
-	h.fails("has put nothing on this host", newProgram, "uninstall", "--restart-containerd", "systemctl restart containerd")
-	h.unchanged("killed install")
-}
-
-// upgrade puts a newer program in the place of the one that serves a container, and then one that does not start.
-func (h *hosted) upgrade(w *watcher, install []string) {
-	h.Helper()
-	this, err := os.ReadFile(newProgram)
-	if err != nil {
-		h.Fatal(err)
-	}
-	newer := filepath.Join(tempDir(h.T), "newer")
-	if err := os.WriteFile(newer, append(slices.Clip(this), "a newer one"...), 0o755); err != nil {
-		h.Fatal(err)
-	}
-	out := h.must(append([]string{newer}, install...)...)
-	if strings.Contains(out, "containerd.service") {
-		h.Errorf("the upgrade restarted containerd:\n%s", out)
-	}
-	pid := strings.TrimSpace(h.must("systemctl", "show", "--property", "MainPID", "--value", node.Unit))
-	if b, err := os.ReadFile("/proc/" + pid + "/exe"); err != nil || len(b) != len(this)+len("a newer one") {
-		h.Errorf("the daemon has %d bytes: %v", len(b), err)
-	}
-	w.awaitPass(h.T)
-}
-
-// uninstall: while the registry is away it changes nothing; then everything is as before, and the image runs.
-func (h *hosted) uninstall(registry string) {
-	h.Helper()
-	installed := &hosted{T: h.T, c: h.c, was: h.files()}
-	certs := filepath.Join("/etc/containerd/certs.d", registry)
-	if err := errors.Join(os.MkdirAll(certs, 0o755), os.WriteFile(filepath.Join(certs, "hosts.toml"), []byte("server = 'http://127.0.0.1:1'\n"), 0o644)); err != nil {
-		h.Fatal(err)
-	}
-	h.fails("would not run any more", node.InstalledPath, "uninstall")
-	if err := os.RemoveAll("/etc/containerd/certs.d"); err != nil {
-		h.Fatal(err)
-	}
-	for path := range installed.was {
-		if strings.HasPrefix(path, "/var/lib/streaming-snapshotter/") { // the daemon's own
-			delete(installed.was, path)
-		}
-	}
-	for path, f := range installed.files() {
-		if was, ok := installed.was[path]; ok && !reflect.DeepEqual(was, f) {
-			h.Errorf("refused uninstall: %s was %+v and is %+v", path, was, f)
-		}
-	}
-	h.must(node.InstalledPath, "uninstall", "--dry-run")
-	h.must(node.InstalledPath, "uninstall")
-	h.unchanged("uninstall")
-	log := filepath.Join(tempDir(h.T), "run.out")
-	h.ctr("run", "--rm", node.NoShares, "--snapshotter", "overlayfs", "--log-uri", "file://"+log, h.c.App, "run", "/guest", "sum", "/data")
-	b, err := os.ReadFile(log)
-	if err != nil {
-		h.Fatal(err)
-	}
-	checkSumsBelow(h.T, string(b), systemdSeed, "/data")
-	h.must("crictl", "--runtime-endpoint", "unix:///run/containerd/containerd.sock", "rmi", h.c.App)
-	if out, err := tryRun(h.T, "systemctl", "cat", node.Unit); err == nil {
-		h.Errorf("the unit is still there:\n%s", out)
 	}
 }

@@ -65,7 +65,7 @@ func TestKubernetesDaemonSet(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	bootTest(t, root, checkout, "TestKubernetesDaemonSet", kubernetes)
+	bootTest(t, root, checkout, "TestKubernetesDaemonSet", 1, kubernetes)
 }
 
 func (c daemonSetTest) ref(name string) string { return c.Registry + "/" + name + ":v1" }
@@ -197,7 +197,7 @@ func startCluster(t *testing.T, c daemonSetTest) *cluster {
 	plugins, err := node.KubernetesDir()
 	if err := errors.Join(err, os.Mkdir(filepath.Join(h.dir, "logs"), 0o755), os.Mkdir(filepath.Join(h.dir, "cni"), 0o755), os.MkdirAll("/etc/containerd", 0o755),
 		os.WriteFile("/etc/hosts", []byte("127.0.0.1 localhost\n"), 0o644),
-		os.WriteFile("/etc/systemd/system/containerd.service", fmt.Appendf(nil, containerdUnit, filepath.Dir(c.Containerd), c.Containerd), 0o644),
+		os.WriteFile("/etc/systemd/system/containerd.service", h.unit(), 0o644),
 		os.WriteFile("/etc/containerd/config.toml", []byte(strings.NewReplacer("PAUSE", c.ref("pause"), "PLUGINS", plugins, "DIR", h.dir).Replace(daemonSetContainerd)), 0o644),
 		os.WriteFile(filepath.Join(h.dir, "runc"), []byte(strings.ReplaceAll(runcWithoutLimits, "PLUGINS", plugins)), 0o755),
 		os.WriteFile(filepath.Join(h.dir, "cni/pods.conflist"), []byte(node.PodNetwork), 0o644)); err != nil {

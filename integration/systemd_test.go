@@ -66,18 +66,28 @@ func TestSystemd(t *testing.T) {
 			t.Run(c.Debian+"/"+mode, func(t *testing.T) {
 				root, checkout := filepath.Join(tempDir(t), "root"), checkout(t)
 				prepareRoot(t, c, root, filepath.Join(images, c.Debian), checkout, programs)
-				bootTest(t, root, checkout, "TestSystemd")
+				bootTest(t, root, checkout, "TestSystemd", 1)
 			})
 		}
 	}
 }
 
-// bootTest runs what runInside has prepared. More are directories beside the checkout and the tools that are to be seen there.
-func bootTest(t *testing.T, root, checkout, test string, more ...string) {
+// bootTest runs what runInside has prepared; the test asks for so many boots. More are directories beside the checkout and the tools that are to be seen there.
+func bootTest(t *testing.T, root, checkout, test string, boots int, more ...string) {
 	t.Helper()
-	console, err := boot(t, root, append([]string{checkout, toolsDir(checkout)}, more...))
+	var console []byte
+	var err error
+	for n := 1; ; n++ {
+		const reboot = 133 // systemd-nspawn's exit status
+		var exit *exec.ExitError
+		if console, err = boot(t, root, append([]string{checkout, toolsDir(checkout)}, more...)); n < boots && errors.As(err, &exit) && exit.ExitCode() == reboot {
+			continue
+		}
+		break
+	}
 	b, _ := os.ReadFile(filepath.Join(root, "result"))
-	if err != nil || !strings.Contains(string(b), "\nexit 0\n") || !strings.Contains(string(b), "--- PASS: "+test+" ") {
+	text := string(b)
+	if err != nil || !strings.HasSuffix(text, "end\n") || strings.Count(text, "\nexit 0\n") != boots || strings.Count(text, "--- PASS: "+test+" ") != boots {
 		journal, _ := os.ReadFile(filepath.Join(root, "journal"))
 		t.Errorf("%v\n%s\n%s\n%s", err, console[max(0, len(console)-2000):], b, journal)
 	}
@@ -130,9 +140,10 @@ func debians(t *testing.T) string {
 
 // Programs that buildForDebian builds.
 const (
-	thisRelease  = "streaming-snapshotter"
-	otherRelease = "streaming-snapshotter-other" // one that lays out the state of a session differently
-	testProgram  = "test"
+	thisRelease   = "streaming-snapshotter"
+	otherRelease  = "streaming-snapshotter-other"  // one that lays out the state of a session differently
+	brokenRelease = "streaming-snapshotter-broken" // one that does not start
+	testProgram   = "test"
 )
 
 // buildForDebian builds the programs that run in the Debians, static: their libc may be older than ours.
@@ -140,24 +151,10 @@ func buildForDebian(t *testing.T) (dir string) {
 	t.Helper()
 	dir = tempDir(t)
 	top := checkout(t)
-	state := filepath.Join(top, "fs/state.go")
-	b, err := os.ReadFile(state)
-	if err != nil {
-		t.Fatal(err)
-	}
-	const magic, other = `"FUSE st\x01"`, `"FUSE st\xff"`
-	if strings.Count(string(b), magic) != 1 {
-		t.Fatalf("%s does not say %s", state, magic)
-	}
-	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{state: filepath.Join(dir, "state.go")}})
-	if err := errors.Join(err,
-		os.WriteFile(filepath.Join(dir, "state.go"), []byte(strings.Replace(string(b), magic, other, 1)), 0o644),
-		os.WriteFile(filepath.Join(dir, "overlay"), overlay, 0o644)); err != nil {
-		t.Fatal(err)
-	}
 	for _, args := range [][]string{
 		{"build", "-o", filepath.Join(dir, thisRelease), "./cmd/streaming-snapshotter"},
-		{"build", "-overlay", filepath.Join(dir, "overlay"), "-o", filepath.Join(dir, otherRelease), "./cmd/streaming-snapshotter"},
+		{"build", "-overlay", overlay(t, dir, "fs/state.go", `"FUSE st\x01"`, `"FUSE st\xff"`), "-o", filepath.Join(dir, otherRelease), "./cmd/streaming-snapshotter"},
+		{"build", "-overlay", overlay(t, dir, "cmd/streaming-snapshotter/serve.go", "\topened := make(", "\treturn nil, errors.New(\"this build does not start\")\n\topened := make("), "-o", filepath.Join(dir, brokenRelease), "./cmd/streaming-snapshotter"},
 		{"test", "-c", "-o", filepath.Join(dir, testProgram), "./integration"},
 	} {
 		c := exec.CommandContext(t.Context(), "go", args...)
@@ -167,6 +164,25 @@ func buildForDebian(t *testing.T) (dir string) {
 		}
 	}
 	return dir
+}
+
+// overlay returns the file that has the go command build with a source in which old, which is there once, is new.
+func overlay(t *testing.T, dir, source, old, new string) string {
+	t.Helper()
+	path := filepath.Join(checkout(t), source)
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if strings.Count(string(b), old) != 1 {
+		t.Fatalf("%s does not say %s", source, old)
+	}
+	other := filepath.Join(dir, filepath.Base(source))
+	text, err := json.Marshal(map[string]any{"Replace": map[string]string{path: other}})
+	if err := errors.Join(err, os.WriteFile(other, []byte(strings.Replace(string(b), old, new, 1)), 0o644), os.WriteFile(other+".overlay", text, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	return other + ".overlay"
 }
 
 // prepareRoot makes root a copy of base in which systemd runs this test, as c says.
@@ -186,11 +202,11 @@ func prepareRoot(t *testing.T, c unitsTest, root, base, checkout, programs strin
 	}
 }
 
-// runInside makes root a copy of base in which systemd runs a test of this program, as c says, and then ends.
+// runInside makes root a copy of base in which systemd runs a test of this program, as c says, and then ends; or, if the test has left a rebootMark, boots and runs it again.
 func runInside(t *testing.T, root, base, checkout, programs, test string, c any) {
 	t.Helper()
 	run(t, "cp", "-a", base, root)
-	run(t, "cp", filepath.Join(programs, thisRelease), filepath.Join(programs, otherRelease), filepath.Join(programs, testProgram), filepath.Join(root, "opt"))
+	run(t, "cp", filepath.Join(programs, thisRelease), filepath.Join(programs, otherRelease), filepath.Join(programs, brokenRelease), filepath.Join(programs, testProgram), filepath.Join(root, "opt"))
 	text, err := json.Marshal(c)
 	if err != nil {
 		t.Fatal(err)
@@ -201,10 +217,10 @@ After=multi-user.target
 Type=oneshot
 WorkingDirectory=%s/integration
 Environment=TMPDIR=/var/lib PATH=%s:/usr/local/bin:/usr/bin:/usr/sbin '%s=%s'
-ExecStart=/bin/sh -c '/opt/%s -test.v -test.run ^%s$ >/result 2>&1; echo exit $? >>/result; journalctl --no-pager -n 200 >/journal; systemctl poweroff --no-block'
+ExecStart=/bin/sh -c '/opt/%s -test.v -test.run ^%s$ >>/result 2>&1; echo exit $? >>/result; journalctl --no-pager -n 200 >/journal; if rm %s; then systemctl reboot --no-block; else echo end >>/result; systemctl poweroff --no-block; fi'
 [Install]
 WantedBy=multi-user.target
-`, checkout, toolsDir(checkout), insideSystemd, text, testProgram, test)
+`, checkout, toolsDir(checkout), insideSystemd, text, testProgram, test, rebootMark)
 	if err := os.WriteFile(filepath.Join(root, "etc/systemd/system/inside.service"), []byte(inside), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -231,7 +247,7 @@ func boot(t *testing.T, root string, seen []string) (console []byte, err error) 
 	defer fd.Close()
 	ctx, cancel := context.WithTimeout(t.Context(), 15*time.Minute)
 	defer cancel()
-	args := []string{"-c", `mount -t proc proc /proc && mount -t tmpfs tmpfs /run && exec systemd-nspawn --register=no --keep-unit --boot --bind=/dev/fuse --bind=/dev/loop-control --system-call-filter="bpf @keyring" --capability=all --console=pipe -D "$0" "$@"`, root}
+	args := []string{"-c", `mount -t proc proc /proc && mount -t tmpfs tmpfs /run && exec systemd-nspawn --register=no --keep-unit --boot --bind=/dev/fuse --bind=/dev/loop-control --resolv-conf=off --timezone=off --system-call-filter="bpf @keyring" --capability=all --console=pipe -D "$0" "$@"`, root}
 	for _, dir := range seen {
 		args = append(args, "--bind-ro="+dir)
 	}

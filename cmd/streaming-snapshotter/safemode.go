@@ -16,6 +16,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/pelletier/go-toml/v2"
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/criproxy"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
@@ -36,7 +37,8 @@ const (
 	safeFor = 10 * time.Minute
 )
 
-// starts counts failed starts in a file of root. One that is lost or damaged says that none have failed.
+// starts counts failed starts in a file of root. One that is lost or damaged, or another program's, says that none have failed: an upgrade that does not start is no reason
+// for the program that is put back to be safe.
 type starts struct {
 	path string
 	startRecord
@@ -44,14 +46,24 @@ type starts struct {
 
 // startRecord is the file, as JSON.
 type startRecord struct {
-	Failed int    `json:"failed"` // starts running
-	Reason string `json:"reason"` // of the last one
+	Failed  int    `json:"failed"` // starts running
+	Reason  string `json:"reason"` // of the last one
+	Program string `json:"program"`
+}
+
+// thisProgram names the file that runs: one that is put in its place is another.
+func thisProgram() string {
+	var st unix.Stat_t
+	if unix.Stat("/proc/self/exe", &st) != nil {
+		return ""
+	}
+	return fmt.Sprintf("%d:%d:%d", st.Dev, st.Ino, st.Ctim.Nano())
 }
 
 func readStarts(root string) *starts {
 	s := &starts{path: filepath.Join(root, "failed-starts")}
 	b, err := os.ReadFile(s.path)
-	if err == nil && json.Unmarshal(b, &s.startRecord) != nil {
+	if err == nil && json.Unmarshal(b, &s.startRecord) != nil || s.Program != thisProgram() {
 		s.startRecord = startRecord{}
 	}
 	return s
@@ -62,16 +74,16 @@ func (s *starts) begin() (safe string, err error) {
 	if s.Failed >= maxFailedStarts {
 		return s.Reason, nil
 	}
-	return "", s.write(startRecord{s.Failed + 1, "the daemon ended while it was starting"})
+	return "", s.write(s.Failed+1, "the daemon ended while it was starting")
 }
 
 // failed says why the start that has begun came to nothing.
-func (s *starts) failed(why error) error { return s.write(startRecord{s.Failed, why.Error()}) }
+func (s *starts) failed(why error) error { return s.write(s.Failed, why.Error()) }
 
 // succeeded forgets the failures; after a safe start all but the last.
 func (s *starts) succeeded(safe bool) error {
 	if safe {
-		return s.write(startRecord{maxFailedStarts - 1, s.Reason})
+		return s.write(maxFailedStarts-1, s.Reason)
 	}
 	if err := os.Remove(s.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -79,9 +91,9 @@ func (s *starts) succeeded(safe bool) error {
 	return nil
 }
 
-func (s *starts) write(r startRecord) error {
-	s.startRecord = r
-	b, err := json.Marshal(r)
+func (s *starts) write(failed int, reason string) error {
+	s.startRecord = startRecord{failed, reason, thisProgram()}
+	b, err := json.Marshal(s.startRecord)
 	if err != nil {
 		return err
 	}

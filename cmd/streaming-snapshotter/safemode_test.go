@@ -256,6 +256,30 @@ func TestSafeModeEnds(t *testing.T) {
 	}
 }
 
+// TestStartsOfAnotherProgram: what an upgrade has failed at does not put the program that comes back into safe mode.
+func TestStartsOfAnotherProgram(t *testing.T) {
+	root := t.TempDir()
+	for range maxFailedStarts {
+		if _, err := readStarts(root).begin(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	path := filepath.Join(root, "failed-starts")
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if safe, err := readStarts(root).begin(); safe == "" || err != nil {
+		t.Fatalf("not safe after %d failed starts: %v", maxFailedStarts, err)
+	}
+	if err := os.WriteFile(path, []byte(strings.Replace(string(b), thisProgram(), "another", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if safe, err := readStarts(root).begin(); safe != "" || err != nil {
+		t.Errorf("safe for the failures of another program: %q, %v", safe, err)
+	}
+}
+
 // checkKept: the snapshot of before is there, or the database and the directories are kept aside.
 func checkKept(t *testing.T, root, address string, lost bool) {
 	t.Helper()

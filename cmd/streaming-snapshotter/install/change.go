@@ -1,6 +1,7 @@
 package install
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -156,6 +157,7 @@ type record struct {
 	Before    []file   `json:"before"`    // what uninstall puts back: as it was before the first install
 	Installed []file   `json:"installed"` // what is there instead
 	Dirs      []string `json:"dirs"`      // made for them, the deepest last
+	Root      string   `json:"root"`      // the snapshotter's directory, if there was none before the first install
 	Change    *change  `json:"change,omitempty"`
 }
 
@@ -318,7 +320,7 @@ func (s *store) forget() error {
 
 // commit ends a change that stands: files are installed now.
 func (s *store) commit(files []file) error {
-	r := record{Before: slices.Clone(s.Before), Dirs: slices.Clone(s.Dirs)}
+	r := record{Before: slices.Clone(s.Before), Dirs: slices.Clone(s.Dirs), Root: cmp.Or(s.Root, s.Change.Root)}
 	now := map[string]file{}
 	for _, f := range append(slices.Clone(s.Installed), files...) {
 		now[f.Path] = f

@@ -14,8 +14,9 @@ import (
 	"slices"
 	"strings"
 
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/blobs"
 )
 
 // Path is where the program is installed: deploy/systemd's units run it.
@@ -49,8 +50,7 @@ type Options struct {
 	Retire         bool   // while there are containers of the snapshotter, have nothing new use it, instead of changing nothing
 	DropImages     bool   // images that cannot be fetched have to be pulled again
 	DiscardChanges bool   // that others have made to the files since
-	// Fetch writes a blob of the image ref to w.
-	Fetch func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) error
+	Fetch          blobs.Source
 }
 
 // Containerd is one that runs.
@@ -214,7 +214,7 @@ func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
 	restarted := false
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, in.rollBack(context.WithoutCancel(ctx), restarted))
+			err = in.failed(ctx, err, restarted)
 		}
 	}()
 	if err := apply(ctx, p.files); err != nil {
@@ -239,6 +239,7 @@ func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
 
 // restartContainerd does, and waits until it answers and has the snapshotter of this name, if that is not "".
 func (in *installer) restartContainerd(ctx context.Context, command []string, name string) error {
+	in.svc.allowRestart(ctx, command)
 	if err := run(ctx, command...); err != nil {
 		return err
 	}
@@ -249,6 +250,14 @@ func (in *installer) restartContainerd(ctx context.Context, command []string, na
 		}
 		return err
 	})
+}
+
+// failed undoes a change that has come to err. That something is not undone is never hidden behind an interrupt.
+func (in *installer) failed(ctx context.Context, err error, restarted bool) error {
+	if left := in.rollBack(context.WithoutCancel(ctx), restarted); left != nil {
+		return fmt.Errorf("%v\n%w", err, left)
+	}
+	return err
 }
 
 // rollBack undoes the change that is noted: files, services, and containerd, if that may have been restarted meanwhile. It can be done again.
@@ -274,8 +283,8 @@ func (in *installer) rollBack(ctx context.Context, restarted bool) (err error) {
 			return err
 		}
 	}
-	if c.Root != "" {
-		if err := removeRoot(c.Root); err != nil {
+	if !c.Running {
+		if err := clearRoot(in.o.Root, c.Root != ""); err != nil {
 			return err
 		}
 	}

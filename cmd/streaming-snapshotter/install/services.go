@@ -31,6 +31,8 @@ type services interface {
 	stop(ctx context.Context) error
 	// restartContainerd is the command that does.
 	restartContainerd(unit string) []string
+	// allowRestart has that command work however often containerd was started of late.
+	allowRestart(ctx context.Context, command []string)
 }
 
 // findServices asks the host who runs its services.
@@ -123,6 +125,13 @@ func (s *systemd) restartContainerd(unit string) []string {
 		return s.o.Restart
 	}
 	return []string{"systemctl", "restart", unit}
+}
+
+// allowRestart: systemd starts a unit five times in ten seconds, and then leaves it stopped. Here that may be the one that puts everything back.
+func (s *systemd) allowRestart(ctx context.Context, command []string) {
+	if len(s.o.Restart) == 0 {
+		_ = run(ctx, "systemctl", "reset-failed", command[len(command)-1]) // or the restart says what is wrong
+	}
 }
 
 // supervised is a host without systemd. The daemon runs below `supervise`, in a session of its own.
@@ -221,6 +230,8 @@ func (s *supervised) stop(ctx context.Context) error {
 
 func (s *supervised) restartContainerd(string) []string { return s.o.Restart }
 
+func (*supervised) allowRestart(context.Context, []string) {}
+
 func run(ctx context.Context, args ...string) error {
 	_, err := output(ctx, args...)
 	return err
@@ -231,6 +242,9 @@ func output(ctx context.Context, args ...string) (string, error) {
 	c.Cancel = func() error { return c.Process.Signal(unix.SIGTERM) }
 	c.WaitDelay = time.Minute
 	out, err := c.CombinedOutput()
+	if err != nil && ctx.Err() != nil {
+		err = ctx.Err() // that it was ended for this
+	}
 	if err != nil {
 		err = fmt.Errorf("%s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(string(out)))
 	}

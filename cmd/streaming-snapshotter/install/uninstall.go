@@ -185,7 +185,11 @@ func (in *installer) announceRemoval(r removal) error {
 	if r.restart != nil {
 		fmt.Fprintf(in.o.Out, "run %s\n", strings.Join(r.restart, " "))
 	}
-	fmt.Fprintf(in.o.Out, "stop the daemon, and remove %s\n", in.o.Root)
+	if in.madeRoot() {
+		fmt.Fprintf(in.o.Out, "stop the daemon, and remove %s\n", in.o.Root)
+	} else {
+		fmt.Fprintf(in.o.Out, "stop the daemon, and leave %s, which was there before the install\n", in.o.Root)
+	}
 	return nil
 }
 
@@ -217,7 +221,7 @@ func (in *installer) remove(ctx context.Context, cl *client.Client, r removal) (
 	restarted := false
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, in.rollBack(context.WithoutCancel(ctx), restarted))
+			err = in.failed(ctx, err, restarted)
 		}
 	}()
 	if r.name != "" {
@@ -237,11 +241,11 @@ func (in *installer) remove(ctx context.Context, cl *client.Client, r removal) (
 	if err := errors.Join(in.svc.stop(ctx), in.svc.reload(ctx)); err != nil {
 		return err
 	}
-	dirs := in.s.Dirs
+	dirs, made := in.s.Dirs, in.madeRoot()
 	if err := os.RemoveAll(Dir); err != nil {
 		return err
 	}
-	if err := errors.Join(removeDirs(dirs), removeRoot(in.o.Root), os.RemoveAll(runDir)); err != nil {
+	if err := errors.Join(removeDirs(dirs), clearRoot(in.o.Root, made), os.RemoveAll(runDir)); err != nil {
 		fmt.Fprintf(in.o.Out, "uninstalled, but for this: %v\n", err)
 		return nil
 	}
@@ -249,16 +253,25 @@ func (in *installer) remove(ctx context.Context, cl *client.Client, r removal) (
 	return nil
 }
 
-// removeRoot removes the snapshotter's files, and what is still mounted there.
-func removeRoot(root string) error {
+// madeRoot reports whether there was no directory of the snapshotter before the first install.
+func (in *installer) madeRoot() bool { return in.s.Root == in.o.Root }
+
+// clearRoot unmounts what is mounted in the snapshotter's directory, and removes that with all that is in it if an install has made it.
+func clearRoot(root string, made bool) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(root))
 	if err != nil {
 		return err
 	}
 	for _, m := range slices.Backward(mounts) {
+		if m.Mountpoint == root && !made {
+			continue // a disk for it
+		}
 		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("unmount %s: %w", m.Mountpoint, err)
 		}
+	}
+	if !made {
+		return nil
 	}
 	return os.RemoveAll(root)
 }

@@ -1,0 +1,499 @@
+package integration_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
+)
+
+const newProgram = "/opt/" + thisRelease
+
+// restartContainerd is a command for --restart-containerd, however often it was started of late.
+const restartContainerd = "systemctl reset-failed containerd; systemctl restart containerd"
+
+// installOnHost does on this host what an operator may do in the life of an installation. The first form of a Debian also goes through what may go wrong that has nothing to do
+// with containerd's configuration, and the last one through a reboot, after which afterReboot goes on.
+func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
+	h := newHost(t, c, form)
+	host, _, _ := strings.Cut(c.App, "/")
+	install := []string{"install", "--stream", host + "/*"}
+	if form == bare {
+		h.installBare(install)
+		h.clear()
+		return
+	}
+	out := h.must(append([]string{newProgram}, append(install, "--dry-run")...)...)
+	for _, want := range []string{"write " + node.InstalledPath, "+++ /etc/containerd/", `+  address = "/run/streaming-snapshotter/snapshotter.sock"`, "+++ /etc/streaming-snapshotter/config.toml", "run systemctl restart containerd.service"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	h.unchanged("dry run")
+	h.failedInstall(install)
+	if first {
+		h.interruptedInstall(install)
+		h.killedInstall(install)
+	}
+	// As a pod with hostPID does it.
+	h.must("unshare", "-m", "sh", "-c", `mkdir -p /run/pod && mount -t tmpfs none /run/pod && mkdir /run/pod/host && mount --rbind / /run/pod/host && cp "$0" /run/pod/program && mount -t tmpfs none /etc && exec /run/pod/program "$@" --root /run/pod/host`,
+		newProgram, install[0], install[1], install[2])
+	if out := h.must(append([]string{newProgram}, install...)...); !strings.Contains(out, "nothing to do") {
+		t.Errorf("a second install: %s", out)
+	}
+	check, _ := tryRun(t, node.InstalledPath, "check") // this machine's disk may be too small for it
+	for _, code := range traps.All() {
+		if strings.Contains(check, "TRAP "+string(code)) {
+			t.Error(check)
+		}
+	}
+
+	w := h.watch()
+	if first {
+		h.hardened()
+		h.reads(c.App, systemdSeed, node.Snapshotter, idMaps(500_000)...)
+	}
+	h.upgrade(w, install, first)
+	h.must("sh", "-c", restartContainerd)
+	w.awaitPass(t)
+	if last {
+		h.reboot(form)
+		return
+	}
+	h.fails(node.Namespace+"/"+w.id, node.InstalledPath, "uninstall")
+	h.remove(w)
+	switch {
+	case first && form == "list replaced":
+		h.uninstallAtAnyPrice(host)
+	case first:
+		h.failedUninstall()
+		h.uninstall(c.App)
+	default:
+		h.refusedUninstall(host)
+		h.uninstall(c.App)
+	}
+	h.clear()
+}
+
+// newHost makes this host one with containerd, in a form of its configuration.
+func newHost(t *testing.T, c installTest, form string) *hosted {
+	t.Helper()
+	h := &hosted{T: t, c: c, old: form == "1.7"}
+	h.makeLoops()
+	if err := os.WriteFile("/etc/systemd/system/containerd.service", h.unit(), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range forms[form] {
+		path := filepath.Join("/etc/containerd", name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o640), os.Chown(path, 0, 4)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if form == "another file imported" { // and somebody has made the snapshotter's directory
+		if err := errors.Join(os.Mkdir(ownRoot, 0o750), os.WriteFile(keptFile, []byte("kept"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.must("systemctl", "daemon-reload")
+	h.must("systemctl", "enable", "containerd")
+	h.must("sh", "-c", restartContainerd)
+	h.was = h.files()
+	return h
+}
+
+// makeLoops makes loop devices' nodes: here is no udev.
+func (h *hosted) makeLoops() {
+	h.Helper()
+	for i := range 64 {
+		if err := unix.Mknod(fmt.Sprintf("/dev/loop%d", i), unix.S_IFBLK|0o600, int(unix.Mkdev(7, uint32(i)))); err != nil && err != unix.EEXIST {
+			h.Fatal(err)
+		}
+	}
+}
+
+// clear ends containerd, and removes what it has.
+func (h *hosted) clear() {
+	h.Helper()
+	h.must("systemctl", "disable", "--now", "containerd")
+	for _, dir := range []string{"/etc/containerd", "/var/lib/containerd", "/run/containerd", ownRoot} {
+		if err := os.RemoveAll(dir); err != nil {
+			h.Error(err)
+		}
+	}
+}
+
+// watch pulls the image, which is streamed, and runs a container that reads it.
+func (h *hosted) watch() *watcher {
+	h.Helper()
+	h.crictl("pull", h.c.App)
+	if s := unitStatus(h.T); s.Streamed != 1 || !s.Kept {
+		h.Fatalf("after the pull: %+v", s)
+	}
+	w := h.watcher()
+	h.ctr("run", "--detach", node.NoShares, "--snapshotter", node.Snapshotter, "--log-uri", "file://"+w.log, h.c.App, w.id, "/guest", "watch", "/data")
+	w.awaitPass(h.T)
+	return w
+}
+
+func (h *hosted) watcher() *watcher {
+	h.Helper()
+	return &watcher{id: "watch", want: smallSum(systemdSeed), log: filepath.Join(tempDir(h.T), "watch.out")}
+}
+
+func (h *hosted) remove(w *watcher) {
+	h.Helper()
+	h.ctr("tasks", "delete", "--force", w.id)
+	h.ctr("containers", "delete", w.id)
+}
+
+// reads runs a container of an image that reads all of it.
+func (h *hosted) reads(ref string, seed uint64, snapshotter string, flags ...string) {
+	h.Helper()
+	log := filepath.Join(tempDir(h.T), "run.out")
+	h.ctr(slices.Concat([]string{"run", "--rm", node.NoShares, "--snapshotter", snapshotter, "--log-uri", "file://" + log}, flags, []string{ref, "run", "/guest", "sum", "/data"})...)
+	b, err := os.ReadFile(log)
+	if err != nil {
+		h.Fatal(err)
+	}
+	checkSumsBelow(h.T, string(b), seed, "/data")
+}
+
+// maxExposure is what `systemd-analyze security` may say of the units, 10 being exposed. docs/operations.md says it, too.
+var maxExposure = map[string]float64{node.Unit: 4.3, keeperUnit: 3.1}
+
+// hardened: what the units say is in force, and systemd finds no more exposed than the documentation says.
+func (h *hosted) hardened() {
+	h.Helper()
+	docs, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		h.Fatal(err)
+	}
+	own, err := os.Readlink("/proc/1/ns/mnt")
+	if err != nil {
+		h.Fatal(err)
+	}
+	for unit, most := range maxExposure {
+		pid := strings.TrimSpace(h.must("systemctl", "show", "--property", "MainPID", "--value", unit))
+		if pid == "0" && unit == keeperUnit {
+			continue // since systemd 254
+		}
+		status, err := os.ReadFile("/proc/" + pid + "/status")
+		if err != nil {
+			h.Fatal(err)
+		}
+		for _, line := range []string{"NoNewPrivs:\t1\n", "Seccomp:\t2\n"} {
+			if !strings.Contains(string(status), line) {
+				h.Errorf("%s has no %q in\n%s", unit, line, status)
+			}
+		}
+		if ns, err := os.Readlink("/proc/" + pid + "/ns/mnt"); err != nil || ns != own {
+			h.Errorf("%s is in the mount namespace %s, and systemd in %s: %v", unit, ns, own, err)
+		}
+		out := h.must("systemd-analyze", "--no-pager", "security", unit+".service")
+		m := regexp.MustCompile(`Overall exposure level for \S+: ([0-9.]+)`).FindStringSubmatch(out)
+		if m == nil {
+			h.Fatal(out)
+		}
+		if got, err := strconv.ParseFloat(m[1], 64); err != nil || got > most {
+			h.Errorf("%s: exposure %s, want at most %v\n%s", unit, m[1], most, out)
+		}
+		if text := fmt.Sprintf("%.1f", most); !strings.Contains(string(docs), text) {
+			h.Errorf("docs/operations.md does not say %s of %s", text, unit)
+		}
+		h.Logf("%s: exposure %s", unit, m[1])
+	}
+}
+
+// installBare installs, upgrades and uninstalls where systemd is not seen: the daemon runs below `supervise`.
+func (h *hosted) installBare(install []string) {
+	h.Helper()
+	run := func(program string, args ...string) string {
+		h.Helper()
+		return h.must(append(append([]string{"unshare", "-m", "--propagation", "unchanged", "sh", "-c", `mount --make-private /run && mount -t tmpfs none /run/systemd && exec "$0" "$@"`, program}, args...),
+			"--restart-containerd", "nsenter -t 1 -m sh -c '"+restartContainerd+"'")...)
+	}
+	run(newProgram, install...)
+	w := h.watch()
+	pid := func() string {
+		b, err := os.ReadFile("/run/streaming-snapshotter/supervise.pid")
+		if err != nil {
+			h.Fatal(err)
+		}
+		return string(b)
+	}
+	before := pid()
+	run(h.newer(), install...)
+	w.awaitPass(h.T)
+	if pid() != before {
+		h.Error("the upgrade has replaced the supervisor")
+	}
+	h.remove(w)
+	run(node.InstalledPath, "uninstall")
+	h.unchanged("uninstall")
+	if _, err := os.Stat("/proc/" + strings.TrimSpace(before)); err == nil {
+		h.Error("the supervisor still runs")
+	}
+	h.crictl("rmi", h.c.App)
+}
+
+// newer is a program with another content.
+func (h *hosted) newer() string {
+	h.Helper()
+	this, err := os.ReadFile(newProgram)
+	if err != nil {
+		h.Fatal(err)
+	}
+	path := filepath.Join(tempDir(h.T), "newer")
+	if err := os.WriteFile(path, append(slices.Clip(this), "a newer one"...), 0o755); err != nil {
+		h.Fatal(err)
+	}
+	return path
+}
+
+// once is a shell command that does something else the first time.
+func (h *hosted) once(first, then string) string {
+	h.Helper()
+	mark := filepath.Join(tempDir(h.T), "once")
+	return fmt.Sprintf("test -e %s || { touch %s; %s; }; %s", mark, mark, first, then)
+}
+
+// failedInstall: containerd that does not come back, once, puts everything back.
+func (h *hosted) failedInstall(install []string) {
+	h.Helper()
+	h.fails("exit status 7", append([]string{newProgram}, append(install, "--restart-containerd", h.once("exit 7", restartContainerd))...)...)
+	h.notInstalled("failed install")
+}
+
+func (h *hosted) notInstalled(after string) {
+	h.Helper()
+	h.unchanged(after)
+	h.ctr("plugins", "ls")
+	if out, _ := tryRun(h.T, "systemctl", "is-active", node.Unit); !strings.HasPrefix(out, "inactive") {
+		h.Errorf("%s: the daemon is %s", after, out)
+	}
+}
+
+// interruptedInstall is interrupted while it restarts containerd, and puts everything back itself.
+func (h *hosted) interruptedInstall(install []string) {
+	h.Helper()
+	h.fails("interrupted", append([]string{newProgram}, append(install, "--restart-containerd", h.once("kill -INT $PPID; exec sleep 600", restartContainerd))...)...)
+	h.notInstalled("interrupted install")
+}
+
+// killedInstall: the next command puts everything back, and goes on. Here that is an uninstall, which finds nothing to do then.
+func (h *hosted) killedInstall(install []string) {
+	h.Helper()
+	c := exec.Command(newProgram, append(install, "--restart-containerd", restartContainerd+"; kill -KILL $PPID")...)
+	c.CombinedOutput()
+	if st, ok := c.ProcessState.Sys().(syscall.WaitStatus); !ok || !st.Signaled() {
+		h.Fatalf("install was not killed: %v", c.ProcessState)
+	}
+	if _, err := os.Stat(node.InstalledPath); err != nil {
+		h.Fatal(err)
+	}
+	h.fails("has put nothing on this host", newProgram, "uninstall", "--restart-containerd", restartContainerd)
+	h.unchanged("killed install")
+}
+
+// upgrade puts a newer program in the place of the one that serves a container, and, if broken is true, tries one that does not start then.
+func (h *hosted) upgrade(w *watcher, install []string, broken bool) {
+	h.Helper()
+	newer := h.newer()
+	pid := h.must("systemctl", "show", "--property", "MainPID", "--value", "containerd")
+	h.must(append([]string{newer}, install...)...)
+	h.serves(newer)
+	w.awaitPass(h.T)
+	if broken {
+		installed := h.files()
+		h.fails("systemctl restart "+node.Unit, append([]string{"/opt/" + brokenRelease}, install...)...)
+		h.asInstalled(installed, "an upgrade that does not start")
+		h.serves(newer)
+		w.awaitPass(h.T)
+		if s := unitStatus(h.T); s.SafeMode != "" {
+			h.Errorf("after an upgrade that does not start: %+v", s)
+		}
+	}
+	if after := h.must("systemctl", "show", "--property", "MainPID", "--value", "containerd"); after != pid {
+		h.Error("an upgrade has restarted containerd")
+	}
+}
+
+// serves checks which program the daemon is.
+func (h *hosted) serves(program string) {
+	h.Helper()
+	want, err := os.ReadFile(program)
+	if err != nil {
+		h.Fatal(err)
+	}
+	pid := strings.TrimSpace(h.must("systemctl", "show", "--property", "MainPID", "--value", node.Unit))
+	if b, err := os.ReadFile("/proc/" + pid + "/exe"); err != nil || string(b) != string(want) {
+		h.Errorf("the daemon is not %s: %v", program, err)
+	}
+}
+
+const configOfInstall = "/etc/streaming-snapshotter/config.toml"
+
+// awayFor has nobody answer for a registry, and commands give up soon.
+func (h *hosted) awayFor(registry string) (back func()) {
+	h.Helper()
+	certs := filepath.Join("/etc/containerd/certs.d", registry)
+	config, err := os.ReadFile(configOfInstall)
+	if err := errors.Join(err, os.WriteFile(configOfInstall, append(slices.Clip(config), "resolve_timeout = '1s'\n"...), 0o644),
+		os.MkdirAll(certs, 0o755), os.WriteFile(filepath.Join(certs, "hosts.toml"), []byte("server = 'http://127.0.0.1:1'\n"), 0o644)); err != nil {
+		h.Fatal(err)
+	}
+	return func() {
+		if err := errors.Join(os.WriteFile(configOfInstall, config, 0o644), os.RemoveAll("/etc/containerd/certs.d")); err != nil {
+			h.Error(err)
+		}
+	}
+}
+
+// failedUninstall: containerd does not come back, once, when the snapshots are gone already. All is as installed again, and the image runs.
+func (h *hosted) failedUninstall() {
+	h.Helper()
+	installed := h.files()
+	h.fails("exit status 7", node.InstalledPath, "uninstall", "--restart-containerd", h.once("exit 7", restartContainerd))
+	h.asInstalled(installed, "failed uninstall")
+	if s := unitStatus(h.T); !s.Kept || s.SafeMode != "" {
+		h.Errorf("after a failed uninstall: %+v", s)
+	}
+	h.reads(h.c.App, systemdSeed, node.Snapshotter)
+}
+
+// refusedUninstall: while the registry is away, what was never downloaded cannot be had, and nothing is changed.
+func (h *hosted) refusedUninstall(registry string) {
+	h.Helper()
+	back := h.awayFor(registry)
+	installed := h.files()
+	h.fails("would not run any more", node.InstalledPath, "uninstall")
+	h.asInstalled(installed, "refused uninstall")
+	back()
+}
+
+// uninstall: everything is as before, and the images, with systemdSeed and those after it, run.
+func (h *hosted) uninstall(images ...string) {
+	h.Helper()
+	h.must(node.InstalledPath, "uninstall", "--dry-run")
+	h.must(node.InstalledPath, "uninstall")
+	h.unchanged("uninstall")
+	for i, ref := range images {
+		h.reads(ref, systemdSeed+uint64(i), "overlayfs")
+		h.crictl("rmi", ref)
+	}
+	h.uninstalled()
+}
+
+func (h *hosted) uninstalled() {
+	h.Helper()
+	if out, err := tryRun(h.T, "systemctl", "cat", node.Unit); err == nil {
+		h.Errorf("the unit is still there:\n%s", out)
+	}
+}
+
+// uninstallAtAnyPrice: the registry is away for good, and somebody has changed what install has written.
+func (h *hosted) uninstallAtAnyPrice(registry string) {
+	h.Helper()
+	unit := filepath.Join("/etc/systemd/system", node.Unit+".service")
+	for _, path := range []string{configOfInstall, unit} {
+		b, err := os.ReadFile(path)
+		if err == nil {
+			err = os.WriteFile(path, append(b, "# changed\n"...), 0o644)
+		}
+		if err != nil {
+			h.Fatal(err)
+		}
+	}
+	back := h.awayFor(registry)
+	installed := h.files()
+	h.fails(unit+": changed since the install", node.InstalledPath, "uninstall", "--drop-images")
+	h.fails("would not run any more", node.InstalledPath, "uninstall", "--discard-changes")
+	h.asInstalled(installed, "refused uninstall")
+	if out := h.must(node.InstalledPath, "uninstall", "--drop-images", "--discard-changes"); !strings.Contains(out, "leave "+configOfInstall) || !strings.Contains(out, "have to be pulled again") {
+		h.Errorf("uninstall at any price says\n%s", out)
+	}
+	back()
+	if b, err := os.ReadFile(configOfInstall); err != nil || !strings.HasSuffix(string(b), "# changed\n") {
+		h.Errorf("the configuration that was changed: %q, %v", b, err)
+	}
+	if err := os.RemoveAll(filepath.Dir(configOfInstall)); err != nil {
+		h.Error(err)
+	}
+	h.unchanged("uninstall at any price")
+	h.uninstalled()
+	h.crictl("rmi", h.c.App)
+	h.crictl("pull", h.c.App)
+	h.reads(h.c.App, systemdSeed, "overlayfs")
+	h.crictl("rmi", h.c.App)
+}
+
+// Of a reboot: what the test knows before it, and what tells the unit that runs it to reboot.
+const (
+	beforeReboot = "/opt/before.json"
+	rebootMark   = "/reboot"
+)
+
+type rebootState struct {
+	Form string
+	Was  map[string]hostFile
+}
+
+// reboot has the host reboot when this test has ended.
+func (h *hosted) reboot(form string) {
+	h.Helper()
+	b, err := json.Marshal(rebootState{form, h.was})
+	if err := errors.Join(err, os.WriteFile(beforeReboot, b, 0o600), os.WriteFile(rebootMark, nil, 0o600)); err != nil {
+		h.Fatal(err)
+	}
+}
+
+// rebooted reports whether this is the life after a reboot.
+func rebooted(t *testing.T) (s rebootState, ok bool) {
+	t.Helper()
+	b, err := os.ReadFile(beforeReboot)
+	if errors.Is(err, os.ErrNotExist) {
+		return s, false
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &s)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, true
+}
+
+// afterReboot: the daemon and containerd are up, the container of before the reboot starts again and reads, and what is pulled is streamed. Then it is uninstalled.
+func afterReboot(t *testing.T, c installTest, before rebootState) {
+	h := &hosted{T: t, c: c, old: before.Form == "1.7", was: before.Was}
+	h.makeLoops()
+	if s := unitStatus(t); s.Streamed != 1 || !s.Kept || s.SafeMode != "" {
+		t.Errorf("after the reboot: %+v", s)
+	}
+	w := h.watcher()
+	h.ctr("tasks", "start", "--detach", "--log-uri", "file://"+w.log, w.id)
+	w.awaitPass(t)
+	h.crictl("pull", c.Other)
+	if s := unitStatus(t); s.Streamed != 2 {
+		t.Errorf("a pull after the reboot: %+v", s)
+	}
+	h.reads(c.Other, systemdSeed+1, node.Snapshotter)
+	h.reads(c.App, systemdSeed, node.Snapshotter)
+	h.remove(w)
+	host, _, _ := strings.Cut(c.App, "/")
+	h.refusedUninstall(host)
+	h.uninstall(c.App, c.Other)
+}
