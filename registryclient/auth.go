@@ -16,7 +16,7 @@ import (
 
 const (
 	maxChallenge = 4 << 10 // bytes; containerd's parser takes the square of it
-	maxOffers    = 16      // credentials that one request tries
+	maxOffers    = 16      // credentials of one source that one request tries: sources are few, and whoever fills one does not keep another from being tried
 )
 
 // Credential is what a source offers to be let in with. Without User, Secret is an identity token (OAuth2 refresh token); without both it is anonymous access.
@@ -272,6 +272,17 @@ func (g *grant) refuse(c Credential, why error) {
 	g.notes = append(g.notes, fmt.Sprintf("%s: %v", c, why))
 }
 
+// full reports whether as much of a source was tried as may be.
+func (g *grant) full(source string) bool {
+	n := 0
+	for _, c := range g.tried {
+		if c.Source == source {
+			n++
+		}
+	}
+	return n >= maxOffers
+}
+
 func (a *authorizer) wait(ctx context.Context, name string, g *grant, r *refusal, challenge *auth.Challenge) (*grant, error) {
 	select {
 	case <-g.done:
@@ -321,7 +332,7 @@ func (a *authorizer) try(ctx context.Context, name string, g *grant, last Creden
 		if c.Secret == "" {
 			c = Credential{} // whoever offers it
 		}
-		if slices.Contains(g.tried, c) || (c == Credential{} && g.hidden) || len(g.tried) > maxOffers {
+		if slices.Contains(g.tried, c) || (c == Credential{} && g.hidden) || g.full(c.Source) {
 			continue
 		}
 		g.value, g.expires, err = a.fetch(ctx, name, g.challenge, c)

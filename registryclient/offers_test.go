@@ -67,6 +67,20 @@ func TestSecondCredential(t *testing.T) {
 	}
 }
 
+// A source that has no end of wrong credentials is left for the next.
+func TestManyWrongCredentials(t *testing.T) {
+	r, read := authFixture(t)
+	r.RequireBasic("u", "hush")
+	var list []Credential
+	for i := range 40 {
+		list = append(list, Credential{"many", "u", fmt.Sprint("wrong ", i)})
+	}
+	if err := read(newClient(t, Options{Credentials: offer(append(list, Credential{"right", "u", "hush"})...)})); err != nil {
+		t.Error(err)
+	}
+	wantRequests(t, r, 1+maxOffers+1)
+}
+
 // What was forgotten is not sent any more.
 func TestForget(t *testing.T) {
 	for name, require := range map[string]func(*registrytest.Registry){
