@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 	"sync"
@@ -20,11 +21,14 @@ const (
 	podsFresh    = 5 * time.Second  // a list of pods is good for so long
 	secretsFresh = 30 * time.Second // and a secret or service account
 	maxFormer    = 1024             // images whose secrets are remembered when their pods are gone
+	formerOfOne  = 4                // of a namespace's pods with one image
+	formerOfAll  = 64               // and of all namespaces'
 )
 
 // Kubernetes is the kubernetes.io/dockerconfigjson and dockercfg secrets that pods of this node refer to, themselves or by their service accounts. An image is
 // offered the secrets of the pods that have it, and of those that had it since the daemon's start, by name: each secret is got from the API server when it is
-// wanted, and none is listed or watched.
+// wanted, and none is listed or watched. Namespaces, and the pods of each, take turns: a pod with many secrets, or its owner with many pods, does not keep
+// another's from being tried.
 //
 // So what it takes is: list pods with the field selector spec.nodeName, get secrets, and, for the secrets of service accounts (the pods have those already that
 // there were when they were made), get serviceaccounts. The kubelet's own kubeconfig has these rights for the secrets of its own pods and for no others; that it may
@@ -40,7 +44,7 @@ type Kubernetes struct {
 	pods   []pod
 	listed time.Time
 	got    map[object]*got
-	former map[registryclient.Repository][]object
+	former map[registryclient.Repository][][]object // refs of pods, newest first
 }
 
 // object is a secret or a service account.
@@ -70,7 +74,7 @@ type pod struct {
 func NewKubernetes(kubeconfig, node string) *Kubernetes {
 	return &Kubernetes{
 		node: node, calls: newCalls(), api: kubeapi.New(kubeconfig),
-		got: map[object]*got{}, former: map[registryclient.Repository][]object{},
+		got: map[object]*got{}, former: map[registryclient.Repository][][]object{},
 	}
 }
 
@@ -92,54 +96,104 @@ func (s *Kubernetes) Lookup(ctx context.Context, p registryclient.Place) (list [
 	}
 	begin := time.Now()
 	errs := []error{update(podsFresh)}
-	refs := s.of(p.Image)
-	if refs == nil {
+	pods := s.of(p.Image)
+	if pods == nil {
 		errs[0] = update(time.Since(begin)) // its pod may be newer than the list
-		refs = s.of(p.Image)
+		pods = s.of(p.Image)
 	}
-	found, err := s.follow(ctx, refs, false)
+	found, err := s.follow(ctx, slices.Concat(pods...), false)
 	errs = append(errs, err)
-	var of []object // secrets, of service accounts too
-	for _, f := range found {
-		of = append(of, f.refs...)
-	}
-	more, err := s.follow(ctx, of, true) // what a pod has not itself, its kubelet may not have
-	errs = append(errs, err)
-	for _, f := range append(found, more...) {
-		for _, name := range p.Names {
-			logins, err := f.auths.lookup(name)
-			errs = append(errs, err)
-			for _, l := range logins {
-				if !slices.Contains(list, l) {
-					list = append(list, l)
-				}
+	var more []object // secrets, of service accounts too
+	for i, refs := range pods {
+		for _, o := range refs {
+			if g := found[o]; g != nil {
+				more = append(more, g.refs...)
+				pods[i] = append(slices.Clip(pods[i]), g.refs...)
 			}
 		}
 	}
-	return list, errors.Join(errs...)
+	others, err := s.follow(ctx, more, true) // what a pod has not itself, its kubelet may not have
+	errs = append(errs, err)
+	maps.Copy(found, others)
+	var namespaces [][][]Login // of each its pods'
+	index := map[string]int{}
+	said := map[object][]Login{}
+	for _, refs := range pods {
+		var logins []Login
+		for _, o := range refs {
+			of, was := said[o]
+			if g := found[o]; g != nil && !was {
+				for _, name := range p.Names {
+					l, err := g.auths.lookup(name)
+					of, errs = append(of, l...), append(errs, err)
+				}
+				said[o] = of
+			}
+			logins = append(logins, of...)
+		}
+		i, ok := index[refs[0].namespace]
+		if !ok {
+			i = len(namespaces)
+			index[refs[0].namespace] = i
+			namespaces = append(namespaces, nil)
+		}
+		namespaces[i] = append(namespaces[i], logins)
+	}
+	lists := make([][]Login, len(namespaces))
+	for i, n := range namespaces {
+		lists[i] = turns(n)
+	}
+	return turns(lists), errors.Join(errs...)
 }
 
-// of returns what pods with the image refer to, and those that had it.
-func (s *Kubernetes) of(image registryclient.Repository) (refs []object) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, p := range s.pods {
-		if slices.Contains(p.images, image) {
-			refs = append(refs, p.refs...)
+// turns takes from each list one after the other, and nothing twice.
+func turns(lists [][]Login) (all []Login) {
+	seen := map[Login]bool{}
+	for i, more := 0, true; more; i++ {
+		more = false
+		for _, l := range lists {
+			if i >= len(l) {
+				continue
+			}
+			more = true
+			if !seen[l[i]] {
+				seen[l[i]] = true
+				all = append(all, l[i])
+			}
 		}
 	}
-	refs = append(refs, s.former[image]...)
-	seen := map[object]bool{}
-	return slices.DeleteFunc(refs, func(o object) bool {
-		was := seen[o]
-		seen[o] = true
-		return was
-	})
+	return all
 }
 
-// follow gets refs, all at once, and returns what there is of them in order. With lenient, what is forbidden is no error.
-func (s *Kubernetes) follow(ctx context.Context, refs []object, lenient bool) ([]*got, error) {
-	list, errs := make([]*got, len(refs)), make([]error, len(refs))
+// of returns what pods with the image refer to, and those that had it: not empty, and each list once.
+func (s *Kubernetes) of(image registryclient.Repository) (pods [][]object) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	add := func(refs []object) {
+		if len(refs) > 0 && !slices.ContainsFunc(pods, func(other []object) bool { return slices.Equal(other, refs) }) {
+			pods = append(pods, refs)
+		}
+	}
+	for _, p := range s.pods {
+		if slices.Contains(p.images, image) {
+			add(p.refs)
+		}
+	}
+	for _, refs := range s.former[image] {
+		add(refs)
+	}
+	return pods
+}
+
+// follow gets refs, all at once, and returns what there is of them. With lenient, what is forbidden is no error.
+func (s *Kubernetes) follow(ctx context.Context, refs []object, lenient bool) (map[object]*got, error) {
+	found := map[object]*got{}
+	refs = slices.DeleteFunc(slices.Clone(refs), func(o object) bool {
+		_, was := found[o]
+		found[o] = nil
+		return was
+	})
+	errs := make([]error, len(refs))
 	var g errgroup.Group
 	g.SetLimit(8)
 	for i, o := range refs {
@@ -155,10 +209,10 @@ func (s *Kubernetes) follow(ctx context.Context, refs []object, lenient bool) ([
 	g.Wait() // they return nil
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i, o := range refs {
-		list[i] = s.got[o]
+	for _, o := range refs {
+		found[o] = s.got[o]
 	}
-	return slices.DeleteFunc(list, func(g *got) bool { return g == nil }), errors.Join(errs...)
+	return found, errors.Join(errs...)
 }
 
 // list gets the node's pods, if the last list is older than fresh.
@@ -202,9 +256,24 @@ func (s *Kubernetes) remember() {
 			if len(s.former) >= maxFormer && s.former[image] == nil {
 				clear(s.former) // the pods that there are come again
 			}
-			s.former[image] = p.refs
+			s.former[image] = newest(s.former[image], p.refs)
 		}
 	}
+}
+
+// newest puts the refs of a pod in front of those of others, and drops the oldest: of a namespace that has too many, so that it drops no other's.
+func newest(former [][]object, refs []object) (list [][]object) {
+	had := map[string]int{}
+	for _, f := range append([][]object{refs}, former...) {
+		if len(f) == 0 || len(list) > 0 && slices.Equal(f, list[0]) {
+			continue
+		}
+		if n := f[0].namespace; had[n] < formerOfOne && len(list) < formerOfAll {
+			had[n]++
+			list = append(list, f)
+		}
+	}
+	return list
 }
 
 // get gets o into s.got. What is gone or forbidden goes from there, and what cannot be asked for stays.

@@ -70,3 +70,72 @@ func TestKubernetes(t *testing.T) {
 		t.Errorf("asked for %q, want %q", got, want)
 	}
 }
+
+// One pod's many secrets do not come before all of another's, nor one namespace's many pods before all of another's.
+func TestKubernetesTurns(t *testing.T) {
+	a := kubeapitest.Start(t)
+	var pods, refs []string
+	for i := range 20 {
+		refs = append(refs, fmt.Sprintf(`{"name": "wrong-%d"}`, i))
+		a.Put(fmt.Sprintf("namespaces/a/secrets/wrong-%d", i), dockerSecret(t, ".dockerconfigjson", "r.example.com", fmt.Sprint("wrong-", i)))
+		a.Put(fmt.Sprintf("namespaces/b/secrets/wrong-%d", i), dockerSecret(t, ".dockerconfigjson", "r.example.com", fmt.Sprint("other-", i)))
+		pods = append(pods, fmt.Sprintf(`{"metadata": {"namespace": "b"}, "spec": {"imagePullSecrets": [{"name": "wrong-%d"}], "containers": [{"image": "r.example.com/team/app"}]}}`, i))
+	}
+	a.Put("namespaces/a/secrets/mine", dockerSecret(t, ".dockerconfigjson", "r.example.com", "mine"))
+	a.Put("namespaces/z/serviceaccounts/default", `{"imagePullSecrets": [{"name": "right"}]}`)
+	a.Put("namespaces/z/secrets/right", dockerSecret(t, ".dockerconfigjson", "r.example.com", "right"))
+	const app = `"containers": [{"image": "r.example.com/team/app"}]`
+	a.Put(podsOfNode, `{"items": [
+		{"metadata": {"namespace": "a"}, "spec": {"imagePullSecrets": [`+strings.Join(refs, ",")+`], `+app+`}},
+		{"metadata": {"namespace": "a"}, "spec": {"imagePullSecrets": [{"name": "mine"}], `+app+`}},
+		`+strings.Join(pods, ",")+`,
+		{"metadata": {"namespace": "z"}, "spec": {"serviceAccountName": "default", `+app+`}}]}`)
+	s := NewKubernetes(a.Kubeconfig, "node-1")
+	defer s.Close()
+	got, err := s.Lookup(t.Context(), at("r.example.com/team/app"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Login{{"wrong-0", "hush"}, {"other-0", "hush"}, {"right", "hush"}, {"mine", "hush"}, {"other-1", "hush"}, {"wrong-1", "hush"}}
+	if len(got) != 42 || !slices.Equal(got[:len(want)], want) {
+		t.Errorf("got %v", got)
+	}
+}
+
+// What had an image and is gone still serves it, beside what has it now, and the newest first; no namespace drops another's.
+func TestKubernetesFormer(t *testing.T) {
+	a := kubeapitest.Start(t)
+	s := NewKubernetes(a.Kubeconfig, "node-1")
+	defer s.Close()
+	const none = `{"metadata": {"namespace": "b"}, "spec": {"containers": [{"image": "r.example.com/team/app"}]}}`
+	next := func(pods string) {
+		t.Helper()
+		a.Put(podsOfNode, `{"items": [`+pods+none+`]}`)
+		if err := s.list(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	with := func(namespace, name string) string {
+		a.Put("namespaces/"+namespace+"/secrets/"+name, dockerSecret(t, ".dockerconfigjson", "r.example.com", name))
+		return fmt.Sprintf(`{"metadata": {"namespace": %q}, "spec": {"imagePullSecrets": [{"name": %q}], "containers": [{"image": "r.example.com/team/app"}]}}, `, namespace, name)
+	}
+	next(with("a", "good"))
+	next("")
+	wantLogins(t, s, "r.example.com/team/app", Login{"good", "hush"})
+	for i := range formerOfOne + 2 {
+		next(with("c", fmt.Sprint("c-", i)))
+	}
+	next("")
+	next("")
+	wantLogins(t, s, "r.example.com/team/app", Login{"c-5", "hush"}, Login{"good", "hush"}, Login{"c-4", "hush"}, Login{"c-3", "hush"}, Login{"c-2", "hush"})
+	next(with("d", "now"))
+	if got, err := s.Lookup(t.Context(), at("r.example.com/team/app")); err != nil || len(got) != 6 || got[0].User != "now" {
+		t.Errorf("got %v, %v", got, err)
+	}
+	for i := range formerOfAll + 2 {
+		next(with(fmt.Sprint("n-", i), "x"))
+	}
+	if n := len(s.former["r.example.com/team/app"]); n != formerOfAll {
+		t.Errorf("%d are remembered, want %d", n, formerOfAll)
+	}
+}
