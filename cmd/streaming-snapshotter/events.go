@@ -53,12 +53,16 @@ func (e *podEvents) tell(p snapshot.Pull, n *node) {
 	ev := events.Event{Reason: "Streaming", At: p.At}
 	if p.Err != nil {
 		code := reason.Of(p.Err)
-		ev.Reason, ev.Code = "NotStreaming", string(code)
-		ev.Message = fmt.Sprintf("%s: image %q is pulled in the normal way: %v. What to do: %s", code, p.Image, p.Err, code.Remedy())
+		ev.Reason, ev.Code, ev.Message = "NotStreaming", string(code), normalPullText(p.Image, code)
 	} else {
 		ev.Message = fmt.Sprintf("Image %q is streamed, found in %v: %s, artifact sha256:%s", p.Image, p.Took.Round(time.Millisecond), bytesText(n.images.Size(p.Artifact)), p.Artifact)
 	}
 	e.Tell(p.Image, ev)
+}
+
+// normalPullText says that an image is not streamed to whoever may see a pod's events. The error is for those of the node: it may name the secrets of other tenants, the node's files and its proxies.
+func normalPullText(image string, code reason.Code) string {
+	return fmt.Sprintf("%s: image %q is pulled in the normal way; the error is in the node's log and `streaming-snapshotter status`. What to do: %s", code, image, code.Remedy())
 }
 
 // Begin is criproxy.Pulls's: the kubelet says for which pod it pulls.
