@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode/utf16"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -78,12 +80,14 @@ func showStatus(ctx context.Context, o statusOptions, w io.Writer) error {
 		s.Images = ofRef(s.Images, o.ref)
 		var b bytes.Buffer
 		switch {
-		case o.json && o.watch:
-			err = json.NewEncoder(&b).Encode(s)
 		case o.json:
-			e := json.NewEncoder(&b)
-			e.SetIndent("", "  ")
+			var j strings.Builder
+			e := json.NewEncoder(&j)
+			if !o.watch {
+				e.SetIndent("", "  ")
+			}
 			err = e.Encode(s)
+			b.WriteString(printable(j.String(), "\n"))
 		default:
 			if live {
 				b.WriteString("\x1b[H\x1b[2J") // home, and an empty screen
@@ -133,24 +137,51 @@ func ofRef(images []imageStatus, ref string) []imageStatus {
 	return others
 }
 
+// say prints as fmt.Fprintf does, and of what is no number only what can be printed: names and errors come from images' authors and from registries, and a terminal obeys what it is sent.
+func say(w io.Writer, format string, args ...any) {
+	for i, a := range args {
+		switch a.(type) {
+		case int, int64, float64:
+		default:
+			args[i] = printable(fmt.Sprint(a), "")
+		}
+	}
+	fmt.Fprintf(w, format, args...)
+}
+
+// printable returns s with what cannot be printed, but for what is in also, as \uXXXX: so in JSON it stays the same text.
+func printable(s, also string) string {
+	var b strings.Builder
+	for _, r := range s {
+		if strconv.IsPrint(r) || strings.ContainsRune(also, r) {
+			b.WriteRune(r)
+			continue
+		}
+		for _, u := range utf16.Encode([]rune{r}) {
+			fmt.Fprintf(&b, `\u%04x`, u)
+		}
+	}
+	return b.String()
+}
+
 func (s status) print(w io.Writer) {
-	fmt.Fprintf(w, "version: %s, since %s\n", s.Version, s.Since)
+	say(w, "version: %s, since %s\n", s.Version, s.Since)
 	if s.SafeMode != "" {
-		fmt.Fprintf(w, "SAFE MODE, nothing new is streamed: %s\n", s.SafeMode)
+		say(w, "SAFE MODE, nothing new is streamed: %s\n", s.SafeMode)
 	}
 	if s.Paused != "" {
-		fmt.Fprintf(w, "PAUSED since %s, nothing new is streamed until `streaming-snapshotter resume`\n", s.Paused)
+		say(w, "PAUSED since %s, nothing new is streamed until `streaming-snapshotter resume`\n", s.Paused)
 	}
-	fmt.Fprintf(w, "mount mode: %s\n", s.MountMode)
+	say(w, "mount mode: %s\n", s.MountMode)
 	if s.NotTaken != "" {
-		fmt.Fprintf(w, "not taken: %s\n", s.NotTaken)
+		say(w, "not taken: %s\n", s.NotTaken)
 	}
-	fmt.Fprintf(w, "images: %d streamed, %d of them mounted, at %d places\nstream: %s\ncache: %s\nreads: %s\n", s.StreamedCount, s.MountedCount, s.Mounts, s.Stream, s.cache(), s.reads())
+	say(w, "images: %d streamed, %d of them mounted, at %d places\nstream: %s\ncache: %s\nreads: %s\n", s.StreamedCount, s.MountedCount, s.Mounts, s.Stream, s.cache(), s.reads())
 	for _, h := range s.Hosts {
-		fmt.Fprintf(w, "host: %s\n", h)
+		say(w, "host: %s\n", h)
 	}
 	if b := s.Background; b != nil {
-		fmt.Fprintf(w, "in the background: %s, %s of %s\n", b.Image, bytesText(b.Done), bytesText(b.Total))
+		say(w, "in the background: %s, %s of %s\n", b.Image, bytesText(b.Done), bytesText(b.Total))
 	}
 	s.printImages(w)
 	if len(s.NotStreamed) > 0 {
@@ -158,13 +189,13 @@ func (s status) print(w io.Writer) {
 		t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 		fmt.Fprintln(t, "NOT STREAMED\tREASON\tWHEN")
 		for _, p := range s.NotStreamed {
-			fmt.Fprintf(t, "%s\t%s\t%s\n", cmp.Or(p.Image, "(unknown)"), p.Reason, p.At)
+			say(t, "%s\t%s\t%s\n", cmp.Or(p.Image, "(unknown)"), p.Reason, p.At)
 		}
 		t.Flush()
 		fmt.Fprintln(w)
 	}
 	for _, p := range s.Problems {
-		fmt.Fprintf(w, "problem: %s\n", p)
+		say(w, "problem: %s\n", p)
 	}
 }
 
@@ -181,7 +212,7 @@ func (s status) printImages(w io.Writer) {
 		if i.Size > 0 {
 			part = 100 * float64(i.Local) / float64(i.Size)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%.0f\t%s\t%s\t%d\t%d\n", cmp.Or(i.Ref, string(i.Repository)+"@"+short(i.Manifest.String())), bytesText(i.Local), bytesText(i.Size), part,
+		say(t, "%s\t%s\t%s\t%.0f\t%s\t%s\t%d\t%d\n", cmp.Or(i.Ref, string(i.Repository)+"@"+short(i.Manifest.String())), bytesText(i.Local), bytesText(i.Size), part,
 			bytesText(i.Reads.MissedBytes), ratio(i.Reads.Hits, i.Reads.Misses), i.Through+i.Direct, i.Direct)
 	}
 	t.Flush()
@@ -215,7 +246,7 @@ func (s status) printRates(w io.Writer, before status, in time.Duration) {
 		return // another daemon's counts
 	}
 	per := func(n int64) float64 { return float64(n) / in.Seconds() }
-	fmt.Fprintf(w, "rates: %s/s and %.1f requests/s from registries, %.1f chunks/s on demand, %.1f chunks/s from disk\n", bytesText(int64(per(s.Registry.Bytes-before.Registry.Bytes))),
+	say(w, "rates: %s/s and %.1f requests/s from registries, %.1f chunks/s on demand, %.1f chunks/s from disk\n", bytesText(int64(per(s.Registry.Bytes-before.Registry.Bytes))),
 		per(s.Registry.Requests-before.Registry.Requests), per(s.Cache.Misses-before.Cache.Misses), per(s.Cache.Hits-before.Cache.Hits))
 }
 

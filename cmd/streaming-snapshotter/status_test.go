@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -14,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
 // terminal opens a pseudo terminal.
@@ -162,6 +165,40 @@ func untilSaid(t *testing.T, f *os.File, want func(out string) bool) {
 		out.Write(p[:n])
 		if err != nil {
 			t.Fatalf("%v after\n%s", err, &out)
+		}
+	}
+}
+
+// What an image's author or a registry has written cannot clear root's terminal, nor make lines.
+func TestStatusIsPrintable(t *testing.T) {
+	const evil = "evil\x1b[2J\u009b2J\x7f\u202e\r\n\U000e0001name"
+	s := status{
+		SafeMode: evil, Paused: evil, MountMode: evil, NotTaken: evil, Stream: patterns{evil}, CacheError: evil, NotCaching: true, Problems: []string{evil},
+		Hosts: []host{{Registry: evil, Host: "h", State: "away", Error: evil, Credentials: []string{evil}}}, Background: &stream.Background{Image: evil},
+		NotStreamed: []normalPull{{Image: evil, Reason: evil, At: evil}},
+		Images:      []imageStatus{{Ref: evil}, {ImageStatus: stream.ImageStatus{Repository: evil, Manifest: evil}}},
+	}
+	socket := filepath.Join(t.TempDir(), "admin.sock")
+	l, err := newSocket(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	daemon := http.Server{Handler: (&admin{ask: func() status { return s }}).private()}
+	go daemon.Serve(l) // until Close
+	defer daemon.Close()
+	for _, asJSON := range []bool{false, true} {
+		var b bytes.Buffer
+		if err := showStatus(t.Context(), statusOptions{root: filepath.Dir(socket), json: asJSON}, &b); err != nil {
+			t.Fatal(err)
+		}
+		if i := strings.IndexFunc(b.String(), func(r rune) bool { return r != '\n' && !strconv.IsPrint(r) }); i >= 0 || strings.Contains(b.String(), "\nname") || !strings.Contains(b.String(), `evil\u001b[2J\u009b2J\u007f\u202e\`) {
+			t.Errorf("JSON %v: byte %d of\n%s", asJSON, i, &b)
+		}
+		if asJSON {
+			var got status
+			if err := json.Unmarshal(b.Bytes(), &got); err != nil || len(got.Images) != 2 || got.Images[0].Ref != evil {
+				t.Errorf("got %+v, %v", got.Images, err)
+			}
 		}
 	}
 }
