@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log"
 	"log/slog"
 	"net"
 	"net/http"
@@ -17,6 +18,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	"golang.org/x/net/netutil"
 )
 
 // adminSocket is the path of the socket on which the daemon answers of itself, over HTTP, whoever may open it: root.
@@ -106,8 +108,7 @@ func (a *admin) private() *http.ServeMux {
 // rest is served all the same.
 func (a *admin) serve(root, address string) (stop func(), err error) {
 	var ends []func()
-	start := func(l net.Listener, h http.Handler) {
-		s := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug)}
+	start := func(l net.Listener, s *http.Server) {
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
@@ -120,12 +121,12 @@ func (a *admin) serve(root, address string) (stop func(), err error) {
 	}
 	l, err := newSocket(adminSocket(root))
 	if err == nil {
-		start(l, a.private())
+		start(l, &http.Server{Handler: a.private(), ReadHeaderTimeout: 5 * time.Second, ErrorLog: debugLog()})
 	}
 	if address != "" {
-		l, tcpErr := net.Listen("tcp", address)
+		l, tcpErr := listenPublic(address)
 		if tcpErr == nil {
-			start(l, a.public())
+			start(l, publicServer(a.public()))
 		}
 		err = errors.Join(err, tcpErr)
 	}
@@ -135,6 +136,24 @@ func (a *admin) serve(root, address string) (stop func(), err error) {
 		}
 	}, err
 }
+
+// maxPublic bounds the connections at a TCP address, which is everybody's: what is more waits in the kernel.
+const maxPublic = 64
+
+func listenPublic(address string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return netutil.LimitListener(l, maxPublic), nil
+}
+
+// publicServer returns a server of short answers that nobody keeps for long.
+func publicServer(h http.Handler) *http.Server {
+	return &http.Server{Handler: h, ReadTimeout: 5 * time.Second, WriteTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10, ErrorLog: debugLog()}
+}
+
+func debugLog() *log.Logger { return slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug) }
 
 // askDaemon gets path from the process whose files are in root, and decodes its answer into v.
 func askDaemon(ctx context.Context, root, path string, v any) error {

@@ -233,3 +233,58 @@ func TestMetricsAddressTaken(t *testing.T) {
 		t.Errorf("%v\n%s", err, &p.stderr)
 	}
 }
+
+// The TCP address takes so many connections at a time, and one more when one of them ends.
+func TestPublic(t *testing.T) {
+	if s := publicServer(nil); s.ReadTimeout <= 0 || s.WriteTimeout <= 0 || s.IdleTimeout <= 0 {
+		t.Errorf("it waits without end: %+v", s)
+	}
+	tcp := freeAddress(t)
+	stop, err := (&admin{}).serve(t.TempDir(), tcp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stop()
+	connect := func() (net.Conn, *bufio.Reader) {
+		c, err := net.Dial("tcp", tcp)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c, bufio.NewReader(c)
+	}
+	ask := func(c net.Conn, r *bufio.Reader) {
+		if _, err := io.WriteString(c, "GET /healthz HTTP/1.1\r\nHost: daemon\r\n\r\n"); err != nil {
+			t.Error(err)
+			return
+		}
+		resp, err := http.ReadResponse(r, nil)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		io.Copy(io.Discard, resp.Body)
+	}
+	var first net.Conn
+	var of *bufio.Reader
+	for range maxPublic {
+		first, of = connect()
+		ask(first, of)
+	}
+	more, ofMore := connect()
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		ask(more, ofMore)
+	}()
+	for range 200 { // in which the other would be answered
+		ask(first, of)
+	}
+	select {
+	case <-answered:
+		t.Errorf("connection %d is answered beside the others", maxPublic+1)
+	default:
+	}
+	first.Close()
+	<-answered
+}

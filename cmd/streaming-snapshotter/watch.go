@@ -97,11 +97,11 @@ func readyURL(metrics string) (string, error) {
 func (w *nodeWatch) run(ctx context.Context, listen string) error {
 	w.say("the daemon was not asked yet")
 	if listen != "" {
-		l, err := net.Listen("tcp", listen)
+		l, err := listenPublic(listen)
 		if err != nil {
 			return err
 		}
-		s := &http.Server{Handler: w, ReadHeaderTimeout: 5 * time.Second}
+		s := publicServer(w)
 		done := make(chan struct{})
 		go func() {
 			defer close(done)
