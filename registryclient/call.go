@@ -20,6 +20,7 @@ import (
 const (
 	firstPause = 100 * time.Millisecond // between two questions to one host; doubles
 	maxPause   = 3 * time.Second
+	maxRefused = 5                // times that a read asks again when no credential is accepted, after 1, 2, 4, ... s
 	maxHold    = 20 * time.Second // a Retry-After beyond this is cut: registries ask for minutes
 	renewBytes = 64 << 10         // so much progress makes the budget whole again; less would let a host that drips keep us for ever
 )
@@ -49,6 +50,7 @@ type candidate struct {
 	out      bool  // not to be asked again
 	fails    int
 	mistakes int       // in a row
+	refused  int       // times that no credential was accepted
 	next     time.Time // not before
 }
 
@@ -139,6 +141,14 @@ func (k *call) failed(c *candidate, err error) {
 	var denied *exhaustedError
 	if errors.As(err, &denied) && denied.sources && k.reads {
 		c.next = time.Now().Add(c.pause()) // a container waits: its image could be read, and will be when that source is well
+		return
+	}
+	// So it does for a password that was changed at the registry and will be in a moment where the sources have it. Few tries: some registries lock an account
+	// that has failed often.
+	if denied != nil && k.reads && c.refused < maxRefused {
+		pause := time.Second << c.refused
+		c.refused++
+		c.next = time.Now().Add(pause + rand.N(pause/4+1))
 		return
 	}
 	if !temporary(err) {

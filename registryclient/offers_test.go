@@ -261,6 +261,70 @@ func TestSourceFailsForAWhile(t *testing.T) {
 	}
 }
 
+// A password that is changed at the registry before it is where a source has it from costs a read some time, and no error. A pull is told at once.
+func TestReadsWaitForCredentials(t *testing.T) {
+	for name, require := range map[string]func(*registrytest.Registry, string){
+		"basic": func(r *registrytest.Registry, password string) { r.RequireBasic("u", password) },
+		"token": func(r *registrytest.Registry, password string) {
+			r.RequireToken(registrytest.TokenOptions{User: "u", Password: password})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, read := authFixture(t)
+			var asked atomic.Int32
+			late := int32(0)
+			c := newClient(t, Options{Credentials: func(ctx context.Context, p Place) iter.Seq2[Credential, error] {
+				if asked.Add(1) > late {
+					return fixed("u", "new")(ctx, p)
+				}
+				return fixed("u", "old")(ctx, p)
+			}})
+			require(r, "old")
+			late = 1
+			if err := read(c); err != nil {
+				t.Fatal(err)
+			}
+			require(r, "new")
+			asked.Store(0)
+			late = 2
+			if err := read(c); err != nil {
+				t.Errorf("a read: %v", err)
+			}
+			require(r, "newer")
+			asked.Store(0)
+			if _, _, err := c.Resolve(t.Context(), string(repoOf(r))+":v1"); !errors.Is(err, ErrDenied) {
+				t.Errorf("a pull: %v", err)
+			}
+			if n := asked.Load(); n > 2 {
+				t.Errorf("a pull has asked the sources %d times", n)
+			}
+		})
+	}
+}
+
+// A read that no credential is accepted for is told so after half a minute.
+func TestReadsDoNotWaitForCredentialsForLong(t *testing.T) {
+	c := newClient(t, Options{Wait: time.Hour})
+	k, err := c.newCall(t.Context(), "r.example.com/team/app", canPull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.end()
+	k.reads = true
+	var sum time.Duration
+	n := 0
+	for ; !k.asked[0].out && n < 100; n++ {
+		k.failed(k.asked[0], &exhaustedError{})
+		if !k.asked[0].out {
+			sum += time.Until(k.asked[0].next)
+		}
+	}
+	if n != maxRefused+1 || sum < 30*time.Second || sum > 40*time.Second {
+		t.Errorf("asked %d times, with pauses of %v", n, sum)
+	}
+}
+
 // A mirror is asked for by its own name, the registry by the image's, and by its own too if hosts.toml moves it.
 func TestPlaces(t *testing.T) {
 	first, second := registrytest.Start(t, registrytest.Options{}), registrytest.Start(t, registrytest.Options{})
