@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -81,4 +83,14 @@ func TestChain(t *testing.T) {
 			break
 		}
 	})
+}
+
+// writeFile writes what may be a program: no process that another test starts meanwhile may have it open, for the kernel runs nothing that is open for writing (golang.org/issue/22315).
+func writeFile(t *testing.T, name string, mode os.FileMode, text string) {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	if err := os.WriteFile(name, []byte(text), mode); err != nil {
+		t.Fatal(err)
+	}
 }

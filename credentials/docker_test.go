@@ -38,9 +38,7 @@ esac
 `
 	write := func(name, text string) {
 		t.Helper()
-		if err := os.WriteFile(filepath.Join(bin, name), []byte(text), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		writeFile(t, filepath.Join(bin, name), 0o755, text)
 	}
 	write("docker-credential-sstest", helper)
 	config := func(s string) {
@@ -128,9 +126,7 @@ func TestHangingHelper(t *testing.T) {
 		"docker-credential-hangs": "#!/bin/sh\necho >" + runs + "\nsleep 3600\n",
 		"config.json":             fmt.Sprintf(`{"credHelpers": {%q: "hangs"}, "auths": {%q: {"username": "u", "password": "hush"}}}`, hung.Host(), other.Host()),
 	} {
-		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o755); err != nil {
-			t.Fatal(err)
-		}
+		writeFile(t, filepath.Join(dir, name), 0o755, text)
 	}
 	source := NewDocker()
 	c, err := registryclient.New(registryclient.Options{Credentials: Chain(source)})

@@ -39,9 +39,7 @@ func newPlugin(t *testing.T, body, match, more string) (plugin, *Plugins) {
 
 func (p plugin) write(t *testing.T, name string, mode os.FileMode, text string) {
 	t.Helper()
-	if err := os.WriteFile(filepath.Join(p.dir, name), []byte(text), mode); err != nil {
-		t.Fatal(err)
-	}
+	writeFile(t, filepath.Join(p.dir, name), mode, text)
 }
 
 func (p plugin) configure(t *testing.T, match, more string) {
