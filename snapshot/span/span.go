@@ -6,6 +6,7 @@ package span
 
 import (
 	"context"
+	"strings"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
@@ -29,7 +30,7 @@ func Start(ctx context.Context, name string) (context.Context, func(error)) {
 	return ctx, func(err error) {
 		if err != nil {
 			text := err.Error()
-			s.SetStatus(codes.Error, text[:min(len(text), MaxText)])
+			s.SetStatus(codes.Error, strings.ToValidUTF8(text[:min(len(text), MaxText)], "")) // of another text, protobuf sends none of the spans that go with it
 		}
 		s.End()
 	}
