@@ -40,6 +40,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"snapshot/span":                     {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"snapshot/reason":                   {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"converter":                         {[]string{"artifact", "converter/startup", "fs/tree"}, []string{containerd, fuse}},
+	"converter/service":                 {[]string{"artifact", "converter"}, []string{containerd, fuse}},
 	"converter/startup":                 {[]string{"fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/streamctl":                     {[]string{"artifact", "converter"}, []string{containerd, fuse}},
 	"cmd/streaming-snapshotter/blobs":   {nil, []string{"net/http", fuse, ggcr}},
