@@ -131,6 +131,7 @@ func run(ctx context.Context, opts options, r *results) (err error) {
 
 // bursts measures bursts of ours, with and without a cache before the registry.
 func (r *results) bursts(ctx context.Context, o *origin, opts options, all []*system) error {
+	o.RequireToken(registrytest.TokenOptions{Realm: "https://" + burstHost}) // the cache passes a challenge on as it is
 	for range opts.n - r.burstRounds() {
 		for _, s := range all {
 			for _, cached := range []bool{false, true} {

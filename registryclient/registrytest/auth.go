@@ -29,6 +29,7 @@ type TokenOptions struct {
 	Identity       string        // identity (refresh) token that is as good as user and password; "" is none
 	Lifetime       time.Duration // of a token; 0 is an hour
 	HideLifetime   bool          // the client is not told, and its refused token is not called invalid
+	Realm          string        // "https://HOST" of the token server, as its clients reach it; "" is what they called the registry
 	NoPost         bool          // only GET, as on old token servers
 	Refusal        int           // status; not 0: everybody, anonymous or wrong, is given a token, and this with it unless it is the right user's
 }
@@ -77,11 +78,14 @@ func (r *Registry) authorized(w http.ResponseWriter, req *http.Request) bool {
 			}
 			return !g.other
 		}
-		scheme := "http"
-		if req.TLS != nil {
-			scheme = "https"
+		realm := a.o.Realm
+		if realm == "" {
+			realm = "http://" + req.Host
+			if req.TLS != nil {
+				realm = "https://" + req.Host
+			}
 		}
-		challenge := fmt.Sprintf(`Bearer realm="%s://%s%s",service="registrytest",scope="%s"`, scheme, req.Host, tokenPath, scope)
+		challenge := fmt.Sprintf(`Bearer realm="%s%s",service="registrytest",scope="%s"`, realm, tokenPath, scope)
 		if sent != "" && !a.o.HideLifetime {
 			challenge += `,error="invalid_token"`
 		}
