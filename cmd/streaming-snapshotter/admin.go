@@ -19,6 +19,8 @@ import (
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/net/netutil"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/metrics"
 )
 
 // adminSocket is the path of the socket on which the daemon answers of itself, over HTTP, whoever may open it: root.
@@ -59,7 +61,7 @@ func (a *admin) public() *http.ServeMux {
 	})
 	if a.ask != nil {
 		mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+			w.Header().Set("Content-Type", metrics.ContentType)
 			writeMetrics(w, a.ask(), a.ready.Load() && a.safe == "")
 		})
 	}

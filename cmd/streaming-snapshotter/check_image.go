@@ -63,10 +63,10 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string, cri *
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, end()) }()
-	if err := r.askHosts(ctx, reg, c.ResolveTimeout.std()); err != nil {
+	if err := r.askHosts(ctx, reg, c.ResolveTimeout.D); err != nil {
 		return nil, err
 	}
-	asked, cancel := context.WithTimeout(ctx, c.ResolveTimeout.std())
+	asked, cancel := context.WithTimeout(ctx, c.ResolveTimeout.D)
 	defer cancel()
 	manifest, err := resolve(asked, reg, mountOptions{ref: o.ref, platform: o.platform}, matcher)
 	if ctx.Err() != nil {
@@ -101,7 +101,7 @@ func newSearch(c config, reg *registryclient.Client, dir string) (images *stream
 		return nil, nil, err
 	}
 	images, err = stream.New(stream.Options{
-		Root: root, Registry: reg, Cache: chunks, Allow: unlessPaused(c.Root, c.Stream.allow), Timeout: c.ResolveTimeout.std(), NoReadAhead: true,
+		Root: root, Registry: reg, Cache: chunks, Allow: unlessPaused(c.Root, c.Stream.allow), Timeout: c.ResolveTimeout.D, NoReadAhead: true,
 	})
 	if err != nil {
 		return nil, nil, errors.Join(err, chunks.Close())

@@ -1,13 +1,11 @@
 package main
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"log/slog"
-	"math"
 	"net"
 	"net/url"
 	"os"
@@ -18,9 +16,9 @@ import (
 	"strings"
 	"time"
 
-	"github.com/pelletier/go-toml/v2"
 	"golang.org/x/sys/unix"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/tomlfile"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
@@ -28,28 +26,28 @@ import (
 
 // config is the configuration file. It is decoded over the defaults, so a zero can be said; a key that is not here is an error.
 type config struct {
-	Root           string      `toml:"root" comment:"Snapshots, the records of streamed images, the chunk cache and the FUSE mount of the data devices. On a local file system."`
-	Address        string      `toml:"address" comment:"Unix socket of the snapshots service: the address in containerd's proxy_plugins."`
-	MountMode      nodefs.Mode `toml:"mount_mode" comment:"auto (the first that works here), file, loop or tree."`
-	Stream         patterns    `toml:"stream" comment:"Repositories to stream from: HOST/REPOSITORY, each part a glob; a last part of * stands for everything below.\nSnapshots are shared by chain ID: list only what you would let provide the base layers of every image. Nothing is listed by default."`
-	ReadAhead      bool        `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
-	CacheSize      size        `toml:"cache_size" comment:"How much disk the chunk cache may use: a share of root's file system, as in \"25%\", or as in \"20GiB\". \"0\" for no limit.\nThe chunks used least recently are given back, also those of running containers, which fetch them again. kubelet removes images when the\nfile system is 85% full, and evicts pods soon after: leave it room for unpacked images, logs and what containers write."`
-	Background     size        `toml:"background_bandwidth" comment:"How much per second, as in \"8MiB\", is fetched of what containers did not read at their start, once that is over and while no container waits for the\nregistry: so that the node needs it no more. It stops before chunks that were used would have to go. \"0\" for nothing."`
-	HostsDir       string      `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
-	Plugins        string      `toml:"credential_provider_config" comment:"The kubelet's credential provider plugins: its --image-credential-provider-config, a file or a directory; empty for none.\nWhat the plugins have is tried first."`
-	PluginDir      string      `toml:"credential_provider_bin_dir" comment:"Where the plugins are: the kubelet's --image-credential-provider-bin-dir; empty for where their configuration is."`
-	Kubeconfig     string      `toml:"kubeconfig" comment:"With which to get the image pull secrets of this node's pods from the API server; the kubelet's own has just the rights for that. Empty for none."`
-	Events         string      `toml:"events_kubeconfig" comment:"With which to put an event on each pod whose image is pulled, streamed or not and why. It takes the rights to create events and to list this node's\npods; the kubelet's own has them. Empty for no events."`
-	NodeName       string      `toml:"node_name" comment:"What the node is called in Kubernetes; empty for this machine's name, as the kubelet has it."`
-	DockerConfig   bool        `toml:"docker_config" comment:"Whether docker's config.json with its credential helpers (of the user that runs the daemon), or podman's auth.json, is tried last."`
-	ResolveTimeout duration    `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
-	RegistryWait   duration    `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
-	CRIProxy       string      `toml:"cri_proxy" comment:"Unix socket of a proxy of containerd's CRI, for the kubelet's image service endpoint: what a pull comes with (imagePullSecrets) then serves the\nreads of its image, too. Empty for none."`
-	Containerd     string      `toml:"cri_containerd" comment:"Unix socket of containerd, where the proxy passes everything on."`
-	CRIKey         string      `toml:"cri_credentials_key" comment:"File of the key with which the credentials of images that are streamed are kept in root over restarts of the daemon. On a tmpfs, so that a reboot\nends them. Empty keeps them in memory only: after a restart images are read with other credentials, or have to be pulled again."`
-	Metrics        string      `toml:"metrics" comment:"TCP address, as in \"127.0.0.1:9465\", at which anybody gets /metrics (of Prometheus), /healthz and /readyz. Empty for none:\nthe socket admin.sock in root has them, too."`
-	OTLPEndpoint   string      `toml:"otlp_endpoint" comment:"Where traces of pulls go, as in \"http://127.0.0.1:4318\": an OpenTelemetry collector, by HTTP. Empty for what OTEL_EXPORTER_OTLP_ENDPOINT says, and no\ntraces without that; the other OTEL_ variables hold with either."`
-	LogLevel       level       `toml:"log_level" comment:"debug, info, warn or error."`
+	Root           string            `toml:"root" comment:"Snapshots, the records of streamed images, the chunk cache and the FUSE mount of the data devices. On a local file system."`
+	Address        string            `toml:"address" comment:"Unix socket of the snapshots service: the address in containerd's proxy_plugins."`
+	MountMode      nodefs.Mode       `toml:"mount_mode" comment:"auto (the first that works here), file, loop or tree."`
+	Stream         patterns          `toml:"stream" comment:"Repositories to stream from: HOST/REPOSITORY, each part a glob; a last part of * stands for everything below.\nSnapshots are shared by chain ID: list only what you would let provide the base layers of every image. Nothing is listed by default."`
+	ReadAhead      bool              `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
+	CacheSize      size              `toml:"cache_size" comment:"How much disk the chunk cache may use: a share of root's file system, as in \"25%\", or as in \"20GiB\". \"0\" for no limit.\nThe chunks used least recently are given back, also those of running containers, which fetch them again. kubelet removes images when the\nfile system is 85% full, and evicts pods soon after: leave it room for unpacked images, logs and what containers write."`
+	Background     size              `toml:"background_bandwidth" comment:"How much per second, as in \"8MiB\", is fetched of what containers did not read at their start, once that is over and while no container waits for the\nregistry: so that the node needs it no more. It stops before chunks that were used would have to go. \"0\" for nothing."`
+	HostsDir       string            `toml:"hosts_dir" comment:"containerd's registry host configuration (certs.d); empty for none."`
+	Plugins        string            `toml:"credential_provider_config" comment:"The kubelet's credential provider plugins: its --image-credential-provider-config, a file or a directory; empty for none.\nWhat the plugins have is tried first."`
+	PluginDir      string            `toml:"credential_provider_bin_dir" comment:"Where the plugins are: the kubelet's --image-credential-provider-bin-dir; empty for where their configuration is."`
+	Kubeconfig     string            `toml:"kubeconfig" comment:"With which to get the image pull secrets of this node's pods from the API server; the kubelet's own has just the rights for that. Empty for none."`
+	Events         string            `toml:"events_kubeconfig" comment:"With which to put an event on each pod whose image is pulled, streamed or not and why. It takes the rights to create events and to list this node's\npods; the kubelet's own has them. Empty for no events."`
+	NodeName       string            `toml:"node_name" comment:"What the node is called in Kubernetes; empty for this machine's name, as the kubelet has it."`
+	DockerConfig   bool              `toml:"docker_config" comment:"Whether docker's config.json with its credential helpers (of the user that runs the daemon), or podman's auth.json, is tried last."`
+	ResolveTimeout tomlfile.Duration `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
+	RegistryWait   tomlfile.Duration `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
+	CRIProxy       string            `toml:"cri_proxy" comment:"Unix socket of a proxy of containerd's CRI, for the kubelet's image service endpoint: what a pull comes with (imagePullSecrets) then serves the\nreads of its image, too. Empty for none."`
+	Containerd     string            `toml:"cri_containerd" comment:"Unix socket of containerd, where the proxy passes everything on."`
+	CRIKey         string            `toml:"cri_credentials_key" comment:"File of the key with which the credentials of images that are streamed are kept in root over restarts of the daemon. On a tmpfs, so that a reboot\nends them. Empty keeps them in memory only: after a restart images are read with other credentials, or have to be pulled again."`
+	Metrics        string            `toml:"metrics" comment:"TCP address, as in \"127.0.0.1:9465\", at which anybody gets /metrics (of Prometheus), /healthz and /readyz. Empty for none:\nthe socket admin.sock in root has them, too."`
+	OTLPEndpoint   string            `toml:"otlp_endpoint" comment:"Where traces of pulls go, as in \"http://127.0.0.1:4318\": an OpenTelemetry collector, by HTTP. Empty for what OTEL_EXPORTER_OTLP_ENDPOINT says, and no\ntraces without that; the other OTEL_ variables hold with either."`
+	LogLevel       tomlfile.Level    `toml:"log_level" comment:"debug, info, warn or error."`
 }
 
 func defaults() config {
@@ -63,11 +61,11 @@ func defaults() config {
 		Background:     "8MiB",
 		HostsDir:       "/etc/containerd/certs.d",
 		DockerConfig:   true,
-		ResolveTimeout: duration{15 * time.Second},
-		RegistryWait:   duration{5 * time.Minute},
+		ResolveTimeout: tomlfile.Duration{D: 15 * time.Second},
+		RegistryWait:   tomlfile.Duration{D: 5 * time.Minute},
 		Containerd:     "/run/containerd/containerd.sock",
 		CRIKey:         "/run/streaming-snapshotter/credentials.key",
-		LogLevel:       level(slog.LevelInfo),
+		LogLevel:       tomlfile.Level(slog.LevelInfo),
 	}
 }
 
@@ -85,9 +83,8 @@ func loadConfig(file string) (config, error) {
 	if err != nil {
 		return c, err
 	}
-	d := toml.NewDecoder(bytes.NewReader(b)).DisallowUnknownFields()
-	if err := d.Decode(&c); err != nil {
-		return c, fmt.Errorf("%s: %s", name, tomlError(err))
+	if err := tomlfile.Decode(name, b, &c, "streaming-snapshotter config", example()); err != nil {
+		return c, err
 	}
 	if err := c.validate(); err != nil {
 		return c, fmt.Errorf("%s: %w", name, err)
@@ -95,42 +92,11 @@ func loadConfig(file string) (config, error) {
 	return c, nil
 }
 
-// tomlError says where and what: go-toml's own Error leaves out the place.
-func tomlError(err error) string {
-	var missing *toml.StrictMissingError
-	if errors.As(err, &missing) {
-		var keys []string
-		for _, e := range missing.Errors {
-			row, _ := e.Position()
-			keys = append(keys, fmt.Sprintf("line %d: unknown key %q (`streaming-snapshotter config` prints those there are)", row, strings.Join(e.Key(), ".")))
-		}
-		return strings.Join(keys, "; ")
-	}
-	var at *toml.DecodeError
-	if errors.As(err, &at) {
-		row, col := at.Position()
-		what := err.Error()
-		if strings.Contains(what, "cannot decode TOML ") || strings.Contains(what, "cannot store ") { // and then come names of Go's
-			key := strings.Join(at.Key(), ".")
-			what = fmt.Sprintf("the value of %s is of another type than expected, as in: %s", key, example(key))
-		}
-		return fmt.Sprintf("line %d, column %d: %s", row, col, what)
-	}
-	return err.Error()
-}
-
-// example returns a line that sets key.
-func example(key string) string {
+// example is the defaults with a value for what has none.
+func example() config {
 	c := defaults()
 	c.Stream = patterns{"registry.example.com/team/*"}
-	var b strings.Builder
-	c.write(&b) // cannot fail
-	for line := range strings.Lines(b.String()) {
-		if strings.HasPrefix(line, key+" = ") {
-			return strings.TrimSpace(line)
-		}
-	}
-	return ""
+	return c
 }
 
 func (c *config) validate() error {
@@ -155,11 +121,11 @@ func (c *config) validate() error {
 	if u, err := url.Parse(c.OTLPEndpoint); c.OTLPEndpoint != "" && (err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
 		return fmt.Errorf("otlp_endpoint = %q: want the URL of a collector, as in \"http://127.0.0.1:4318\"", c.OTLPEndpoint)
 	}
-	if c.ResolveTimeout.d <= 0 {
-		return fmt.Errorf("resolve_timeout = %q: want more than nothing", c.ResolveTimeout.d)
+	if c.ResolveTimeout.D <= 0 {
+		return fmt.Errorf("resolve_timeout = %q: want more than nothing", c.ResolveTimeout.D)
 	}
-	if c.RegistryWait.d <= 0 {
-		return fmt.Errorf("registry_wait = %q: want more than nothing", c.RegistryWait.d)
+	if c.RegistryWait.D <= 0 {
+		return fmt.Errorf("registry_wait = %q: want more than nothing", c.RegistryWait.D)
 	}
 	if _, err := c.CacheSize.of(100); err != nil {
 		return fmt.Errorf("cache_size: %w", err)
@@ -171,53 +137,19 @@ func (c *config) validate() error {
 }
 
 // write prints c as a configuration file with comments.
-func (c config) write(w io.Writer) error {
-	return toml.NewEncoder(w).Encode(c)
-}
-
-// duration is written as in "15s". It is no integer, which would be taken as nanoseconds.
-type duration struct{ d time.Duration }
-
-func (d *duration) UnmarshalText(b []byte) error {
-	v, err := time.ParseDuration(string(b))
-	if err != nil {
-		return fmt.Errorf("%q is no duration, as in \"15s\" or \"2m\"", b)
-	}
-	d.d = v
-	return nil
-}
-
-func (d duration) std() time.Duration { return d.d }
-
-func (d duration) MarshalText() ([]byte, error) { return []byte(d.d.String()), nil }
-
-// level is a slog.Level, written as the documentation has it.
-type level slog.Level
-
-func (l *level) UnmarshalText(b []byte) error {
-	if err := (*slog.Level)(l).UnmarshalText(b); err != nil {
-		return fmt.Errorf("%q is no level: want debug, info, warn or error", b)
-	}
-	return nil
-}
-
-func (l level) MarshalText() ([]byte, error) {
-	return []byte(strings.ToLower(slog.Level(l).String())), nil
-}
+func (c config) write(w io.Writer) error { return tomlfile.Write(w, c) }
 
 // size is bytes, as in "20GiB", or a share of a file system, as in "25%".
 type size string
 
 // of returns the bytes that s is on a file system of total bytes.
 func (s size) of(total int64) (int64, error) {
-	unit := strings.TrimLeft(string(s), "0123456789")
-	n, err := strconv.ParseInt(strings.TrimSuffix(string(s), unit), 10, 64)
-	shift, ok := map[string]int{"": 0, "B": 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[unit]
-	switch {
-	case err == nil && unit == "%" && n > 0 && n <= 100:
-		return total / 100 * n, nil
-	case err == nil && ok && n <= math.MaxInt64>>shift:
-		return n << shift, nil
+	if share, ok := strings.CutSuffix(string(s), "%"); ok {
+		if n, err := strconv.ParseUint(share, 10, 7); err == nil && n > 0 && n <= 100 {
+			return total / 100 * int64(n), nil
+		}
+	} else if n, err := tomlfile.ParseSize(string(s)); err == nil {
+		return n, nil
 	}
 	return 0, fmt.Errorf("%q is no size, as in \"25%%\" of the file system or \"20GiB\"", string(s))
 }

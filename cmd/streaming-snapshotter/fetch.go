@@ -94,7 +94,7 @@ func fetchBlobs(c config) blobs.Source {
 		logins := newSources(c, nil)
 		defer func() { err = errors.Join(err, logins.close()) }()
 		reg, err := registryclient.New(registryclient.Options{
-			HostsDir: c.HostsDir, Credentials: credentials.Chain(logins...), UserAgent: "streaming-snapshotter/" + version(), Wait: c.ResolveTimeout.std(),
+			HostsDir: c.HostsDir, Credentials: credentials.Chain(logins...), UserAgent: "streaming-snapshotter/" + version(), Wait: c.ResolveTimeout.D,
 		})
 		if err != nil {
 			return err

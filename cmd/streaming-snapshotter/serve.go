@@ -78,7 +78,7 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 		HostsDir:    c.HostsDir,
 		Credentials: credentials.Chain(n.logins...),
 		UserAgent:   "streaming-snapshotter/" + version(),
-		Wait:        c.RegistryWait.std(),
+		Wait:        c.RegistryWait.D,
 		OnHost:      logHost,
 	})
 	if err != nil {
@@ -89,7 +89,7 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 		return n, err
 	}
 	images := stream.Options{
-		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.std(), Background: background,
+		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.D, Background: background,
 		NoReadAhead: !c.ReadAhead || foreign, // whoever looks at a mount starts nothing; and "profile record" is to see what is read
 	}
 	if cri != nil {
