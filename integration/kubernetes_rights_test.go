@@ -3,7 +3,6 @@ package integration_test
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"io"
 	"net/http"
 	"os"
@@ -12,10 +11,9 @@ import (
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
-	"github.com/streaming-snapshotter/streaming-snapshotter/kubeapi"
 )
 
-// rights: each verb of the ClusterRole is there for what does not work without it, and with them a pod's token can do nothing else.
+// rights: each verb of the ClusterRole is there for what does not work without it. That a pod's token can do nothing else is TestKubernetesPolicy.
 func (h *cluster) rights() {
 	h.Helper()
 	type rule struct {
@@ -48,42 +46,6 @@ func (h *cluster) rights() {
 	}
 	if verbs == 0 {
 		h.Error("there are no rights")
-	}
-
-	if err := h.k.Apply(h.Context(), `{"apiVersion": "v1", "kind": "Node", "metadata": {"name": "another"}}`); err != nil {
-		h.Fatal(err)
-	}
-	defer h.kubectl("delete", "node", "another")
-	pod := strings.TrimSpace(h.kubectl(inNamespace, "get", "pods", "--output=jsonpath={.items[0].metadata.name}"))
-	kubeconfig := filepath.Join(h.dir, "pod.kubeconfig")
-	loginAs(h.T, h.k, kubeconfig, "streaming-snapshotter", inNamespace, "--bound-object-kind=Pod", "--bound-object-name="+pod)
-	api := kubeapi.New(kubeconfig)
-	defer api.Close()
-	meta := func(key, name string, value any) any {
-		return map[string]any{"metadata": map[string]any{key: map[string]any{name: value}}}
-	}
-	for _, c := range []struct {
-		what, path string
-		patch      any
-		want       string
-	}{
-		{"its label", "nodes/" + node.NodeName, meta("labels", nodeLabel, "true"), ""},
-		{"another label", "nodes/" + node.NodeName, meta("labels", "mine", "true"), "changes nothing of a node but"},
-		{"a label that goes", "nodes/" + node.NodeName, meta("labels", "kubernetes.io/os", nil), "changes nothing of a node but"},
-		{"an annotation", "nodes/" + node.NodeName, meta("annotations", "mine", "true"), "changes nothing of a node but"},
-		{"the spec", "nodes/" + node.NodeName, map[string]any{"spec": map[string]any{"unschedulable": true}}, "changes nothing of a node but"},
-		{"another node", "nodes/another", meta("labels", nodeLabel, "true"), "labels its own node alone"},
-		{"the status", "nodes/" + node.NodeName + "/status", meta("labels", nodeLabel, "true"), "cannot patch resource"},
-	} {
-		if err := api.Patch(h.Context(), c.path, c.patch); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
-			h.Errorf("%s: got %v, want %q", c.what, err, c.want)
-		}
-	}
-	for _, path := range []string{"nodes", "nodes/" + node.NodeName, "pods", "secrets"} {
-		var status *kubeapi.StatusError
-		if err := api.Get(h.Context(), path, nil, nil); !errors.As(err, &status) || status.Code != http.StatusForbidden {
-			h.Errorf("read %s: %v", path, err)
-		}
 	}
 }
 

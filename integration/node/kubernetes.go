@@ -29,7 +29,8 @@ import (
 // There are no other services, as no kube-proxy runs, and no DNS.
 type Kubernetes struct {
 	dir        string
-	containerd string // socket
+	containerd string      // socket
+	keys       Certificate // for service accounts' tokens
 	daemons    []*process
 	kubelet    *process
 }
@@ -106,18 +107,43 @@ func KubernetesDir() (string, error) {
 
 // StartKubernetes runs Kubernetes in dir, where there is a directory logs, and returns when the node is ready and pods can be made. containerd is the socket of one whose pods have PodNetwork, or another.
 func StartKubernetes(ctx context.Context, dir, containerd string, o Kubelet) (k *Kubernetes, err error) {
-	k = &Kubernetes{dir: dir, containerd: containerd}
+	if k, err = StartAPIServer(ctx, dir); err != nil {
+		return nil, err
+	}
+	k.containerd = containerd
+	defer func(started *Kubernetes) {
+		if err != nil {
+			err, k = errors.Join(err, started.Close()), nil
+		}
+	}(k)
+	if err := errors.Join(
+		k.keepSysctls(),
+		k.run(ctx, nil, "kube-controller-manager", "--kubeconfig="+k.path("admin.kubeconfig"), "--service-account-private-key-file="+k.keys.KeyFile, "--root-ca-file="+k.path("pki/apiserver.crt"),
+			"--leader-elect=false", "--bind-address=127.0.0.1", "--flex-volume-plugin-dir="+k.path("k/volume-plugins")),
+		k.run(ctx, nil, "kube-scheduler", "--kubeconfig="+k.path("admin.kubeconfig"), "--leader-elect=false", "--bind-address=127.0.0.1"),
+	); err != nil {
+		return nil, err
+	}
+	if err := k.startKubelet(ctx, o); err != nil {
+		return nil, err
+	}
+	_, err = k.Kubectl(ctx, "wait", "--for=create", "serviceaccount/default", "--timeout", kubernetesPatience.String())
+	return k, err
+}
+
+// StartAPIServer runs etcd and the API server in dir, where there is a directory logs, and nothing else of Kubernetes: what is made there stays as it was made.
+func StartAPIServer(ctx context.Context, dir string) (k *Kubernetes, err error) {
+	k = &Kubernetes{dir: dir}
 	defer func(started *Kubernetes) {
 		if err != nil {
 			err, k = errors.Join(err, started.Close()), nil
 		}
 	}(k)
 	pki := k.path("pki")
-	if err := errors.Join(k.keepSysctls(), os.Mkdir(pki, 0o700)); err != nil {
+	if err := os.Mkdir(pki, 0o700); err != nil {
 		return nil, err
 	}
-	keys, err := MakeCertificate(pki) // for service accounts' tokens
-	if err != nil {
+	if k.keys, err = MakeCertificate(pki); err != nil {
 		return nil, err
 	}
 	for name, text := range map[string]string{
@@ -135,25 +161,11 @@ func StartKubernetes(ctx context.Context, dir, containerd string, o Kubelet) (k 
 		"--listen-peer-urls", peers, "--initial-advertise-peer-urls", peers, "--initial-cluster", "default="+peers); err != nil {
 		return nil, err
 	}
-	if err := k.run(ctx, func(ctx context.Context) error { return answersOK(ctx, "https://"+nodeAddress+"/readyz") },
+	return k, k.run(ctx, func(ctx context.Context) error { return answersOK(ctx, "https://"+nodeAddress+"/readyz") },
 		"kube-apiserver", "--etcd-servers=http://"+etcd, "--bind-address=0.0.0.0", "--secure-port=443", "--advertise-address="+nodeAddress, "--cert-dir="+pki,
-		"--service-account-key-file="+keys.CertFile, "--service-account-signing-key-file="+keys.KeyFile, "--service-account-issuer=https://kubernetes.default.svc",
+		"--service-account-key-file="+k.keys.CertFile, "--service-account-signing-key-file="+k.keys.KeyFile, "--service-account-issuer=https://kubernetes.default.svc",
 		"--token-auth-file="+k.path("pki/tokens.csv"), "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction", "--service-cluster-ip-range="+serviceRange,
-		"--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP", "--endpoint-reconciler-type=none"); err != nil {
-		return nil, err
-	}
-	if err := errors.Join(
-		k.run(ctx, nil, "kube-controller-manager", "--kubeconfig="+k.path("admin.kubeconfig"), "--service-account-private-key-file="+keys.KeyFile, "--root-ca-file="+k.path("pki/apiserver.crt"),
-			"--leader-elect=false", "--bind-address=127.0.0.1", "--flex-volume-plugin-dir="+k.path("k/volume-plugins")),
-		k.run(ctx, nil, "kube-scheduler", "--kubeconfig="+k.path("admin.kubeconfig"), "--leader-elect=false", "--bind-address=127.0.0.1"),
-	); err != nil {
-		return nil, err
-	}
-	if err := k.startKubelet(ctx, o); err != nil {
-		return nil, err
-	}
-	_, err = k.Kubectl(ctx, "wait", "--for=create", "serviceaccount/default", "--timeout", kubernetesPatience.String())
-	return k, err
+		"--allow-privileged=true", "--kubelet-preferred-address-types=InternalIP", "--endpoint-reconciler-type=none")
 }
 
 func (k *Kubernetes) path(elem ...string) string {
