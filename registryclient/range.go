@@ -186,18 +186,11 @@ func (r *rangeReader) accept(h *host, resp *http.Response) error {
 func (r *rangeReader) check(resp *http.Response) error {
 	switch resp.StatusCode {
 	case http.StatusPartialContent:
-		first, last, err := parseContentRange(resp.Header.Get("Content-Range"))
-		if err != nil {
-			return mistaken("%v", err)
-		}
-		if first != r.off || last != r.off+r.left-1 {
-			return mistaken("sent bytes %d-%d where %d-%d were asked for", first, last, r.off, r.off+r.left-1)
-		}
-		if resp.ContentLength >= 0 && resp.ContentLength != r.left {
-			return mistaken("content length %d of a range of %d bytes", resp.ContentLength, r.left)
-		}
-		return nil
+		return r.checkRange(resp)
 	case http.StatusOK:
+		if r.checkRange(resp) == nil {
+			return nil // Dragonfly's proxy had this status for ranges, until June 2026
+		}
 		if resp.ContentLength >= 0 && resp.ContentLength < r.off+r.left {
 			return mistaken("the blob has %d bytes and the range ends at %d", resp.ContentLength, r.off+r.left)
 		}
@@ -217,6 +210,21 @@ func (r *rangeReader) check(resp *http.Response) error {
 		return err
 	}
 	return mistaken("status %d in answer to a range", resp.StatusCode)
+}
+
+// checkRange makes sure that the header says the range that was asked for.
+func (r *rangeReader) checkRange(resp *http.Response) error {
+	first, last, err := parseContentRange(resp.Header.Get("Content-Range"))
+	if err != nil {
+		return mistaken("%v", err)
+	}
+	if first != r.off || last != r.off+r.left-1 {
+		return mistaken("sent bytes %d-%d where %d-%d were asked for", first, last, r.off, r.off+r.left-1)
+	}
+	if resp.ContentLength >= 0 && resp.ContentLength != r.left {
+		return mistaken("content length %d of a range of %d bytes", resp.ContentLength, r.left)
+	}
+	return nil
 }
 
 // Wrong says that the n bytes at off of the blob, which were read, are not what its digest stands for: the host that gave them is asked after the others

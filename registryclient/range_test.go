@@ -72,6 +72,7 @@ func TestReadRangeFaults(t *testing.T) {
 		"no range told, for good":   {registrytest.AnswerHeader("Content-Range", ""), -1, io.EOF, slices.Repeat([]string{inRange(off)}, maxMistakes)},
 		"ignored, far in":           {registrytest.IgnoreRange(), maxMistakes - 1, nil, slices.Repeat([]string{inRange(off)}, maxMistakes)},
 		"ignored, far in, for good": {registrytest.IgnoreRange(), -1, ErrNoRanges, slices.Repeat([]string{inRange(off)}, maxMistakes)},
+		"a range told as all":       {registrytest.AnswerStatus(200), -1, nil, []string{inRange(off)}},
 		"416":                       {registrytest.Status(416), 1, io.EOF, []string{inRange(off)}},
 		"204":                       {registrytest.Status(204), maxMistakes - 1, nil, slices.Repeat([]string{inRange(off)}, maxMistakes)},
 		"204, for good":             {registrytest.Status(204), -1, io.EOF, slices.Repeat([]string{inRange(off)}, maxMistakes)},

@@ -1,6 +1,7 @@
 package registrytest
 
 import (
+	"cmp"
 	"net/http"
 	"strings"
 	"time"
@@ -108,6 +109,15 @@ func AnswerHeader(key, value string) Fault {
 					h.Del(key)
 				}
 			}}, req)
+		})
+	}
+}
+
+// AnswerStatus replaces the status of the answer.
+func AnswerStatus(code int) Fault {
+	return func(_ *Registry, next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+			next.ServeHTTP(&filter{ResponseWriter: w, status: code}, req)
 		})
 	}
 }
@@ -236,6 +246,7 @@ func body(write func(r *Registry, w http.ResponseWriter, req *http.Request, at i
 // filter changes header and body of an answer on their way.
 type filter struct {
 	http.ResponseWriter
+	status int // 0 is the answer's
 	header func(http.Header)
 	body   func(at int64, p []byte) (int, error)
 	at     int64
@@ -247,7 +258,7 @@ func (f *filter) WriteHeader(status int) {
 		f.header(f.Header())
 	}
 	f.begun = true
-	f.ResponseWriter.WriteHeader(status)
+	f.ResponseWriter.WriteHeader(cmp.Or(f.status, status))
 }
 
 func (f *filter) Write(p []byte) (int, error) {
