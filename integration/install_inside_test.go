@@ -217,38 +217,6 @@ func (h *hosted) hardened() {
 	}
 }
 
-// installBare installs, upgrades and uninstalls where systemd is not seen: the daemon runs below `supervise`.
-func (h *hosted) installBare(install []string) {
-	h.Helper()
-	run := func(program string, args ...string) string {
-		h.Helper()
-		return h.must(append(append([]string{"unshare", "-m", "--propagation", "unchanged", "sh", "-c", `mount --make-private /run && mount -t tmpfs none /run/systemd && exec "$0" "$@"`, program}, args...),
-			"--restart-containerd", "nsenter -t 1 -m sh -c '"+restartContainerd+"'")...)
-	}
-	run(newProgram, install...)
-	w := h.watch()
-	pid := func() string {
-		b, err := os.ReadFile("/run/streaming-snapshotter/supervise.pid")
-		if err != nil {
-			h.Fatal(err)
-		}
-		return string(b)
-	}
-	before := pid()
-	run(h.newer(), install...)
-	w.awaitPass(h.T)
-	if pid() != before {
-		h.Error("the upgrade has replaced the supervisor")
-	}
-	h.remove(w)
-	run(node.InstalledPath, "uninstall")
-	h.unchanged("uninstall")
-	if _, err := os.Stat("/proc/" + strings.TrimSpace(before)); err == nil {
-		h.Error("the supervisor still runs")
-	}
-	h.crictl("rmi", h.c.App)
-}
-
 // newer is a program with another content.
 func (h *hosted) newer() string {
 	h.Helper()

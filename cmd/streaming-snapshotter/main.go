@@ -128,7 +128,7 @@ func newMountCommand(configFile *string) *cobra.Command {
 }
 
 func newSuperviseCommand() *cobra.Command {
-	var socket string
+	var socket, logTo string
 	cmd := &cobra.Command{
 		Use:   "supervise [-- COMMAND ...]",
 		Short: "Keep the mounts and the socket of a command of this program beyond its life, and run it again when it ends",
@@ -145,10 +145,11 @@ If systemd keeps descriptors for it, it may itself be restarted, and unmounts no
 			if cmd.Flags().Changed("config") {
 				return errors.New("supervise reads no configuration: give --config to the command, as in supervise -- serve --config FILE")
 			}
-			return supervise(cmd.Context(), socket, args)
+			return supervise(cmd.Context(), socket, logTo, args)
 		},
 	}
 	cmd.Flags().StringVar(&socket, "socket", "", "where to keep descriptors for others (default: a temporary one, for the command)")
+	cmd.Flags().StringVar(&logTo, "log", "", "file to whose end the output goes, which then has 16 MiB at most, and FILE.1 as much of what was before (default: standard error)")
 	return cmd
 }
 

@@ -38,8 +38,15 @@ type supervisor struct {
 	log     *slog.Logger
 }
 
-// supervise keeps descriptors for whoever comes to socket, and runs this program with args, if there are any, until ctx ends.
-func supervise(ctx context.Context, socket string, args []string) (err error) {
+// supervise keeps descriptors for whoever comes to socket, and runs this program with args, if there are any, until ctx ends. What both say goes to the file logTo, if that is not "".
+func supervise(ctx context.Context, socket, logTo string, args []string) (err error) {
+	if logTo != "" {
+		stop, err := keepLog(logTo)
+		if err != nil {
+			return err
+		}
+		defer stop()
+	}
 	s := &supervisor{args: args, log: slog.Default()}
 	if s.own, err = fdstore.Open(); err != nil {
 		return err

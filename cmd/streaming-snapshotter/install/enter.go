@@ -39,6 +39,9 @@ func On(ctx context.Context, root string, args []string, files ...*os.File) erro
 	return <-done
 }
 
+// hostPath is of the environment of what runs on the host.
+const hostPath = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
 func onHost(ctx context.Context, ns *os.File, args []string, files []*os.File) error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil {
 		return err
@@ -50,7 +53,7 @@ func onHost(ctx context.Context, ns *os.File, args []string, files []*os.File) e
 	c.Stdin, c.Stdout, c.Stderr, c.Dir = os.Stdin, os.Stdout, os.Stderr, "/"
 	c.ExtraFiles = files
 	c.Env = slices.DeleteFunc(os.Environ(), func(e string) bool { return strings.HasPrefix(e, "HOME=") }) // the pod's
-	c.Env = append(c.Env, "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+	c.Env = append(c.Env, hostPath)
 	c.Cancel = func() error { return c.Process.Signal(unix.SIGTERM) }
 	return c.Run()
 }

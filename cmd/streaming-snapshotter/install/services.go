@@ -167,21 +167,51 @@ func (s *supervised) running() bool { return s.pid() != 0 }
 
 func (*supervised) reload(context.Context) error { return nil }
 
-// start has a supervisor that runs run the new daemon. It keeps the mounts, so it stays as it is.
+// start has a supervisor that runs run the new daemon. It keeps the mounts, so it stays as it is. It would try a daemon that does not start again and again: here one that has ended
+// twice before it was ready is an error. (One that was started a moment before may end because the supervisor was asked for a new one.)
 func (s *supervised) start(ctx context.Context) error {
+	asked, last := 0, ""
 	if pid := s.pid(); pid != 0 {
-		was := childOf(pid)
+		if childOf(pid) != "" {
+			asked = 1
+		}
+		last = reaped(pid)
 		if err := unix.Kill(pid, unix.SIGHUP); err != nil {
 			return err
 		}
-		return until(ctx, "a new daemon below "+Path+" supervise", func(context.Context) error {
-			if is := childOf(pid); is == "" || is == was {
-				return errors.New("the old one has not ended")
-			}
-			return nil
-		})
+	} else if err := s.launch(); err != nil {
+		return err
 	}
-	if err := os.MkdirAll(filepath.Dir(pidFile), 0o755); err != nil {
+	ends := 0
+	var failed error
+	err := until(ctx, "the daemon below "+Path+" supervise", func(ctx context.Context) error {
+		pid := s.pid()
+		if pid == 0 {
+			failed = fmt.Errorf("%s supervise has ended: %s says why", Path, logFile)
+			return nil
+		}
+		is := reaped(pid)
+		if last == "" {
+			last = is
+		}
+		if is != last {
+			last, ends = is, ends+1
+		}
+		switch {
+		case ends < asked:
+			return errors.New("the old one has not ended")
+		case ends > asked+1:
+			failed = fmt.Errorf("the daemon has ended before it was ready: %s says why", logFile)
+			return nil
+		}
+		return s.o.Ready(ctx)
+	})
+	return errors.Join(err, failed)
+}
+
+// launch starts a supervisor, in an environment like that of a systemd unit: what a pod was given, or who has called, is not the daemon's.
+func (s *supervised) launch() error {
+	if err := os.MkdirAll(runDir, 0o700); err != nil {
 		return err
 	}
 	log, err := os.OpenFile(logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
@@ -189,14 +219,25 @@ func (s *supervised) start(ctx context.Context) error {
 		return err
 	}
 	defer log.Close()
-	c := exec.Command(Path, "supervise", "--", "serve")
-	c.Stdout, c.Stderr, c.Dir = log, log, "/"
+	c := exec.Command(Path, "supervise", "--socket", runDir+"/keeper.sock", "--log", logFile, "--", "serve")
+	c.Stdout, c.Stderr, c.Dir = log, log, "/" // until it has opened it itself
+	c.Env = []string{hostPath}
 	c.SysProcAttr = &unix.SysProcAttr{Setsid: true}
 	if err := amongHostsOwn(c.Start); err != nil {
 		return err
 	}
 	err = os.WriteFile(pidFile, fmt.Appendf(nil, "%d\n", c.Process.Pid), 0o644)
 	return errors.Join(err, c.Process.Release())
+}
+
+// reaped changes whenever a child of the process has ended: the page faults of all that have (proc(5), cminflt).
+func reaped(pid int) string {
+	stat, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	if f := strings.Fields(rest); len(f) > 8 {
+		return f[8]
+	}
+	return ""
 }
 
 func childOf(pid int) string {

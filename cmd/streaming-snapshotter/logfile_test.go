@@ -1,0 +1,65 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// The log of `supervise --log` is what both write, and stays below its limit while they do.
+func TestSuperviseLog(t *testing.T) {
+	dir := t.TempDir()
+	name := filepath.Join(dir, "log")
+	early := []byte("what was there")
+	if err := os.WriteFile(name, early, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	grow := func() {
+		if err := os.Truncate(name, maxLog+1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	grow()
+	config := writeConfig(t, filepath.Join(dir, "root"), filepath.Join(dir, "s.sock"))
+	if err := os.WriteFile(filepath.Join(dir, "root"), nil, 0o600); err != nil { // the daemon says so, again and again
+		t.Fatal(err)
+	}
+	p := start(t, "supervise", "--log", name, "--", "serve", "--config", config)
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				text, _ := os.ReadFile(name)
+				t.Fatalf("%s: not within 30 s\n%.1000s", what, text)
+			}
+		}
+	}
+	turned := func(first []byte) {
+		t.Helper()
+		until("a log that is turned", func() bool {
+			old, err := os.ReadFile(name + ".1")
+			fi, err2 := os.Stat(name)
+			return err == nil && err2 == nil && len(old) > maxLog && bytes.HasPrefix(old, first) && fi.Size() < maxLog
+		})
+	}
+	turned(early)
+	var text []byte
+	until("the supervisor's lines, and the daemon's", func() bool {
+		text, _ = os.ReadFile(name)
+		return bytes.Contains(text, []byte("is run again")) && bytes.Contains(text, []byte(filepath.Join(dir, "root")))
+	})
+	grow()
+	turned(text)
+	p.signal(unix.SIGTERM)
+	if err := p.wait(); err != nil {
+		t.Log(err) // the daemon's, if it was running
+	}
+	if p.stderr.Len() > 0 {
+		t.Errorf("on standard error: %s", &p.stderr)
+	}
+	p.wantNothingLeft()
+}
