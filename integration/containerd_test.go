@@ -1,13 +1,16 @@
 package integration_test
 
 import (
+	"archive/tar"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -42,11 +45,12 @@ func TestContainerdVersions(t *testing.T) {
 		t.Fatal(err)
 	}
 	registry := startRegistry(t, registrytest.Options{})
-	pause, ref, plain := registry.Host()+"/pause:1", registry.Host()+"/app:v1", registry.Host()+"/plain:v1"
+	pause, ref, plain, mixed := registry.Host()+"/pause:1", registry.Host()+"/app:v1", registry.Host()+"/plain:v1", registry.Host()+"/mixed:v1"
 	pushPause(t, pause)
 	img := pushSmall(t, ref, 41)
 	plainImg := pushSmall(t, plain, 42)
 	run(t, "streamctl", "create", "--record", "", ref)
+	pushAbove(t, ref, mixed)
 	for _, version := range containerds() {
 		programs := programsOf(t, version)
 		pulls := []node.Pull{node.Transfer, node.Local}
@@ -55,7 +59,7 @@ func TestContainerdVersions(t *testing.T) {
 		}
 		for _, pull := range pulls {
 			t.Run(version+"/"+string(pull), func(t *testing.T) {
-				n := startNode(t, node.Options{Programs: programs, Pull: pull, Pause: pause, Stream: []string{registry.Host() + "/*"}, Config: "cache_size = \"1GiB\""})
+				n := startNode(t, node.Options{Programs: programs, Pull: pull, Pause: pause, Stream: []string{registry.Host() + "/*"}, Config: "cache_size = \"1GiB\"\ncri_containerd = \"DIR/run/c.sock\"\n"})
 				c := runCheck(t, n, ref)
 				wantPull := "local"
 				if pull == node.Transfer {
@@ -79,6 +83,7 @@ func TestContainerdVersions(t *testing.T) {
 					}
 					checkSums(t, out, 41)
 				}
+				runsMixed(t, n, mixed, version)
 				if root := imageFS(t, n); root != filepath.Join(n.Dir, "s") {
 					t.Errorf("CRI's image file system is %s", root)
 				}
@@ -89,13 +94,50 @@ func TestContainerdVersions(t *testing.T) {
 				if got := wholeLayers(t, registry, plainImg); got == 0 {
 					t.Error("no layer was downloaded: that was not a normal pull")
 				}
-				for _, r := range []string{ref, plain, pause} { // the pause image has a layer of the others
+				for _, r := range []string{ref, plain, mixed, pause} { // the pause image has a layer of the others
 					if _, err := n.Crictl(t.Context(), "rmi", r); err != nil {
 						t.Fatal(err)
 					}
 				}
 				eventually(t, "the cache is freed", func() bool { return len(cacheFiles(t, n)) == 0 })
 			})
+		}
+	}
+}
+
+// pushAbove pushes the image base with one more layer, which has no artifact, as ref.
+func pushAbove(t *testing.T, base, ref string) {
+	t.Helper()
+	layer := filepath.Join(tempDir(t), "layer.tar")
+	f, err := os.Create(layer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &ociimage.Tar{Writer: tar.NewWriter(f)}
+	if err := errors.Join(w.File("above", 0o644, []byte("above")), w.Close(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "crane", "append", "--base", base, "--new_layer", layer, "--new_tag", ref)
+}
+
+// runsMixed pulls and runs an image of pushAbove, whose lower layers are streamed already. In a user namespace it has all its files, or says with a containerd that cannot why it does not start.
+func runsMixed(t *testing.T, n *node.Node, ref, version string) {
+	t.Helper()
+	checkSums(t, runPod(t, n, ref), 41)
+	if version == "1.7" {
+		return
+	}
+	out, err := n.RunFlags(t.Context(), ref, idMaps(500_000))
+	if version != "2.2" {
+		if err != nil {
+			t.Fatal(err)
+		}
+		checkSums(t, out, 41)
+		return
+	}
+	for _, want := range []string{"would lack the files", "upgrade it"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("want %q, got %v\n%s", want, err, out)
 		}
 	}
 }

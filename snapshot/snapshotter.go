@@ -63,6 +63,10 @@ type Images interface {
 type Snapshotter struct {
 	snapshots.Snapshotter // upstream's overlay, sharing ms
 
+	// MapsBelow is an error if the containerd that calls maps the IDs of a directory, for a user namespace, and not of what is mounted below it. Nil is taken for one that maps both.
+	// It is set before the first call.
+	MapsBelow func(ctx context.Context) error
+
 	root   string
 	ms     *storage.MetaStore
 	images Images
@@ -134,12 +138,16 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	if l.target != "" {
 		opts = append(opts, dropIDMaps)
 	}
-	return s.create(ctx, parent, func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
+	return s.create(ctx, parent, l.mapped && l.target == "", func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
 }
 
 // View is upstream's, over mounted parents.
 func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
-	return s.create(ctx, parent, func() ([]mount.Mount, error) { return s.Snapshotter.View(ctx, key, parent, opts...) })
+	l, err := parseLabels(opts)
+	if err != nil {
+		return nil, err
+	}
+	return s.create(ctx, parent, l.mapped, func() ([]mount.Mount, error) { return s.Snapshotter.View(ctx, key, parent, opts...) })
 }
 
 // Mounts is upstream's, over mounted parents: containers of a former life are mounted again here.
@@ -148,17 +156,22 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, info.Parent, func() ([]mount.Mount, error) { return s.Snapshotter.Mounts(ctx, key) })
+	return s.create(ctx, info.Parent, mapped(info.Labels), func() ([]mount.Mount, error) { return s.Snapshotter.Mounts(ctx, key) })
 }
 
-// create runs f, which asks upstream for mounts over parent, once the streamed snapshot that parent stands on is mounted.
-func (s *Snapshotter) create(ctx context.Context, parent string, f func() ([]mount.Mount, error)) ([]mount.Mount, error) {
+// create runs f, which asks upstream for mounts over parent, once the streamed snapshot that parent stands on is mounted. mapped is whether the mounts are to map IDs.
+func (s *Snapshotter) create(ctx context.Context, parent string, mapped bool, f func() ([]mount.Mount, error)) ([]mount.Mount, error) {
 	base, err := s.streamedBase(ctx, parent)
 	if err != nil {
 		return nil, err
 	}
 	if base == nil {
 		return f()
+	}
+	if mapped && base.name != parent && s.MapsBelow != nil {
+		if err := s.MapsBelow(ctx); err != nil {
+			return nil, fmt.Errorf("a user namespace over an image of which only the lower %d layers are streamed: %w: %w", base.layers, err, errdefs.ErrFailedPrecondition)
+		}
 	}
 	if err := s.mount(ctx, base); err != nil {
 		return nil, err

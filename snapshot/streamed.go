@@ -26,6 +26,7 @@ type labels struct {
 	target   string        // chain ID of the layer that is prepared
 	ref      string        // the image's reference
 	manifest digest.Digest // of the image's platform manifest
+	mapped   bool          // see mapped
 }
 
 // check makes an error of labels that name no image.
@@ -50,7 +51,13 @@ func parseLabels(opts []snapshots.Opt) (labels, error) {
 		target:   info.Labels[snapshots.LabelSnapshotRef],
 		ref:      info.Labels[snapshotters.TargetRefLabel],
 		manifest: digest.Digest(info.Labels[snapshotters.TargetManifestDigestLabel]),
+		mapped:   mapped(info.Labels),
 	}, nil
+}
+
+// mapped reports whether a container's labels map IDs, for a user namespace.
+func mapped(labels map[string]string) bool {
+	return labels[snapshots.LabelSnapshotUIDMapping] != "" || labels[snapshots.LabelSnapshotGIDMapping] != ""
 }
 
 // dropIDMaps removes the labels that map IDs, which are a container's: on a layer that is unpacked they are an image author's.

@@ -154,7 +154,7 @@ func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, lo
 	} else {
 		images = n.images
 	}
-	start := func() (*snapshot.Snapshotter, error) { return snapshot.New(c.Root, images, log, onPull) }
+	start := func() (*snapshot.Snapshotter, error) { return newSnapshotter(c, images, log, onPull) }
 	sn, err := attempt(start)
 	if err == nil {
 		return n, sn, nil

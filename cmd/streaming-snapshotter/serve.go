@@ -268,8 +268,17 @@ func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Lo
 	if err != nil {
 		return nil, nil, err
 	}
-	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return snapshot.New(c.Root, n.images, log, onPull) })
+	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return newSnapshotter(c, n.images, log, onPull) })
 	return n, sn, err
+}
+
+// newSnapshotter opens the snapshotter of c over images.
+func newSnapshotter(c config, images snapshot.Images, log *slog.Logger, onPull func(snapshot.Pull)) (*snapshot.Snapshotter, error) {
+	sn, err := snapshot.New(c.Root, images, log, onPull)
+	if err == nil {
+		sn.MapsBelow = func(ctx context.Context) error { return mapsBelow(ctx, c.Containerd) }
+	}
+	return sn, err
 }
 
 // serveNode serves until ctx ends. It calls started once clients are answered.
