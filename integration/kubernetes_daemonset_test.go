@@ -2,6 +2,7 @@ package integration_test
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -279,14 +280,25 @@ type podSpec struct {
 	Command     []string // nil is the image's
 	Selector    map[string]string
 	Class       string // a RuntimeClass, by which it is pulled, too
+	Pull        string // imagePullPolicy; "" is IfNotPresent
 }
 
 // pod makes a pod and waits until it is in a phase.
 func (h *cluster) pod(p podSpec, phase string) {
 	h.Helper()
+	h.podUntil(p, "{.status.phase}="+phase)
+	if phase == "Succeeded" {
+		seed := map[string]uint64{"app": appSeed, "old": oldSeed, "other": otherSeed}[p.Image]
+		checkSumsBelow(h.T, h.kubectl("logs", p.Name), seed, "/data")
+	}
+}
+
+// podUntil makes a pod and waits until a JSONPath of it has a value.
+func (h *cluster) podUntil(p podSpec, is string) {
+	h.Helper()
 	spec := map[string]any{
 		"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "nodeSelector": p.Selector, "automountServiceAccountToken": false,
-		"containers": []any{map[string]any{"name": "main", "image": h.c.ref(p.Image), "command": p.Command}},
+		"containers": []any{map[string]any{"name": "main", "image": h.c.ref(p.Image), "command": p.Command, "imagePullPolicy": cmp.Or(p.Pull, "IfNotPresent")}},
 	}
 	meta := map[string]any{"name": p.Name}
 	if p.Class != "" {
@@ -300,12 +312,8 @@ func (h *cluster) pod(p podSpec, phase string) {
 	if err := h.k.Apply(h.Context(), string(b)); err != nil {
 		h.Fatal(err)
 	}
-	if _, err := h.k.Kubectl(h.Context(), "wait", "--for=jsonpath={.status.phase}="+phase, "pod/"+p.Name, "--timeout=2m"); err != nil {
+	if _, err := h.k.Kubectl(h.Context(), "wait", "--for=jsonpath="+is, "pod/"+p.Name, "--timeout=2m"); err != nil {
 		h.Fatal(err, h.kubectl("describe", "pod", p.Name))
-	}
-	if phase == "Succeeded" {
-		seed := map[string]uint64{"app": appSeed, "old": oldSeed, "other": otherSeed}[p.Image]
-		checkSumsBelow(h.T, h.kubectl("logs", p.Name), seed, "/data")
 	}
 }
 
@@ -372,13 +380,33 @@ func (h *cluster) runtimeClass() {
 		h.Errorf("with a pod that asks for it, and one that does not: %+v", s)
 	}
 	h.reads()
+	h.mixedClasses()
 	if n := h.kubectl("get", "pod", "before", "--output=jsonpath={.status.containerStatuses[0].restartCount}"); n != "0" {
 		h.Error("a pod that was there was started again")
 	}
-	h.kubectl("delete", "pods", "app")
+	h.kubectl("delete", "pods", "app", "again", "late")
 	h.apply("v1", "runtimeclass", "uninstall") // which needs nothing else: the DaemonSet's own pods do not use the snapshotter
 	h.rolledOut()
 	h.labelled(false)
 	h.kubectl("delete", "-k", h.own())
 	h.kubectl("delete", "pods", "--all")
+}
+
+// mixedClasses: pods that do not ask for the class, of an image that is streamed for others on the node; and one that does, of an image that was downloaded for others.
+func (h *cluster) mixedClasses() {
+	h.Helper()
+	without := podSpec{Name: "without", Image: "app"}
+	h.podUntil(without, "{.status.containerStatuses[0].state.waiting.reason}=CreateContainerError")
+	if out := h.kubectl("describe", "pod", without.Name); !strings.Contains(out, "content digest") || !strings.Contains(out, "not found") {
+		h.Errorf("a pod without the class says\n%s", out)
+	}
+	h.kubectl("delete", "pods", without.Name)
+	without.Pull = "Always"
+	h.pod(without, "Succeeded")
+	h.reads()
+	h.pod(podSpec{Name: "again", Image: "app", Class: "streaming"}, "Succeeded")
+	h.pod(podSpec{Name: "late", Image: "old", Class: "streaming"}, "Succeeded")
+	if s := unitStatus(h.T); s.Streamed != 1 {
+		h.Errorf("with pods of both kinds: %+v", s)
+	}
 }
