@@ -42,6 +42,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"converter":                         {[]string{"artifact", "converter/startup", "fs/tree"}, []string{containerd, fuse}},
 	"converter/service":                 {[]string{"artifact", "converter"}, []string{containerd, fuse}},
 	"converter/service/access":          {[]string{"converter/service"}, []string{containerd, fuse, ggcr}},
+	"converter/service/embedded":        {nil, []string{"net/http", containerd, fuse, ggcr}},
 	"converter/service/webhook":         {[]string{"converter/service", "converter/service/access"}, []string{containerd, fuse, ggcr}},
 	"converter/startup":                 {[]string{"fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/metrics":                       {nil, []string{"os", "net/http", containerd, fuse, ggcr}},

@@ -30,6 +30,10 @@ type Options struct {
 	TempDir  string   // where converted layers wait for their push; "" is os.TempDir
 	Record   *Record  // of layers converted before; nil is none
 	Progress Progress // nil is silent
+
+	// Reserve, unless nil, is called before a layer whose source has that many bytes is converted, and may wait, for room in TempDir
+	// say. release is called once, when nothing of the conversion is left; a layer's conversion reserves nothing else meanwhile.
+	Reserve func(ctx context.Context, source int64) (release func(), err error)
 }
 
 func (o Options) jobs() int {
@@ -82,13 +86,15 @@ type CreatedLayer struct {
 // Linux platform manifests. What it did for the platforms before an error is returned with the error, which is an *Error
 // where the image is the reason.
 func Create(ctx context.Context, p Place, ref string, o CreateOptions) ([]Created, error) {
-	images, err := resolve(ctx, p, ref, o.Platforms)
+	images, err := resolveImage(ctx, p, ref, o.Platforms)
 	if err != nil {
-		if CodeOf(err) == ResourceNotFound {
-			err = &Error{ResourceNotFound, err}
-		}
 		return nil, err
 	}
+	var total int64
+	for _, img := range images {
+		total += img.bytes()
+	}
+	o.Progress.report(Event{Kind: ImageResolved, Total: total})
 	var done []Created
 	for _, img := range images {
 		c, err := createOne(ctx, p, img, o)
@@ -110,6 +116,7 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 		for _, a := range old {
 			if a.manifest != nil {
 				c.Status, c.Artifact = StatusExists, a.desc
+				o.Progress.report(Event{Kind: ArtifactFound, Platform: c.Platform, Digest: a.desc.Digest, Total: img.bytes()})
 				if o.Static {
 					err = c.addStatic(ctx, p, img, a.manifest, o)
 				}

@@ -325,7 +325,8 @@ func TestNoDelete(t *testing.T) {
 // blobs, in another one of it.
 func TestSharedLayers(t *testing.T) {
 	host := dockerRegistry(t, true)
-	o := CreateOptions{Options: Options{Record: NewRecord(t.TempDir())}}
+	dir := t.TempDir()
+	o := CreateOptions{Options: Options{Record: NewRecord(dir)}}
 	base := layersOf(1, 2)
 	reused := func(image string, layers []testLayer) (list []bool) {
 		p, _ := open(t, image)
@@ -370,7 +371,7 @@ func TestSharedLayers(t *testing.T) {
 	if got := reused(host+"/three:v1", base); !slices.Equal(got, []bool{false, false}) {
 		t.Errorf("other chunk size: %v", got)
 	}
-	err := filepath.Walk(o.Record.dir, func(path string, info os.FileInfo, err error) error {
+	err := filepath.Walk(dir, func(path string, info os.FileInfo, err error) error {
 		if err == nil && info.Mode().IsRegular() {
 			err = os.Truncate(path, info.Size()/2)
 		}

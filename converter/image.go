@@ -39,6 +39,35 @@ type image struct {
 	run      ocispec.ImageConfig
 }
 
+// first returns for each layer which one is the first that is the same, itself as a rule: of those that are read and converted alike.
+func (img *image) first() []int {
+	type same struct {
+		src    digest.Digest
+		typ    string // decides how the blob is read
+		diffID digest.Digest
+	}
+	seen := make(map[same]int)
+	list := make([]int, len(img.manifest.Layers))
+	for i, src := range img.manifest.Layers {
+		key := same{src.Digest, src.MediaType, img.diffIDs[i]}
+		if _, dup := seen[key]; !dup {
+			seen[key] = i
+		}
+		list[i] = seen[key]
+	}
+	return list
+}
+
+// bytes returns the size of the compressed layers, each different one once.
+func (img *image) bytes() (n int64) {
+	for i, first := range img.first() {
+		if i == first {
+			n += img.manifest.Layers[i].Size
+		}
+	}
+	return n
+}
+
 // found is a manifest that a reference leads to, not yet looked into.
 type found struct {
 	desc     ocispec.Descriptor

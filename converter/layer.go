@@ -41,22 +41,14 @@ type layerJob struct {
 
 // convertLayers converts the layers of img, several at once, each different one once.
 func convertLayers(ctx context.Context, p Place, img *image, o CreateOptions) ([]converted, error) {
-	type same struct {
-		src    digest.Digest
-		typ    string // decides how the blob is read
-		diffID digest.Digest
-	}
-	layers := img.manifest.Layers
+	layers, first := img.manifest.Layers, img.first()
 	results := make([]converted, len(layers))
-	first := make(map[same]int)
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(o.jobs())
 	for i, src := range layers {
-		key := same{src.Digest, src.MediaType, img.diffIDs[i]}
-		if _, dup := first[key]; dup {
+		if first[i] != i {
 			continue
 		}
-		first[key] = i
 		j := layerJob{p: p, o: o, src: src, diffID: img.diffIDs[i], event: Event{
 			Platform: platformString(img.platform), Layer: i, Layers: len(layers), Digest: src.Digest, Total: src.Size,
 		}}
@@ -70,8 +62,8 @@ func convertLayers(ctx context.Context, p Place, img *image, o CreateOptions) ([
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	for i, src := range layers {
-		if j := first[same{src.Digest, src.MediaType, img.diffIDs[i]}]; j != i {
+	for i, j := range first {
+		if j != i {
 			results[i] = converted{encoded: results[j].encoded, reused: true}
 		}
 	}
@@ -103,7 +95,7 @@ func (j *layerJob) run(ctx context.Context) (converted, error) {
 		enc, err := j.convert(ctx)
 		if err == nil {
 			c := converted{encoded: enc, elapsed: time.Since(started)}
-			j.o.Record.put(j.src.Digest, j.o.Encode, enc, j.p.String())
+			j.o.Record.put(ctx, j.src.Digest, j.o.Encode, enc, j.p.String())
 			j.report(LayerDone, Event{Read: j.src.Size, OutSize: enc.Size, Elapsed: c.elapsed})
 			return c, nil
 		}
@@ -121,7 +113,7 @@ func (j *layerJob) run(ctx context.Context) (converted, error) {
 
 // before looks for what an earlier conversion of the layer has left, in this place or in one that it can be mounted from.
 func (j *layerJob) before(ctx context.Context) (artifact.EncodedLayer, bool, error) {
-	e, ok := j.o.Record.get(j.src.Digest, j.o.Encode)
+	e, ok := j.o.Record.get(ctx, j.src.Digest, j.o.Encode)
 	if !ok || e.Layer.DiffID != j.diffID {
 		return artifact.EncodedLayer{}, false, nil
 	}
@@ -141,7 +133,7 @@ func (j *layerJob) before(ctx context.Context) (artifact.EncodedLayer, bool, err
 		}
 	}
 	if has {
-		j.o.Record.put(j.src.Digest, j.o.Encode, e.Layer, j.p.String())
+		j.o.Record.put(ctx, j.src.Digest, j.o.Encode, e.Layer, j.p.String())
 	}
 	return e.Layer, has, nil
 }
@@ -153,6 +145,13 @@ func blobDescriptor(l artifact.EncodedLayer) ocispec.Descriptor {
 // convert streams the layer from its place through the encoder into a file and from there to the place.
 func (j *layerJob) convert(ctx context.Context) (artifact.EncodedLayer, error) {
 	var none artifact.EncodedLayer
+	if j.o.Reserve != nil {
+		release, err := j.o.Reserve(ctx, j.src.Size)
+		if err != nil {
+			return none, err
+		}
+		defer release()
+	}
 	out, err := tempFile(j.o.TempDir)
 	if err != nil {
 		return none, err

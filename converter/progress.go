@@ -27,6 +27,8 @@ const (
 	LayerReused                       // converted before, or there already: nothing to do
 	ArtifactAttached                  // Digest is the artifact's manifest
 	ManifestCopied                    // Digest is the manifest's
+	ImageResolved                     // before anything else of Create: Total is that of the layers of all platforms
+	ArtifactFound                     // a platform has the artifact Digest already; Total is that of the layers, none of which is told of
 )
 
 // Event is something that happened to a layer or an artifact.

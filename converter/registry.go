@@ -18,6 +18,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/time/rate"
 )
 
 // RegistryOptions say how to reach registries.
@@ -27,6 +28,7 @@ type RegistryOptions struct {
 	UserAgent string
 	Keychain  authn.Keychain    // nil is docker's config.json with its credential helpers, anonymous where that says nothing
 	Transport http.RoundTripper // nil is go-containerregistry's; Insecure applies to an *http.Transport
+	Limiter   *rate.Limiter     // of requests, those for tokens too: places that share it share the rate; nil is none
 }
 
 // registry is a repository of a registry. go-containerregistry does manifests, referrers and pushes, with its tokens and
@@ -72,6 +74,9 @@ func openRegistry(image string, o RegistryOptions) (Place, string, error) {
 		t.TLSClientConfig.InsecureSkipVerify = true
 		r.base = t
 	}
+	if o.Limiter != nil {
+		r.base = limited{r.base, o.Limiter}
+	}
 	if r.keychain == nil {
 		r.keychain = authn.DefaultKeychain
 	}
@@ -86,6 +91,19 @@ func openRegistry(image string, o RegistryOptions) (Place, string, error) {
 		return nil, "", err
 	}
 	return r, ref.Identifier(), nil
+}
+
+// limited waits for its turn before each request.
+type limited struct {
+	http.RoundTripper
+	limiter *rate.Limiter
+}
+
+func (l limited) RoundTrip(req *http.Request) (*http.Response, error) {
+	if err := l.limiter.Wait(req.Context()); err != nil {
+		return nil, fmt.Errorf("%s %s: wait for the rate of requests: %w", req.Method, req.URL.Redacted(), err)
+	}
+	return l.RoundTripper.RoundTrip(req)
 }
 
 func (r *registry) String() string { return r.repo.Name() }

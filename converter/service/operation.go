@@ -100,6 +100,7 @@ var (
 	ErrNotFound    = errors.New("not found")             // no such registry, repository, image or operation
 	ErrNotRunning  = errors.New("not ongoing")           // the operation ended already: it cannot be cancelled
 	ErrInvalid     = errors.New("invalid")               // a request that cannot be meant
+	ErrExists      = errors.New("already exists")        // the image has its artifacts: there is nothing to convert
 	ErrUnavailable = errors.New("service not available") // the queue or the registry does not answer; try again
 )
 

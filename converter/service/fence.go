@@ -1,0 +1,100 @@
+package service
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+)
+
+// attachTime is how long a manifest that is on its way to the registry may take to arrive when its operation is cancelled: cut off in
+// the middle, it could arrive after it was taken away.
+const attachTime = time.Second
+
+// fenced is the place of an attempt's image. Blobs are nothing until a manifest names them, so it is manifests that an attempt must not
+// write when the operation is no longer its own: it shows that it is, by a write of its record, right before.
+type fenced struct {
+	converter.Place
+	// hold is nil if the operation is the attempt's; m, unless nil, is noted as made by it.
+	hold func(ctx context.Context, m *made) error
+	// regret undoes m, which was written when the operation may not have been the attempt's any more, if that is for this attempt to do.
+	regret func(ctx context.Context, m made) error
+}
+
+func (f fenced) PutManifest(ctx context.Context, d ocispec.Descriptor, raw []byte, tag string) error {
+	m, err := f.news(ctx, d, raw)
+	if err != nil {
+		return err
+	}
+	if err := f.hold(ctx, m); err != nil {
+		return err
+	}
+	put, cancel := late(ctx, attachTime)
+	defer cancel()
+	err = f.Place.PutManifest(put, d, raw, tag)
+	// Between the two the process may have been stopped for any time.
+	if lost := f.hold(ctx, nil); lost != nil {
+		if err = errors.Join(err, lost); m != nil {
+			err = errors.Join(err, f.regret(put, *m))
+		}
+	}
+	return err
+}
+
+func (f fenced) Delete(ctx context.Context, dgst, subject digest.Digest) error {
+	if err := f.hold(ctx, nil); err != nil {
+		return err
+	}
+	return f.Place.Delete(ctx, dgst, subject)
+}
+
+// news returns the referrer d if its subject does not have it, nor an artifact for which it is a replacement.
+func (f fenced) news(ctx context.Context, d ocispec.Descriptor, raw []byte) (*made, error) {
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil || m.Subject == nil {
+		return nil, err
+	}
+	list, err := f.Referrers(ctx, m.Subject.Digest)
+	if err != nil {
+		return nil, err
+	}
+	if slices.ContainsFunc(list, func(old ocispec.Descriptor) bool {
+		return old.Digest == d.Digest || old.ArtifactType == d.ArtifactType && d.ArtifactType == artifact.ArtifactType
+	}) {
+		return nil, nil
+	}
+	return &made{m.Subject.Digest, d.Digest}, nil
+}
+
+// late returns a context that ends d after ctx.
+func late(ctx context.Context, d time.Duration) (context.Context, context.CancelFunc) {
+	out, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(ctx, func() {
+		if !sleep(out, d) {
+			return
+		}
+		cancel()
+	})
+	return out, func() {
+		stop()
+		cancel()
+	}
+}
+
+// takeAway deletes what an operation has made; that it is not there is fine.
+func takeAway(ctx context.Context, p converter.Place, list []made) error {
+	var errs []error
+	for _, m := range slices.Backward(list) {
+		if err := p.Delete(ctx, m.Digest, m.Subject); err != nil && !errors.Is(err, converter.ErrNotFound) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,84 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// What conversions use, measured (TestMemory): bytes, without the indexes, which grow with the layers.
+const (
+	layerMemory      = 32 << 20 // to convert a layer
+	conversionMemory = 16 << 20 // beside that
+	staticMemory     = 80 << 20 // to find a static profile: the chunks that it keeps, and indexes
+)
+
+// room is what conversions may use in this process.
+type room struct {
+	conversions chan struct{} // has an element for each that there is
+
+	layers *semaphore.Weighted // at once; nil is any number
+	disk   *semaphore.Weighted // bytes; nil is any number
+	limit  int64               // of disk
+	used   atomic.Int64        // bytes of disk that are reserved
+}
+
+func newRoom(l Limits, static bool) *room {
+	conversions, layers := split(l, static)
+	r := &room{conversions: make(chan struct{}, conversions), limit: l.Disk}
+	if layers > 0 {
+		r.layers = semaphore.NewWeighted(layers)
+	}
+	if l.Disk > 0 {
+		r.disk = semaphore.NewWeighted(l.Disk)
+	}
+	return r
+}
+
+// split says how many conversions, and how many layers of all of them, there may be at once; layers 0 is any number.
+func split(l Limits, static bool) (conversions int, layers int64) {
+	conversions = max(1, l.Conversions)
+	if l.Memory == 0 {
+		return conversions, 0
+	}
+	each := int64(conversionMemory)
+	if static {
+		each += staticMemory
+	}
+	for conversions > 1 && int64(conversions)*(each+layerMemory) > l.Memory {
+		conversions--
+	}
+	return conversions, max(1, (l.Memory-int64(conversions)*each)/layerMemory)
+}
+
+// reserve waits for room for a layer's conversion: it is converter.Options.Reserve. Nobody who waits for disk holds any, so those who
+// hold some get to their end.
+func (r *room) reserve(ctx context.Context, source int64) (release func(), err error) {
+	if r.layers != nil {
+		if err := r.layers.Acquire(ctx, 1); err != nil {
+			return nil, errors.Join(err, context.Cause(ctx))
+		}
+	}
+	n := int64(0)
+	if r.disk != nil {
+		n = min(r.limit, source+source/4)
+		if err := r.disk.Acquire(ctx, n); err != nil {
+			if r.layers != nil {
+				r.layers.Release(1)
+			}
+			return nil, errors.Join(err, context.Cause(ctx))
+		}
+	}
+	r.used.Add(n)
+	return func() {
+		r.used.Add(-n)
+		if r.disk != nil {
+			r.disk.Release(n)
+		}
+		if r.layers != nil {
+			r.layers.Release(1)
+		}
+	}, nil
+}

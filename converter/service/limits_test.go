@@ -1,0 +1,135 @@
+package service
+
+import (
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// TestConversions: no more at once than the limit says, whatever waits.
+func TestConversions(t *testing.T) {
+	e := newEnv(t)
+	s := e.start(func(c *Config) { c.Limits.Conversions = 2 })
+	var mu sync.Mutex
+	repositories := map[string]bool{} // that are being read
+	h := e.hold(func(r *http.Request) bool {
+		repository, _, blob := strings.Cut(r.URL.Path, "/blobs/sha256")
+		mu.Lock()
+		defer mu.Unlock()
+		if blob && r.Method == http.MethodGet {
+			repositories[repository] = true
+		}
+		return blob && r.Method == http.MethodGet
+	})
+	idle := e.startIdle()
+	var ops []Operation
+	for n := range 5 {
+		ops = append(ops, asked(t, idle.Service, e.push("app"+string(rune('a'+n)), image(t, "amd64", 10_000))))
+	}
+	running := 0
+	for _, op := range ops[:2] {
+		await(t, idle.Service, op.ID, in(Running))
+		running++
+	}
+	h.wait(t)
+	for n, op := range ops[2:] {
+		if got, err := idle.Operation(t.Context(), op.ID); err != nil || got.State != NotStarted || got.Position != n+1 {
+			t.Errorf("%s, %v", show(got), err)
+		}
+	}
+	if st := s.Stats(); st.Running != 2 || st.Slots != 2 || st.Waiting != 3 {
+		t.Errorf("%+v", st)
+	}
+	mu.Lock()
+	if len(repositories) > 2 {
+		t.Errorf("%v are read", repositories)
+	}
+	mu.Unlock()
+	h.release()
+	for _, op := range ops {
+		succeed(t, idle.Service, op.ID)
+	}
+}
+
+// TestDisk: layers are converted as there is room for them; one that is larger than all of it goes alone.
+func TestDisk(t *testing.T) {
+	e := newEnv(t)
+	i := e.push("app", image(t, "amd64", 100_000, 101_000, 102_000, 103_000))
+	s := e.start(func(c *Config) {
+		c.Convert.Jobs = 8
+		c.Limits.Disk = 300_000 // two of the smaller ones
+	})
+	var mu sync.Mutex
+	most := int64(0)
+	two := make(chan struct{}, 10)
+	h := e.hold(func(r *http.Request) bool {
+		if r.Method != http.MethodPost {
+			return false
+		}
+		mu.Lock()
+		most = max(most, s.Stats().Disk)
+		mu.Unlock()
+		two <- struct{}{}
+		return true
+	})
+	op := submit(t, s.Service, i)
+	<-two
+	<-two
+	h.release()
+	succeed(t, s.Service, op.ID)
+	e.verify(i, 1)
+	succeed(t, s.Service, submit(t, s.Service, e.push("large", image(t, "amd64", 500_000))).ID)
+	mu.Lock()
+	defer mu.Unlock()
+	if most < 200_000 || most > 300_000 {
+		t.Errorf("%d bytes were reserved at once", most)
+	}
+	if n := s.Stats().Disk; n != 0 {
+		t.Errorf("%d bytes stay reserved", n)
+	}
+}
+
+// TestMemory: what the limit leaves of conversions and layers.
+func TestMemory(t *testing.T) {
+	for _, c := range []struct {
+		limits      Limits
+		static      bool
+		conversions int
+		layers      int64
+	}{
+		{Limits{Conversions: 4}, true, 4, 0},
+		{Limits{Conversions: 4, Memory: 1}, true, 1, 1},
+		{Limits{Conversions: 4, Memory: 1 << 30}, false, 4, 30},
+		{Limits{Conversions: 4, Memory: 1 << 30}, true, 4, 20},
+		{Limits{Conversions: 4, Memory: 256 << 20}, true, 2, 2},
+	} {
+		if conversions, layers := split(c.limits, c.static); conversions != c.conversions || layers != c.layers {
+			t.Errorf("%+v, static %v: %d conversions, %d layers, want %d and %d", c.limits, c.static, conversions, layers, c.conversions, c.layers)
+		}
+	}
+	e := newEnv(t)
+	i := e.push("app", image(t, "amd64", 10_000, 10_001, 10_002))
+	s := e.start(func(c *Config) {
+		c.Convert.Jobs = 8
+		c.Limits.Memory = 1
+	})
+	var mu sync.Mutex
+	reading, most := 0, 0
+	e.registry.Inject(func(r *http.Request) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case r.Method == http.MethodGet && strings.Contains(r.URL.Path, "/blobs/"):
+			reading++
+		case r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/blobs/uploads/"):
+			reading = 0
+		}
+		most = max(most, reading)
+		return false
+	}, -1, nil)
+	succeed(t, s.Service, asked(t, s.Service, i).ID)
+	if most != 2 { // the config, and the first layer
+		t.Errorf("%d blobs were read before one was pushed", most)
+	}
+}

@@ -1,0 +1,196 @@
+package service
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
+)
+
+const (
+	// maxDeaths is how many processes may die over an operation, or stop to be heard of, before it is called failed: an image may be what
+	// kills them.
+	maxDeaths = 5
+	// retryTime is how long is waited before NATS, or a registry, is asked again.
+	retryTime = time.Second
+	// unknownTries is how often a message whose operation is not found is looked at: replicas of NATS may lag.
+	unknownTries = 5
+)
+
+// work takes operations from the queue as there is room for them, until ctx ends and all were handed back.
+func (s *Service) work(ctx context.Context) error {
+	if s.view.wait(ctx) != nil {
+		return nil
+	}
+	var attempts sync.WaitGroup
+	defer attempts.Wait()
+	for {
+		select {
+		case s.room.conversions <- struct{}{}:
+		case <-ctx.Done():
+			return nil
+		}
+		msg := s.next(ctx)
+		if msg == nil {
+			<-s.room.conversions
+			return nil
+		}
+		attempts.Go(func() {
+			defer func() { <-s.room.conversions }()
+			s.handle(ctx, msg)
+		})
+	}
+}
+
+// next waits for a message; nil is that ctx has ended.
+func (s *Service) next(ctx context.Context) jetstream.Msg {
+	for ctx.Err() == nil {
+		msg, err := s.consumer.Next(jetstream.FetchContext(ctx))
+		if err == nil {
+			return msg
+		}
+		if !errors.Is(err, nats.ErrTimeout) && ctx.Err() == nil {
+			s.c.Log.Warn("the queue cannot be read", "error", err)
+			sleep(ctx, retryTime)
+		}
+	}
+	return nil
+}
+
+// handle does what a message says. What fails here is tried again, by whichever process is given the message then.
+func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
+	if ctx.Err() != nil {
+		_ = msg.Nak()
+		return
+	}
+	id := strings.TrimPrefix(msg.Subject(), workPrefix)
+	a, err := s.take(ctx, id, msg)
+	switch {
+	case err != nil:
+		s.c.Log.Warn("an operation cannot be begun", "operation", id, "error", err)
+		_ = msg.NakWithDelay(retryTime)
+	case a == nil:
+		s.done(ctx, id, msg)
+	default:
+		s.converting.Add(1)
+		defer s.converting.Add(-1)
+		a.run(ctx)
+	}
+}
+
+// take makes the operation this process's; nil is that there is nothing to do any more.
+func (s *Service) take(ctx context.Context, id string, msg jetstream.Msg) (*attempt, error) {
+	for range contested {
+		rec, rev, err := s.get(ctx, idPrefix+id)
+		if err != nil {
+			return nil, err
+		}
+		if rev == 0 {
+			if meta, err := msg.Metadata(); err == nil && meta.NumDelivered < unknownTries {
+				return nil, errors.New("its record is not found")
+			}
+			return nil, nil
+		}
+		if rec.State.Ended() {
+			return nil, nil
+		}
+		if rec.State == Running {
+			s.c.Log.Warn("an operation is taken over: its process was not heard of", "operation", id, "process", rec.Worker)
+			rec.Deaths++
+		}
+		rec.take(s.c.Name)
+		held := time.Now()
+		rev, err = s.put(ctx, idPrefix+id, rec, rev)
+		if errors.Is(err, errContested) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		return &attempt{s: s, msg: msg, rec: rec, rev: rev, held: held}, nil
+	}
+	return nil, errContested
+}
+
+// take makes r an operation that the process works on.
+func (r *record) take(process string) {
+	r.State, r.Worker = Running, process
+	r.Attempt++
+	if r.Start.IsZero() {
+		r.Start = now()
+	}
+}
+
+// done takes the message of what has ended away: msg, or whichever there is if that is nil.
+func (s *Service) done(ctx context.Context, id string, msg jetstream.Msg) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeDeadline)
+	defer cancel()
+	var err error
+	if msg == nil {
+		err = s.dequeue(ctx, id)
+	} else {
+		err = msg.DoubleAck(ctx)
+	}
+	if err != nil { // it comes again, and there is nothing to do then
+		s.c.Log.Warn("an operation stays in the queue although it has ended", "operation", id, "error", err)
+	}
+}
+
+// maintain heals what processes left that died, and removes what is too old.
+func (s *Service) maintain(ctx context.Context) error {
+	if s.view.wait(ctx) != nil {
+		return nil
+	}
+	for {
+		if err := errors.Join(s.heal(ctx), s.retire(ctx)); err != nil && ctx.Err() == nil {
+			s.c.Log.Warn("operations cannot be looked after", "error", err)
+		}
+		if !sleep(ctx, s.c.Lease) {
+			return nil
+		}
+	}
+}
+
+// heal gives each operation that has not ended its record and its message.
+func (s *Service) heal(ctx context.Context) error {
+	var errs []error
+	for key := range s.view.orphans() {
+		_, _, _, err := s.ongoing(ctx, key)
+		errs = append(errs, err)
+	}
+	info, err := s.queue.Info(ctx, jetstream.WithSubjectFilter(workPrefix+"*"))
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	for _, e := range s.view.entries(func(r record) bool { return !r.State.Ended() && info.State.Subjects[workPrefix+r.ID] == 0 }) {
+		rec, rev, err := s.get(ctx, idPrefix+e.rec.ID)
+		if err == nil && rev > 0 && !rec.State.Ended() {
+			err = s.enqueue(ctx, rec.ID)
+		}
+		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// retire removes the operations that ended longer ago than they are kept.
+func (s *Service) retire(ctx context.Context) error {
+	var errs []error
+	before := time.Now().Add(-s.c.Retention)
+	for _, e := range s.view.entries(func(r record) bool { return r.State.Ended() && r.End.Before(before) }) {
+		key, err := imageKey(e.rec.Image), error(nil)
+		if rev := s.view.lastRevision(key, e.rec.ID); rev > 0 {
+			err = s.drop(ctx, key, rev)
+		}
+		if err == nil {
+			err = s.drop(ctx, idPrefix+e.rec.ID, e.rev)
+		}
+		if !errors.Is(err, errContested) { // another process does the same
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
