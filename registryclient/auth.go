@@ -88,6 +88,7 @@ type grant struct {
 	notes    []string     // why
 	keep     *grant       // what comes back if this comes to nothing; nil is nothing
 	accepted bool         // let in at least once
+	renewed  bool         // in the place of one that a 403 met: another 403 is about something else
 }
 
 // header is what to send. nil sends nothing.
@@ -160,6 +161,8 @@ func (a *authorizer) final(g *grant, status int) bool {
 		return true
 	case status == http.StatusForbidden && g.challenge.Scheme == auth.BasicAuth: // ECR says so when the password has run out
 		return false
+	case status == http.StatusForbidden && g.accepted: // and some when a token has: another one is tried once
+		return g.renewed
 	}
 	return g.accepted
 }
@@ -232,6 +235,9 @@ func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challen
 	var all *exhaustedError
 	switch {
 	case g.err == nil:
+		if g.renewed = g.renewed && g.credential == g.keep.credential; g.renewed {
+			g.accepted, g.keep = true, nil
+		}
 	case g.keep != nil:
 		a.grants[name] = g.keep
 		if errors.As(g.err, &all) { // so this is as good as it gets
@@ -255,6 +261,7 @@ func (g *grant) follow(r *refusal) {
 	if was.accepted {
 		g.keep = was
 		if g.challenge.Scheme == auth.BearerAuth && !r.again {
+			g.renewed = r.status == http.StatusForbidden
 			return // the token has run out before its time, and what it was got with will do for another
 		}
 	} else {

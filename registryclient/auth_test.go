@@ -258,6 +258,44 @@ func TestPasswordRunsOut(t *testing.T) {
 	wantRequests(t, r, 3)
 }
 
+// Some registries answer 403 to a token that has run out. Another one is got once; a 403 that stays is about something else, and costs nothing from then on.
+func TestTokenForbidden(t *testing.T) {
+	r, read := authFixture(t)
+	r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush"})
+	c := newClient(t, Options{Credentials: offer(Credential{"right", "u", "hush"}, Credential{"other", "o", "no"})})
+	if err := read(c); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // the second time of the token that was got for the first
+		r.Reset()
+		r.Inject(registrytest.Blobs, 1, registrytest.Status(403))
+		if err := read(c); err != nil {
+			t.Fatal(err)
+		}
+		wantRequests(t, r, 3) // blob, token, blob
+		r.ExpireTokens()      // or there would be none: that token has been renewed for it
+		if err := read(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	end := r.Inject(registrytest.Blobs, -1, registrytest.Status(403))
+	for _, n := range []int{3, 1} {
+		r.Reset()
+		var status *StatusError
+		if err := read(c); !errors.As(err, &status) || status.StatusCode != 403 || !errors.Is(err, ErrDenied) {
+			t.Errorf("got %v", err)
+		}
+		wantRequests(t, r, n)
+	}
+	end()
+	r.Reset()
+	if err := read(c); err != nil {
+		t.Error(err)
+	}
+	wantRequests(t, r, 1)
+	wantAccepted(t, c, "right")
+}
+
 func TestNoSecretsToPlainTokenServers(t *testing.T) {
 	r := registrytest.Start(t, registrytest.Options{TLS: true})
 	plain := registrytest.Start(t, registrytest.Options{})

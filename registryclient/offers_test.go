@@ -12,6 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -300,6 +302,19 @@ func TestReadsWaitForCredentials(t *testing.T) {
 				t.Errorf("a pull has asked the sources %d times", n)
 			}
 		})
+	}
+}
+
+// So do reads of a pull, of indexes, while the pull may last: then they say both, that it was too long and why.
+func TestReadsOfPullWaitForCredentials(t *testing.T) {
+	t.Parallel()
+	r, _ := authFixture(t)
+	r.RequireToken(registrytest.TokenOptions{User: "u", Password: "new"})
+	c := newClient(t, Options{Wait: time.Hour, Credentials: fixed("u", "old")})
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	if _, err := readRange(ctx, c, repoOf(r), digest.FromBytes(noise(1000)), 10, 20, 0); !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, ErrDenied) {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -300,6 +300,23 @@ func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *regist
 	}
 }
 
+// Where everything but the indexes may be read, the pull asks for these again as long as it may last, and says both then.
+func TestIndexesRefused(t *testing.T) {
+	t.Parallel()
+	reg := registrytest.Start(t, registrytest.Options{})
+	n := newReasonNode(t, 0)
+	labels := image(t, reg.Host()+"/team/app:v1", true)
+	t.Cleanup(reg.Inject(func(r *http.Request) bool { return r.Header.Get("Range") != "" }, -1, registrytest.Status(http.StatusUnauthorized, "WWW-Authenticate", `Basic realm="r"`)))
+	n.pull(t, labels)
+	if got := n.why(t); got != reason.Auth {
+		t.Errorf("the status says %s", got)
+	}
+	s := askStatus(t, n.config, func(status) bool { return true })
+	if text := s.NotStreamed[0].Error; !strings.Contains(text, "took longer than 2s") || !strings.Contains(text, "401") {
+		t.Errorf("the error is %s", text)
+	}
+}
+
 // Each reason of the list is one that a pull meets, and the log and the status say it.
 func TestReasons(t *testing.T) {
 	cases := reasonCases()
