@@ -8,10 +8,10 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
-	"strconv"
-	"strings"
 	"syscall"
 	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
 )
 
 const (
@@ -76,5 +76,5 @@ func (l *limited) Write(b []byte) (int, error) {
 
 // quoted returns what was kept for a log line.
 func (l *limited) quoted() string {
-	return strings.Trim(strconv.Quote(strings.TrimSpace(string(l.b))), `"`)
+	return plain.Cut(string(l.b), maxSaid)
 }

@@ -15,13 +15,14 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
 
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
 )
 
 const (
@@ -164,7 +165,7 @@ func (c *Client) do(ctx context.Context, method, path string, query map[string]s
 		var status struct{ Message string }
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxStatus)) // an error in an error adds nothing
 		_ = json.Unmarshal(b, &status)
-		return &StatusError{resp.StatusCode, strings.Trim(strconv.Quote(status.Message[:min(len(status.Message), maxMessage)]), `"`)}
+		return &StatusError{resp.StatusCode, plain.Cut(status.Message, maxMessage)}
 	}
 	if decode == nil {
 		return nil

@@ -44,6 +44,21 @@ func TestPods(t *testing.T) {
 	}
 }
 
+// What a server says ends up in logs and on terminals: in one line, and quoted there, not here.
+func TestStatusMessage(t *testing.T) {
+	s := kubeapitest.Start(t)
+	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusForbidden)
+		w.Write([]byte(`{"message": "secrets \"a\" is forbidden\u001b[2J\nUser"}`))
+	})
+	c := kubeapi.New(s.Kubeconfig)
+	defer c.Close()
+	const want = `API server: status 403: secrets "a" is forbidden\u001b[2J\u000aUser`
+	if err := c.Get(t.Context(), "pods", nil, nil); err == nil || err.Error() != want {
+		t.Errorf("got %v, want %s", err, want)
+	}
+}
+
 // Who does not answer, or not to the end, is named, and the file that names it.
 func TestUnanswered(t *testing.T) {
 	for name, begins := range map[string]bool{"not at all": false, "half": true} {

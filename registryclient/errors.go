@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
 )
 
 // What an error of a Client is, for who has to decide: errors.Is tells. Beside ErrNotFound:
@@ -94,11 +96,7 @@ func newStatusError(resp *http.Response, host, shown string, patience time.Durat
 	resp.Body.Close()
 	if json.Unmarshal(b, &body) == nil && len(body.Errors) > 0 {
 		e.code = body.Errors[0].Code
-		m := strings.Trim(e.code+": "+body.Errors[0].Message, ": ")
-		if m = strings.Trim(strconv.Quote(m), `"`); len(m) > maxErrorMessage { // quoted, because it ends up in logs
-			m = strings.ToValidUTF8(m[:maxErrorMessage], "") + "..."
-		}
-		e.Message = m
+		e.Message = plain.Cut(strings.Trim(e.code+": "+body.Errors[0].Message, ": "), maxErrorMessage)
 	}
 	return e
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -176,24 +175,22 @@ func existing(path string) string {
 
 func (r *checkReport) print(w io.Writer, asJSON bool) error {
 	if asJSON {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(r)
+		return sayJSON(w, r, true)
 	}
-	fmt.Fprintf(w, "mount mode: %s\n", r.MountMode)
+	say(w, "mount mode: %s\n", r.MountMode)
 	if r.NotTaken != "" {
-		fmt.Fprintf(w, "not taken: %s\n", r.NotTaken)
+		say(w, "not taken: %s\n", r.NotTaken)
 	}
-	fmt.Fprintf(w, "kernel: %s\nstream: %s\ndisk: %s\n", r.Kernel, r.Stream, r.Disk)
+	say(w, "kernel: %s\nstream: %s\ndisk: %s\n", r.Kernel, r.Stream, r.Disk)
 	if r.Daemon != "" {
-		fmt.Fprintf(w, "daemon: %s\n", r.Daemon)
+		say(w, "daemon: %s\n", r.Daemon)
 	}
-	fmt.Fprintf(w, "containerd: %s\n", r.Containerd)
+	say(w, "containerd: %s\n", r.Containerd)
 	for _, t := range r.Traps {
-		fmt.Fprintf(w, "TRAP %s: %s\n  what to do: %s\n", t.Code, t.Text, t.Remedy)
+		say(w, "TRAP %s: %s\n  what to do: %s\n", t.Code, t.Text, t.Remedy)
 	}
 	for _, u := range r.Unknown {
-		fmt.Fprintf(w, "UNKNOWN: %s\n", u)
+		say(w, "UNKNOWN: %s\n", u)
 	}
 	if r.Image != nil {
 		r.Image.print(w)

@@ -175,30 +175,30 @@ func (r *imageReport) askHosts(ctx context.Context, reg *registryclient.Client, 
 }
 
 func (r *imageReport) print(w io.Writer) {
-	fmt.Fprintf(w, "image: %s\n", r.Ref)
+	say(w, "image: %s\n", r.Ref)
 	for _, h := range r.Hosts {
 		answer := h.Error
 		if answer == "" {
 			answer = "has it"
 		}
-		fmt.Fprintf(w, "  host %s (%s): %s", h.Host, h.Capabilities, answer)
+		say(w, "  host %s (%s): %s", h.Host, h.Capabilities, answer)
 		if len(h.Credentials) > 0 {
-			fmt.Fprintf(w, "; credentials: %s", strings.Join(h.Credentials, ", "))
+			say(w, "; credentials: %s", strings.Join(h.Credentials, ", "))
 		}
 		fmt.Fprintln(w)
 	}
 	if r.Manifest != "" {
-		fmt.Fprintf(w, "  manifest: %s\n", r.Manifest)
+		say(w, "  manifest: %s\n", r.Manifest)
 	}
 	if p := r.LastPull; p != nil {
-		fmt.Fprintf(w, "  last pull, not streamed: %s, %s: %s\n", p.At, p.Reason, p.Error)
+		say(w, "  last pull, not streamed: %s, %s: %s\n", p.At, p.Reason, p.Error)
 	}
 	switch {
 	case r.Unknown != "":
-		fmt.Fprintf(w, "UNKNOWN: the image cannot be found: %s\n", r.Unknown)
+		say(w, "UNKNOWN: the image cannot be found: %s\n", r.Unknown)
 	case r.Reason != "":
-		fmt.Fprintf(w, "NOT STREAMED %s: %s\n  what to do: %s\n", r.Reason, r.Error, r.Remedy)
+		say(w, "NOT STREAMED %s: %s\n  what to do: %s\n", r.Reason, r.Error, r.Remedy)
 	default:
-		fmt.Fprintf(w, "STREAMED: artifact sha256:%s, %d layers\n", r.Artifact, r.Layers)
+		say(w, "STREAMED: artifact sha256:%s, %d layers\n", r.Artifact, r.Layers)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/fdstore"
+	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
 )
 
 // defaultConfig is read if it is there and --config is not given.
@@ -33,7 +34,7 @@ func main() {
 		if errors.Is(err, context.Canceled) && ctx.Err() != nil {
 			err = errors.New("interrupted")
 		}
-		fmt.Fprintln(os.Stderr, "streaming-snapshotter:", err)
+		fmt.Fprintln(os.Stderr, "streaming-snapshotter:", plain.Text(err.Error(), "\n"))
 		if cmd.Name() == "check" {
 			os.Exit(int(checkUnknown))
 		}

@@ -8,15 +8,14 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode/utf16"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
@@ -81,13 +80,7 @@ func showStatus(ctx context.Context, o statusOptions, w io.Writer) error {
 		var b bytes.Buffer
 		switch {
 		case o.json:
-			var j strings.Builder
-			e := json.NewEncoder(&j)
-			if !o.watch {
-				e.SetIndent("", "  ")
-			}
-			err = e.Encode(s)
-			b.WriteString(printable(j.String(), "\n"))
+			err = sayJSON(&b, s, !o.watch)
 		default:
 			if live {
 				b.WriteString("\x1b[H\x1b[2J") // home, and an empty screen
@@ -143,25 +136,24 @@ func say(w io.Writer, format string, args ...any) {
 		switch a.(type) {
 		case int, int64, float64:
 		default:
-			args[i] = printable(fmt.Sprint(a), "")
+			args[i] = plain.Text(fmt.Sprint(a), "")
 		}
 	}
 	fmt.Fprintf(w, format, args...)
 }
 
-// printable returns s with what cannot be printed, but for what is in also, as \uXXXX: so in JSON it stays the same text.
-func printable(s, also string) string {
+// sayJSON prints v as JSON, of several lines if indent is true, in which the same is escaped.
+func sayJSON(w io.Writer, v any, indent bool) error {
 	var b strings.Builder
-	for _, r := range s {
-		if strconv.IsPrint(r) || strings.ContainsRune(also, r) {
-			b.WriteRune(r)
-			continue
-		}
-		for _, u := range utf16.Encode([]rune{r}) {
-			fmt.Fprintf(&b, `\u%04x`, u)
-		}
+	e := json.NewEncoder(&b)
+	if indent {
+		e.SetIndent("", "  ")
 	}
-	return b.String()
+	err := e.Encode(v)
+	if err == nil {
+		_, err = io.WriteString(w, plain.Text(b.String(), "\n"))
+	}
+	return err
 }
 
 func (s status) print(w io.Writer) {
