@@ -351,6 +351,7 @@ func (h *cluster) uninstalls() {
 		out, _ := h.k.Kubectl(h.Context(), inNamespace, "logs", "daemonset/streaming-snapshotter", "--container=uninstall")
 		return strings.Contains(out, "nothing new uses the snapshotter") && strings.Contains(out, "pod default/app")
 	})
+	h.labelled(false) // already: who wants a node that streams goes elsewhere
 	h.reads()
 	h.pod(podSpec{Name: "late", Image: "other"}, "Succeeded")
 	if s := unitStatus(h.T); s.Streamed != 1 {

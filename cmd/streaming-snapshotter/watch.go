@@ -46,34 +46,38 @@ type nodeWatch struct {
 
 func newWatchCommand(configFile *string) *cobra.Command {
 	var node, label, listen string
+	var remove bool
 	cmd := &cobra.Command{
 		Use:   "watch",
 		Short: "Keep watch over this node's daemon, in a pod: label the node while the daemon is ready",
 		Long: `Asks the daemon of this node, at the TCP address that the configuration has as ` + "`metrics`" + `, whether it is ready, and has the node's label in Kubernetes
 say so: ` + readyLabel + `=true, or no such label after ten seconds without. /readyz, at --listen, is 200 while both are well. It ends with the pod, and leaves
-the label as it is.
+the label as it is. With --remove it asks nobody: it takes the label away, and ends.
 
 It uses the pod's service account, which needs nothing but the right to patch nodes.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := loadConfig(*configFile)
-			if err != nil {
-				return err
-			}
 			if node == "" {
 				return errors.New("--node: want the node's name in Kubernetes")
 			}
-			at, err := readyURL(c.Metrics)
+			w := &nodeWatch{node: node, label: label, api: kubeapi.New(""), client: http.Client{Timeout: 5 * time.Second}}
+			defer w.api.Close()
+			if remove {
+				return w.remove(cmd.Context())
+			}
+			c, err := loadConfig(*configFile)
+			if err == nil {
+				w.url, err = readyURL(c.Metrics)
+			}
 			if err != nil {
 				return err
 			}
-			w := &nodeWatch{node: node, label: label, url: at, api: kubeapi.New(""), client: http.Client{Timeout: 5 * time.Second}}
-			defer w.api.Close()
 			return w.run(cmd.Context(), listen)
 		},
 	}
 	cmd.Flags().StringVar(&node, "node", "", "the node's name in Kubernetes")
 	cmd.Flags().StringVar(&label, "label", readyLabel, "the label")
+	cmd.Flags().BoolVar(&remove, "remove", false, "take the label away, and end")
 	cmd.Flags().StringVar(&listen, "listen", "127.0.0.1:9466", "TCP address for /readyz; empty for none")
 	return cmd
 }
@@ -186,6 +190,15 @@ func (w *nodeWatch) tell(ctx context.Context, ready bool) error {
 		value = "true"
 	}
 	return w.api.Patch(ctx, "nodes/"+w.node, map[string]any{"metadata": map[string]any{"labels": map[string]any{w.label: value}}})
+}
+
+// remove takes the label away.
+func (w *nodeWatch) remove(ctx context.Context) error {
+	if err := w.tell(ctx, false); err != nil {
+		return fmt.Errorf("take away label %s of node %s: %w", w.label, w.node, err)
+	}
+	slog.Info("the node has no label", "node", w.node, "label", w.label)
+	return nil
 }
 
 // ask asks the daemon whether it is ready.

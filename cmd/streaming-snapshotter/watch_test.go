@@ -79,6 +79,26 @@ func TestWatch(t *testing.T) {
 	}
 }
 
+// TestWatchRemoves: the label goes whatever the daemon is, and a server that refuses is an error.
+func TestWatchRemoves(t *testing.T) {
+	server := kubeapitest.Start(t)
+	w := &nodeWatch{node: "node-1", label: readyLabel, api: kubeapi.New(server.Kubeconfig)}
+	defer w.api.Close()
+	for _, refused := range []bool{true, false} {
+		answer := "{}"
+		if refused {
+			answer = "403"
+		}
+		server.Put("nodes/node-1", answer)
+		if err := w.remove(t.Context()); (err != nil) != refused {
+			t.Errorf("refused %v: %v", refused, err)
+		}
+	}
+	if told := server.Posted(); len(told) != 1 || string(told[0]) != `{"metadata":{"labels":{"`+readyLabel+`":null}}}` {
+		t.Errorf("told %q", told)
+	}
+}
+
 // TestDaemonSet: what deploy/daemonset says to this program it takes, its configurations are some, and what its kustomizations name is there. integration's test has kubectl apply it.
 func TestDaemonSet(t *testing.T) {
 	const top = "../../deploy/daemonset"
@@ -170,13 +190,13 @@ func TestDaemonSet(t *testing.T) {
 	}
 	for _, op := range more {
 		switch value := op.Value.(type) {
-		case []any: // all arguments
-			var args []string
-			for _, v := range value {
-				args = append(args, v.(string))
+		case map[string]any: // a container
+			if list, ok := value["args"].([]any); ok {
+				takes(stringsOf(list))
 			}
+		case []any: // all arguments
 			if strings.HasSuffix(op.Path, "/args") {
-				takes(args)
+				takes(stringsOf(value))
 			}
 		case string:
 			if strings.HasSuffix(op.Path, "/initContainers/0/args/-") {
@@ -184,7 +204,7 @@ func TestDaemonSet(t *testing.T) {
 			}
 		}
 	}
-	if kustomizations != 6 || configs != 2 || commands != 4 {
+	if kustomizations != 6 || configs != 2 || commands != 5 {
 		t.Errorf("looked at %d kustomizations, %d configurations and %d commands", kustomizations, configs, commands)
 	}
 	for metrics, want := range map[string]string{"": "", "127.0.0.1:9465": "http://127.0.0.1:9465/readyz", ":9465": "http://127.0.0.1:9465/readyz", "0.0.0.0:1": "http://127.0.0.1:1/readyz", "[::]:1": "http://127.0.0.1:1/readyz", "[::1]:1": "http://[::1]:1/readyz"} {
@@ -192,4 +212,11 @@ func TestDaemonSet(t *testing.T) {
 			t.Errorf("metrics %q: %q, %v", metrics, got, err)
 		}
 	}
+}
+
+func stringsOf(list []any) (all []string) {
+	for _, v := range list {
+		all = append(all, v.(string))
+	}
+	return all
 }
