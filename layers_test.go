@@ -48,7 +48,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"converter/startup":                 {[]string{"fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/metrics":                       {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/tomlfile":                      {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
-	"cmd/streamctl":                     {[]string{"artifact", "converter"}, []string{containerd, fuse}},
+	"cmd/streamctl":                     {[]string{"artifact", "cmd/tomlfile", "converter"}, []string{containerd, fuse}},
 	"cmd/streaming-snapshotter/blobs":   {nil, []string{"net/http", fuse, ggcr}},
 	"cmd/streaming-snapshotter/fdstore": {nil, []string{"net/http", containerd, fuse, ggcr}},
 	"cmd/streaming-snapshotter/traps":   {nil, []string{"os", "net/http", containerd, fuse, ggcr}},

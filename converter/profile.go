@@ -315,7 +315,7 @@ func verifyProfiles(ctx context.Context, p Place, subject digest.Digest, artifac
 	if err != nil {
 		return nil, err
 	}
-	var done []Profile
+	done := []Profile{} // an empty list in JSON, too
 	for _, f := range list {
 		if f.manifest == nil {
 			return done, different("profile %s: its manifest: %w", f.desc.Digest, f.err)

@@ -35,7 +35,11 @@ func newCreate() *cobra.Command {
 REF is an image of a registry (HOST/REPO:TAG or HOST/REPO@DIGEST) or of an OCI layout (oci:DIR:TAG). Of an index, every
 Linux platform is converted. The image itself is not changed. An image that has its artifact already is left alone.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, ref, platforms, err := image.open(args)
+			p, ref, platforms, err := image.open(cmd, args)
+			if err != nil {
+				return err
+			}
+			name, err := image.ref(args)
 			if err != nil {
 				return err
 			}
@@ -44,7 +48,7 @@ Linux platform is converted. The image itself is not changed. An image that has 
 			o.Progress = progress.report
 			done, err := converter.Create(cmd.Context(), p, ref, o)
 			progress.stop()
-			res := createResult{Image: image.ref(args), Status: "Succeeded", Artifacts: done}
+			res := createResult{Image: name, Status: "Succeeded", Artifacts: done}
 			if res.Artifacts == nil {
 				res.Artifacts = []converter.Created{}
 			}

@@ -1,15 +1,20 @@
 package main
 
 import (
+	"bufio"
+	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/tomlfile"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 )
 
@@ -23,9 +28,10 @@ func (f *registryFlags) add(cmd *cobra.Command) {
 	cmd.Flags().BoolVar(&f.insecure, "insecure", false, "do not verify the registry's certificate")
 }
 
-func (f *registryFlags) open(image string) (converter.Place, string, error) {
+// open opens the place that image is in, with credentials of login before docker's.
+func (f *registryFlags) open(image string, login loginFlags) (converter.Place, string, error) {
 	p, ref, err := converter.Open(image, converter.OpenOptions{Registry: converter.RegistryOptions{
-		PlainHTTP: f.plainHTTP, Insecure: f.insecure, UserAgent: "streamctl/" + version(),
+		PlainHTTP: f.plainHTTP, Insecure: f.insecure, UserAgent: "streamctl/" + version(), Keychain: login.keychain(),
 	}})
 	if err != nil {
 		return nil, "", usageError{err}
@@ -33,45 +39,126 @@ func (f *registryFlags) open(image string) (converter.Place, string, error) {
 	return p, ref, nil
 }
 
+// loginFlags are -u and -p.
+type loginFlags struct{ username, password string }
+
+func (f *loginFlags) add(cmd *cobra.Command, whose string) {
+	cmd.Flags().StringVarP(&f.username, "username", "u", "", "user name for "+whose+" (`docker login` keeps it out of the command line)")
+	cmd.Flags().StringVarP(&f.password, "password", "p", "", "password for it; - reads it from standard input")
+}
+
+// read replaces a password of - by the first line of standard input.
+func (f *loginFlags) read(cmd *cobra.Command) error {
+	if (f.username == "") != (f.password == "") {
+		return usage("%s: -u and -p go together", cmd.Name())
+	}
+	if f.password != "-" {
+		return nil
+	}
+	line, err := bufio.NewReader(cmd.InOrStdin()).ReadString('\n')
+	if err != nil && (err != io.EOF || line == "") {
+		return fmt.Errorf("password from standard input: %w", err)
+	}
+	f.password = strings.TrimRight(line, "\r\n")
+	return nil
+}
+
+// keychain has the user name and password for every registry that is asked; nil without.
+func (f loginFlags) keychain() authn.Keychain {
+	if f.username == "" {
+		return nil
+	}
+	return oneLogin{authn.FromConfig(authn.AuthConfig{Username: f.username, Password: f.password})}
+}
+
+type oneLogin struct{ authn.Authenticator }
+
+func (l oneLogin) Resolve(authn.Resource) (authn.Authenticator, error) { return l.Authenticator, nil }
+
+// hostFlags name a registry: -n, or the default one.
+type hostFlags struct{ name, suffix string }
+
+func (f *hostFlags) add(cmd *cobra.Command, of string) {
+	cmd.Flags().StringVarP(&f.name, "name", "n", "", "registry of "+of+" (default: the one that `streamctl configure` keeps)")
+	f.addSuffix(cmd)
+}
+
+func (f *hostFlags) addSuffix(cmd *cobra.Command) {
+	cmd.Flags().StringVar(&f.suffix, "suffix", "", "tenant suffix of an Azure registry: -n REGISTRY --suffix TENANT is REGISTRY-TENANT.azurecr.io")
+}
+
+// host returns the registry's host.
+func (f *hostFlags) host() (string, error) {
+	name := f.name
+	if name == "" {
+		p, err := effective()
+		if err != nil {
+			return "", err
+		}
+		if name = p.Registry; name == "" {
+			return "", usage("which registry? Give -n HOST, STREAMCTL_REGISTRY or `streamctl configure --registry HOST`")
+		}
+	}
+	name = strings.TrimSuffix(name, "/")
+	short := !strings.ContainsAny(name, ".:") && name != "localhost"
+	switch {
+	case f.suffix != "" && short:
+		return name + "-" + f.suffix + ".azurecr.io", nil
+	case f.suffix != "":
+		return "", usage("--suffix %s: it belongs to the name of an Azure registry, and %s is a host", f.suffix, name)
+	case short:
+		// REGISTRY/REPO would be taken for a repository of Docker Hub.
+		return "", usage("-n %s: give the registry's host, as in -n %s.azurecr.io", name, name)
+	}
+	return name, nil
+}
+
 // imageFlags name an image: REF, or -n REGISTRY -t REPO:TAG as with Azure's command line.
 type imageFlags struct {
 	registryFlags
-	registry, image string
-	platforms       []string
+	hostFlags
+	loginFlags
+	image     string
+	platforms []string
 }
 
 func (f *imageFlags) add(cmd *cobra.Command) {
-	cmd.Flags().StringVarP(&f.registry, "name", "n", "", "registry of the image that --image names")
+	f.hostFlags.add(cmd, "the image that --image names")
 	cmd.Flags().StringVarP(&f.image, "image", "t", "", "image in the registry: REPO:TAG or REPO@DIGEST")
-	cmd.Flags().StringArrayVar(&f.platforms, "platform", nil, "only this platform of an index, OS/ARCHITECTURE[/VARIANT] (repeatable)")
-	f.registryFlags.add(cmd)
+	f.addRest(cmd)
 	cmd.Args = func(cmd *cobra.Command, args []string) error {
-		named := f.registry != "" || f.image != ""
 		switch {
-		case len(args) > 1, len(args) == 1 && named, len(args) == 0 && !named:
+		case len(args) > 1, len(args) == 1 && (f.name != "" || f.image != ""), len(args) == 0 && f.image == "" && f.name == "":
 			return usage("%s takes one image: REF, or -n REGISTRY -t REPO:TAG", cmd.Name())
-		case named && (f.registry == "" || f.image == ""):
+		case len(args) == 0 && f.image == "":
 			return usage("%s: -n REGISTRY and -t REPO:TAG go together", cmd.Name())
 		}
 		return nil
 	}
 }
 
+// addRest adds what is not about the image's name.
+func (f *imageFlags) addRest(cmd *cobra.Command) {
+	cmd.Flags().StringArrayVar(&f.platforms, "platform", nil, "only this platform of an index, OS/ARCHITECTURE[/VARIANT] (repeatable)")
+	f.loginFlags.add(cmd, "the registry")
+	f.registryFlags.add(cmd)
+}
+
 // ref is the image's name as one string.
-func (f *imageFlags) ref(args []string) string {
+func (f *imageFlags) ref(args []string) (string, error) {
 	if len(args) == 1 {
-		return args[0]
+		return args[0], nil
 	}
-	return strings.TrimSuffix(f.registry, "/") + "/" + f.image
+	host, err := f.host()
+	return host + "/" + f.image, err
 }
 
 // open opens the place of the image, and returns the image's name there and the platforms asked for.
-func (f *imageFlags) open(args []string) (converter.Place, string, []ocispec.Platform, error) {
-	if f.registry != "" && !strings.ContainsAny(f.registry, ".:") && f.registry != "localhost" {
-		// REGISTRY/REPO would be taken for a repository of Docker Hub.
-		return nil, "", nil, usage("-n %s: give the registry's host, as in -n %s.azurecr.io", f.registry, f.registry)
+func (f *imageFlags) open(cmd *cobra.Command, args []string) (p converter.Place, ref string, platforms []ocispec.Platform, err error) {
+	name, err := f.ref(args)
+	if err != nil {
+		return nil, "", nil, err
 	}
-	var platforms []ocispec.Platform
 	for _, s := range f.platforms {
 		p, err := converter.ParsePlatform(s)
 		if err != nil {
@@ -79,7 +166,10 @@ func (f *imageFlags) open(args []string) (converter.Place, string, []ocispec.Pla
 		}
 		platforms = append(platforms, p)
 	}
-	p, ref, err := f.registryFlags.open(f.ref(args))
+	if err := f.read(cmd); err != nil {
+		return nil, "", nil, err
+	}
+	p, ref, err = f.registryFlags.open(name, f.loginFlags)
 	return p, ref, platforms, err
 }
 
@@ -149,29 +239,16 @@ type sizeFlag int
 func (f *sizeFlag) Type() string { return "SIZE" }
 
 func (f *sizeFlag) String() string {
-	switch n := int(*f); {
-	case n != 0 && n%(1<<20) == 0:
-		return strconv.Itoa(n>>20) + "MiB"
-	case n != 0 && n%(1<<10) == 0:
-		return strconv.Itoa(n>>10) + "KiB"
-	default:
-		return strconv.Itoa(n)
-	}
+	b, _ := tomlfile.Size(*f).MarshalText() // cannot fail
+	return string(b)
 }
 
 func (f *sizeFlag) Set(s string) error {
-	unit := 1
-	num := s
-	for suffix, u := range map[string]int{"KiB": 1 << 10, "MiB": 1 << 20} {
-		if n, ok := strings.CutSuffix(s, suffix); ok {
-			num, unit = n, u
-		}
-	}
-	n, err := strconv.Atoi(num)
-	if err != nil || n < 1 || n > artifact.MaxChunkSize/unit || n*unit < minChunkSize {
+	n, err := tomlfile.ParseSize(s)
+	if err != nil || n > artifact.MaxChunkSize || n < minChunkSize {
 		return usage("%q is not a size from %d to %d bytes; KiB and MiB may follow", s, minChunkSize, artifact.MaxChunkSize)
 	}
-	*f = sizeFlag(n * unit)
+	*f = sizeFlag(n)
 	return nil
 }
 

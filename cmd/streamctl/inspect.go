@@ -22,7 +22,7 @@ func newInspect() *cobra.Command {
 
 Only manifests and indexes are read; verify reads everything.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, ref, platforms, err := image.open(args)
+			p, ref, platforms, err := image.open(cmd, args)
 			if err != nil {
 				return err
 			}

@@ -83,7 +83,7 @@ func newRoot() *cobra.Command {
 		}
 		return usageError{fmt.Errorf("%s: %w", cmd.Name(), err)}
 	})
-	root.AddCommand(newCreate(), newListReferrers(), newInspect(), newVerify(), newDelete(), newCopy(), newProfile(), newVersion())
+	root.AddCommand(newCreate(), newListReferrers(), newInspect(), newVerify(), newDelete(), newImport(), newCopy(), newProfile(), newConfigure(), newVersion())
 	return root
 }
 

@@ -40,7 +40,21 @@ func TestMain(m *testing.M) {
 		os.Stdout.Write(status)
 		os.Exit(code)
 	}
-	os.Exit(m.Run())
+	os.Exit(alone(m))
+}
+
+// alone runs the tests without the defaults of whoever runs them.
+func alone(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "config")
+	if err != nil {
+		panic(err)
+	}
+	defer os.RemoveAll(dir)
+	os.Setenv("XDG_CONFIG_HOME", dir)
+	for _, k := range allPreferences() {
+		os.Unsetenv(k.env)
+	}
+	return m.Run()
 }
 
 // streamctl runs a command as main does, with a record of its own.
@@ -284,7 +298,9 @@ func TestFailure(t *testing.T) {
 
 func TestUsage(t *testing.T) {
 	for _, args := range [][]string{
-		{"show"}, {"creat", "x"}, {"create"}, {"create", "a", "b"}, {"create", "--no-such-flag", "a"}, {"create", "-n", "host.example"},
+		{"create", "host.example/a", "-u", "a"}, {"create", "-n", "myregistry.azurecr.io", "--suffix", "tenant", "-t", "a"},
+		{"import"}, {"import", "--source", "host.example/a"}, {"import", "-n", "host.example", "--source", "oci:a"},
+		{"import", "-n", "host.example", "--source", "oci:a", "-t", "b@" + digest.FromString("").String()}, {"configure"}, {"show"}, {"creat", "x"}, {"create"}, {"create", "a", "b"}, {"create", "--no-such-flag", "a"}, {"create", "-n", "host.example"},
 		{"create", "-t", "app:v1"}, {"create", "-n", "host.example", "-t", "a:b", "c"}, {"create", "-n", "myregistry", "-t", "app:v1"},
 		{"create", "Not A Name"}, {"create", "oci:"}, {"create", "oci:dir:"}, {"create", "a", "-o", "yaml"}, {"create", "a", "--chunk-size", "1GiB"},
 		{"create", "a", "--chunk-size", "9999999999GiB"}, {"create", "a", "--chunk-size", "1"}, {"create", "a", "--jobs", "0"},

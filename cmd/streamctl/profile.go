@@ -55,7 +55,7 @@ of them have, in the order of their mean place.`,
 				}
 				records = append(records, p)
 			}
-			p, ref, err := registry.open(args[0])
+			p, ref, err := registry.open(args[0], loginFlags{})
 			if err != nil {
 				return err
 			}

@@ -19,7 +19,7 @@ func newListReferrers() *cobra.Command {
 		Use:   "list-referrers REF",
 		Short: "List what refers to an image and its platforms",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, ref, platforms, err := image.open(args)
+			p, ref, platforms, err := image.open(cmd, args)
 			if err != nil {
 				return err
 			}
@@ -53,7 +53,7 @@ func newDelete() *cobra.Command {
 		Use:   "delete REF",
 		Short: "Delete the streaming artifacts of an image and its profiles; the image stays",
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, ref, platforms, err := image.open(args)
+			p, ref, platforms, err := image.open(cmd, args)
 			if err != nil {
 				return err
 			}

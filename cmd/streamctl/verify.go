@@ -21,7 +21,7 @@ func newVerify() *cobra.Command {
 
 The first difference is named on standard error, and the exit status is 1.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, ref, platforms, err := image.open(args)
+			p, ref, platforms, err := image.open(cmd, args)
 			if err != nil {
 				return err
 			}
