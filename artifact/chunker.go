@@ -7,8 +7,8 @@ import (
 )
 
 // chunker decides where chunks end. The aim is that equal files give equal chunks, in whatever layer or version of an image they appear:
-//   - A data run longer than a chunk starts a chunk, is cut every size bytes, from headChunks chunks on every large bytes, and ends a chunk. So a file that
-//     grows at its end keeps its chunks, however large it becomes.
+//   - A data run longer than a chunk starts a chunk, is cut every size bytes, from headChunks chunks on every large bytes, and ends a chunk with its padding. So a
+//     file that grows at its end keeps its chunks, however large it becomes, and who reads the last block of a file fetches nothing of the next.
 //   - Small entries share chunks. Before an entry there is a cut with a probability proportional to the entry's size, decided by a hash of its
 //     name. So the cuts do not move when a file before them grows or goes.
 //   - A chunk that would become too large ends, if possible before an entry.
@@ -55,6 +55,11 @@ func cutBefore(name string, n int64, size int) bool {
 // write adds header bytes.
 func (c *chunker) write(ctx context.Context, b []byte) error {
 	if c.long {
+		if n := int(alignBlock(c.run) - c.run); c.len()+n <= c.most() {
+			n = min(n, len(b)) // a tar may end in it
+			c.job.tar = append(c.job.tar, b[:n]...)
+			b = b[n:]
+		}
 		c.long = false
 		if err := c.submit(ctx); err != nil {
 			return err

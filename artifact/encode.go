@@ -21,7 +21,7 @@ const (
 	defaultChunkSize = 128 << 10
 	// encoderVersion names what decides the bytes of the frames, and with chunkerVersion those of the blob. TestGolden fails when it must change.
 	encoderVersion = "klauspost-1.20.4"
-	chunkerVersion = 2
+	chunkerVersion = 3
 
 	// The first headChunks chunks of a data run are as small as others, 256 MiB: programs and libraries, and what says at the start of a large file what is
 	// where. The rest has largeFactor times larger ones, of up to maxLarge: every pull pays 48 bytes for a chunk, and few start-ups read much at random there.

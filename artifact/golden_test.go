@@ -157,7 +157,7 @@ func TestEncoderVersion(t *testing.T) {
 	if want := "github.com/klauspost/compress v" + strings.TrimPrefix(encoderVersion, "klauspost-"); !strings.Contains(mod, want) {
 		t.Errorf("encoderVersion is %q, but go.mod does not have %q", encoderVersion, want)
 	}
-	if got, want := (EncodeOptions{}).ID(), "tar-index-v1/chunk=2.131072/zstd=klauspost-1.20.4"; got != want {
+	if got, want := (EncodeOptions{}).ID(), "tar-index-v1/chunk=3.131072/zstd=klauspost-1.20.4"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 	if (EncodeOptions{Workers: 3}).ID() != (EncodeOptions{ChunkSize: defaultChunkSize}).ID() {
