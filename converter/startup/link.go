@@ -109,6 +109,9 @@ func (f *finder) link(main *lib) []*lib {
 				seen[l.n] = true
 				libs = append(libs, l)
 			}
+			if l != nil && strings.HasPrefix(name, "libcrypto.so") { // what OPENSSL_init_crypto reads, where distributions have it
+				f.takeAll("/etc/ssl/openssl.cnf", "/etc/pki/tls/openssl.cnf")
+			}
 		}
 	}
 	return libs

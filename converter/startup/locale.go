@@ -34,6 +34,17 @@ func (f *finder) locale() {
 	f.takeAll(path.Join("/usr/lib/locale", name, "*"), path.Join("/usr/lib/locale", name, "LC_MESSAGES/*"))
 }
 
+// timeZone takes what tzset(3) reads: who writes a log asks for the time.
+func (f *finder) timeZone() {
+	at := "/etc/localtime"
+	if name := strings.TrimPrefix(f.env["TZ"], ":"); path.IsAbs(name) {
+		at = name
+	} else if name != "" {
+		at = path.Join("/usr/share/zoneinfo", name)
+	}
+	f.takeWhole(f.regular(at))
+}
+
 // archived returns what is read of a locale archive for a locale: its head, and the data of each category, of which only the
 // beginning is read where they are large. (The format is glibc's locale/locarchive.h.)
 func archived(b []byte, name string) (runs []span) {

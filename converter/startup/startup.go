@@ -65,6 +65,7 @@ func Find(ctx context.Context, img Image) ([]Range, error) {
 	args := append(append([]string{}, img.Config.Entrypoint...), img.Config.Cmd...)
 	f.command(args, 0)
 	f.locale()
+	f.timeZone()
 	if f.err != nil {
 		return nil, f.err
 	}
