@@ -4,17 +4,11 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
-	"net/http"
-	"os"
-	"os/exec"
 	"path/filepath"
-	"syscall"
 	"testing"
 	"time"
 
@@ -51,56 +45,7 @@ func onAllPlaces(t *testing.T, f func(t *testing.T, image string)) {
 // dockerRegistry runs Debian's docker-registry, which has only the referrers tag, and returns its host.
 func dockerRegistry(t *testing.T, deletes bool) string {
 	t.Helper()
-	bin, err := exec.LookPath("docker-registry")
-	if err != nil {
-		t.Skip("docker-registry is not installed (apt-get install docker-registry)")
-	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	host := l.Addr().String()
-	l.Close()
-	dir := t.TempDir()
-	config := filepath.Join(dir, "config.yml")
-	err = os.WriteFile(config, fmt.Appendf(nil, `version: 0.1
-log: {level: error, accesslog: {disabled: true}}
-storage: {filesystem: {rootdirectory: %s/data}, delete: {enabled: %v}}
-http: {addr: "%s"}
-`, dir, deletes, host), 0o600)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var out bytes.Buffer
-	cmd := exec.Command(bin, "serve", config)
-	cmd.Stdout, cmd.Stderr = &out, &out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
-	t.Cleanup(func() {
-		cmd.Process.Signal(syscall.SIGKILL)
-		<-exited
-	})
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
-	defer cancel()
-	tick := time.NewTicker(20 * time.Millisecond)
-	defer tick.Stop()
-	for {
-		if resp, err := http.Get("http://" + host + "/v2/"); err == nil {
-			resp.Body.Close()
-			return host
-		}
-		select {
-		case err := <-exited:
-			exited <- err
-			t.Fatalf("docker-registry: %v\n%s", err, out.String())
-		case <-ctx.Done():
-			t.Fatal("docker-registry does not answer")
-		case <-tick.C:
-		}
-	}
+	return registrytest.StartDistribution(t, registrytest.Distribution{Deletes: deletes})
 }
 
 // open opens an image's place.

@@ -5,62 +5,15 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-)
 
-// startDockerRegistry runs Debian's docker-registry (distribution 2.8) until the test ends, and returns its host:port.
-func startDockerRegistry(t *testing.T) string {
-	t.Helper()
-	bin, err := exec.LookPath("docker-registry")
-	if err != nil {
-		t.Skip("docker-registry, the oracle for registries without the referrers API, is not installed")
-	}
-	dir, addr := t.TempDir(), refusing(t)
-	config := fmt.Sprintf("version: 0.1\nlog: {level: error}\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %q}\n", filepath.Join(dir, "data"), addr)
-	path := filepath.Join(dir, "config.yml")
-	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	var out bytes.Buffer
-	cmd := exec.Command(bin, "serve", path)
-	cmd.Stdout, cmd.Stderr = &out, &out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	exited := make(chan error, 1)
-	go func() { exited <- cmd.Wait() }()
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		<-exited
-	})
-	deadline := time.Now().Add(20 * time.Second)
-	for {
-		resp, err := http.Get("http://" + addr + "/v2/")
-		if err == nil {
-			resp.Body.Close()
-			return addr
-		}
-		select {
-		case err := <-exited:
-			exited <- err
-			t.Fatalf("docker-registry: %v\n%s", err, &out)
-		case <-time.After(20 * time.Millisecond):
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("docker-registry does not answer: %v", err)
-		}
-	}
-}
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
 
 func send(t *testing.T, method, url, contentType string, body []byte) *http.Response {
 	t.Helper()
@@ -81,7 +34,7 @@ func send(t *testing.T, method, url, contentType string, body []byte) *http.Resp
 }
 
 func TestDebiansDockerRegistry(t *testing.T) {
-	addr := startDockerRegistry(t)
+	addr := registrytest.StartDistribution(t, registrytest.Distribution{})
 	base, repo := "http://"+addr+"/v2/team/app", Repository(addr+"/team/app")
 	putBlob := func(b []byte) digest.Digest {
 		dgst := digest.FromBytes(b)

@@ -411,6 +411,8 @@ func TestPayloads(t *testing.T) {
 		want       int // events
 	}{
 		{"good", list(good), 200, 1},
+		{"a layer", list(strings.Replace(good, "image.manifest.v1+json", "image.layer.v1.tar+gzip", 1)), 200, 0},
+		{"no media type", list(strings.Replace(good, "application/vnd.oci.image.manifest.v1+json", "", 1)), 200, 0},
 		{"no event", `{"events":[]}`, 200, 0},
 		{"something else", `{}`, 200, 0},
 		{"no JSON", `<events/>`, 400, 0},
