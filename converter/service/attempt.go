@@ -13,7 +13,7 @@ import (
 )
 
 // progressTime is how often a record says how far its conversion is: often enough that a second does not pass without.
-const progressTime = 500 * time.Millisecond
+const progressTime = 250 * time.Millisecond
 
 // handBackTime is how long a process that ends tries to say so: after that, others find out when the lease is over.
 const handBackTime = 5 * time.Second

@@ -8,11 +8,11 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// What conversions use, measured (TestMemory): bytes, without the indexes, which grow with the layers.
+// What conversions hold at most, in bytes, by the bounds of the packages that do it; not the indexes, which grow with the layers.
 const (
-	layerMemory      = 32 << 20 // to convert a layer
-	conversionMemory = 16 << 20 // beside that
-	staticMemory     = 80 << 20 // to find a static profile: the chunks that it keeps, and indexes
+	layerMemory      = 48 << 20 // of a layer: 16 workers of 2 MiB, 8 MiB of tar between them, and buffers
+	conversionMemory = 16 << 20 // beside that: a manifest and a config, of 4 and 8 MiB
+	staticMemory     = 80 << 20 // to find a static profile: 64 MiB of chunks, and indexes
 )
 
 // room is what conversions may use in this process.

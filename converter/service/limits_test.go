@@ -100,9 +100,9 @@ func TestMemory(t *testing.T) {
 	}{
 		{Limits{Conversions: 4}, true, 4, 0},
 		{Limits{Conversions: 4, Memory: 1}, true, 1, 1},
-		{Limits{Conversions: 4, Memory: 1 << 30}, false, 4, 30},
-		{Limits{Conversions: 4, Memory: 1 << 30}, true, 4, 20},
-		{Limits{Conversions: 4, Memory: 256 << 20}, true, 2, 2},
+		{Limits{Conversions: 4, Memory: 1 << 30}, false, 4, 20},
+		{Limits{Conversions: 4, Memory: 1 << 30}, true, 4, 13},
+		{Limits{Conversions: 4, Memory: 288 << 20}, true, 2, 2},
 	} {
 		if conversions, layers := split(c.limits, c.static); conversions != c.conversions || layers != c.layers {
 			t.Errorf("%+v, static %v: %d conversions, %d layers, want %d and %d", c.limits, c.static, conversions, layers, c.conversions, c.layers)
