@@ -43,6 +43,9 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 		}
 	}
 	h.unchanged("dry run")
+	if form == discarding {
+		h.layersGone(host)
+	}
 	h.failedInstall(install)
 	if first {
 		h.interruptedInstall(install)
@@ -66,6 +69,9 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 		h.hardened()
 		h.reads(c.App, systemdSeed, node.Snapshotter, idMaps(500_000)...)
 	}
+	if form == discarding {
+		h.reads(c.Other, systemdSeed+1, node.Snapshotter) // unpacked again
+	}
 	h.upgrade(w, install, first)
 	h.must("sh", "-c", restartContainerd)
 	w.awaitPass(t)
@@ -73,14 +79,14 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 		h.reboot(form)
 		return
 	}
-	h.fails(node.Namespace+"/"+w.id, node.InstalledPath, "uninstall")
+	h.inTheWay(w)
 	h.remove(w)
 	switch {
 	case first && form == "list replaced":
 		h.uninstallAtAnyPrice(host)
 	case first:
 		h.failedUninstall()
-		h.uninstall(c.App)
+		h.busyUninstall(c.App)
 	default:
 		h.refusedUninstall(host)
 		h.uninstall(c.App)
@@ -238,6 +244,13 @@ func (h *hosted) once(first, then string) string {
 	return fmt.Sprintf("test -e %s || { touch %s; %s; }; %s", mark, mark, first, then)
 }
 
+// failsSecond is a shell command that restarts containerd, but not the second time.
+func (h *hosted) failsSecond() string {
+	h.Helper()
+	mark := filepath.Join(tempDir(h.T), "first")
+	return fmt.Sprintf("if test -e %s; then %s; fi; touch %s; %s", mark, h.once("exit 7", "true"), mark, restartContainerd)
+}
+
 // failedInstall: containerd that does not come back, once, puts everything back.
 func (h *hosted) failedInstall(install []string) {
 	h.Helper()
@@ -261,7 +274,7 @@ func (h *hosted) interruptedInstall(install []string) {
 	h.notInstalled("interrupted install")
 }
 
-// killedInstall: the next command puts everything back, and goes on. Here that is an uninstall, which finds nothing to do then.
+// killedInstall: the next command puts everything back, and goes on. Here that is another install, which makes its own configuration, and fails.
 func (h *hosted) killedInstall(install []string) {
 	h.Helper()
 	c := exec.Command(newProgram, append(install, "--restart-containerd", restartContainerd+"; kill -KILL $PPID")...)
@@ -272,8 +285,12 @@ func (h *hosted) killedInstall(install []string) {
 	if _, err := os.Stat(node.InstalledPath); err != nil {
 		h.Fatal(err)
 	}
-	h.fails("has put nothing on this host", newProgram, "uninstall", "--restart-containerd", restartContainerd)
-	h.unchanged("killed install")
+	again := exec.Command(newProgram, append(install, "--restart-containerd", h.failsSecond())...)
+	if out, err := again.CombinedOutput(); err == nil || !strings.Contains(string(out), "\n+stream = ") || !strings.Contains(string(out), "exit status 7") {
+		h.Errorf("the install after one that was killed: %v\n%s", err, out)
+	}
+	h.notInstalled("killed install")
+	h.fails("has put nothing on this host", newProgram, "uninstall")
 }
 
 // upgrade puts a newer program in the place of the one that serves a container, and, if broken is true, tries one that does not start then.
@@ -293,7 +310,20 @@ func (h *hosted) upgrade(w *watcher, install []string, broken bool) {
 		if s := unitStatus(h.T); s.SafeMode != "" {
 			h.Errorf("after an upgrade that does not start: %+v", s)
 		}
+		h.must("systemctl", "stop", node.Unit) // as where it is to be mended by this: the container waits
+		h.fails("systemctl restart "+node.Unit, append([]string{"/opt/" + brokenRelease}, install...)...)
+		if out, _ := tryRun(h.T, "systemctl", "is-active", node.Unit); !strings.HasPrefix(out, "inactive") {
+			h.Errorf("after a failed upgrade of a daemon that was stopped it is %s", out)
+		}
+		h.must("systemctl", "start", node.Unit) // before a look at the files, some of which it serves
+		h.asInstalled(installed, "an upgrade of a daemon that was stopped")
+		w.awaitPass(h.T)
 	}
+	moved := filepath.Join(tempDir(h.T), "moved.toml")
+	if err := os.WriteFile(moved, []byte("stream = []\nroot = '/var/lib/elsewhere'\n"), 0o600); err != nil {
+		h.Fatal(err)
+	}
+	h.fails("uninstall first", newer, "install", "--config", moved)
 	if after := h.must("systemctl", "show", "--property", "MainPID", "--value", "containerd"); after != pid {
 		h.Error("an upgrade has restarted containerd")
 	}
@@ -330,11 +360,66 @@ func (h *hosted) awayFor(registry string) (back func()) {
 	}
 }
 
-// failedUninstall: containerd does not come back, once, when the snapshots are gone already. All is as installed again, and the image runs.
+// discarding is the form of a host where containerd keeps no layers of images that it has unpacked.
+const discarding = "forced to local"
+
+// layersGone: an image is there whose layers are not, as a pod's pause image may be. While these cannot be had, nothing is changed; later, an install gets them.
+func (h *hosted) layersGone(registry string) {
+	h.Helper()
+	h.crictl("pull", h.c.Other)
+	h.ctr("content", "prune", "references") // what else comes a while after the pull
+	dir := tempDir(h.T)
+	config, certs := filepath.Join(dir, "config.toml"), filepath.Join(dir, "certs.d", registry)
+	if err := errors.Join(os.MkdirAll(certs, 0o755), os.WriteFile(filepath.Join(certs, "hosts.toml"), []byte("server = 'http://127.0.0.1:1'\n"), 0o644),
+		os.WriteFile(config, fmt.Appendf(nil, "stream = []\nresolve_timeout = '1s'\nhosts_dir = %q\n", filepath.Dir(certs)), 0o644)); err != nil {
+		h.Fatal(err)
+	}
+	h.fails(node.Namespace+"/"+h.c.Other, newProgram, "install", "--config", config)
+	h.notInstalled("an install of an image without layers")
+	if out := h.must(newProgram, "install", "--stream", registry+"/*", "--dry-run"); !strings.Contains(out, "fetch the layers of "+node.Namespace+"/"+h.c.Other) {
+		h.Errorf("no layers are to be fetched:\n%s", out)
+	}
+}
+
+// inTheWay: an uninstall names the container that runs, whatever the configuration says by now, and a kubelet that would be left without its image service.
+func (h *hosted) inTheWay(w *watcher) {
+	h.Helper()
+	config, err := os.ReadFile(configOfInstall)
+	if err == nil {
+		err = os.WriteFile(configOfInstall, append(slices.Clip(config), "address = '/run/other.sock'\nroot = '/var/lib/elsewhere'\n"...), 0o644)
+	}
+	if err != nil {
+		h.Fatal(err)
+	}
+	h.fails(node.Namespace+"/"+w.id, node.InstalledPath, "uninstall")
+	if err := os.WriteFile(configOfInstall, config, 0o644); err != nil {
+		h.Fatal(err)
+	}
+	kubelet := &exec.Cmd{Path: "/bin/sh", Args: []string{"kubelet", "-c", "read line", "--image-service-endpoint=unix:///run/streaming-snapshotter/cri.sock"}}
+	in, err := kubelet.StdinPipe()
+	if err == nil {
+		err = kubelet.Start()
+	}
+	if err != nil {
+		h.Fatal(err)
+	}
+	h.fails(fmt.Sprintf("kubelet (process %d) has its image service at", kubelet.Process.Pid), node.InstalledPath, "uninstall")
+	in.Close()
+	kubelet.Wait() // its status is that of read
+}
+
+// failedUninstall: a container comes in the middle of it; then, containerd does not come back, once, when the snapshots are gone already. All is as installed again, and the image runs.
 func (h *hosted) failedUninstall() {
 	h.Helper()
 	installed := h.files()
-	h.fails("exit status 7", node.InstalledPath, "uninstall", "--restart-containerd", h.once("exit 7", restartContainerd))
+	w := h.watcher()
+	w.id = "late"
+	ctr := strings.Join([]string{filepath.Join(filepath.Dir(h.containerd()), "ctr"), "--namespace", node.Namespace, "run", "--detach", node.NoShares, "--snapshotter", node.Snapshotter, "--log-uri", "file://" + w.log, h.c.App, w.id, "/guest", "watch", "/data"}, " ")
+	h.fails(node.Namespace+"/"+w.id, node.InstalledPath, "uninstall", "--restart-containerd", restartContainerd+"; "+h.once(ctr, "true"))
+	h.asInstalled(installed, "an uninstall in the middle of which a container has come")
+	w.awaitPass(h.T)
+	h.remove(w)
+	h.fails("exit status 7", node.InstalledPath, "uninstall", "--restart-containerd", h.failsSecond())
 	h.asInstalled(installed, "failed uninstall")
 	if s := unitStatus(h.T); !s.Kept || s.SafeMode != "" {
 		h.Errorf("after a failed uninstall: %+v", s)
@@ -352,11 +437,27 @@ func (h *hosted) refusedUninstall(registry string) {
 	back()
 }
 
+// busyUninstall: a directory cannot be removed, as if it had been killed at its end. The next one removes it.
+func (h *hosted) busyUninstall(images ...string) {
+	h.Helper()
+	const busy = "/run/streaming-snapshotter"
+	h.must("mount", "--bind", busy, busy)
+	h.fails("uninstalled, but for this", node.InstalledPath, "uninstall")
+	h.must("umount", busy)
+	h.must(newProgram, "uninstall")
+	h.asBefore(images...)
+}
+
 // uninstall: everything is as before, and the images, with systemdSeed and those after it, run.
 func (h *hosted) uninstall(images ...string) {
 	h.Helper()
 	h.must(node.InstalledPath, "uninstall", "--dry-run")
 	h.must(node.InstalledPath, "uninstall")
+	h.asBefore(images...)
+}
+
+func (h *hosted) asBefore(images ...string) {
+	h.Helper()
 	h.unchanged("uninstall")
 	for i, ref := range images {
 		h.reads(ref, systemdSeed+uint64(i), "overlayfs")

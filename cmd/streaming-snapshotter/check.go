@@ -74,8 +74,9 @@ Exit status: 0 if all is well and REF would be streamed, 1 if there is a trap or
 found and something could not be looked at.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if output != "text" && output != "json" {
-				return fmt.Errorf("--output %s: want text or json", output)
+			asJSON, err := isJSON(output)
+			if err != nil {
+				return err
 			}
 			c, err := loadConfig(*configFile)
 			if err != nil {
@@ -84,7 +85,7 @@ found and something could not be looked at.`,
 			if len(args) > 0 {
 				o.ref = args[0]
 			}
-			o.json, o.containerd = output == "json", cmp.Or(o.containerd, c.Containerd)
+			o.json, o.containerd = asJSON, cmp.Or(o.containerd, c.Containerd)
 			return check(cmd.Context(), c, o, cmd.OutOrStdout())
 		},
 	}

@@ -66,7 +66,11 @@ func (r *checkReport) checkDisk(c config, dir string) {
 func (r *checkReport) checkDaemon(ctx context.Context, c config) {
 	s, err := askStatusOf(ctx, c.Root)
 	if err != nil {
-		r.trap(daemonDown, "start it: `systemctl start streaming-snapshotter`", "%v: pulls and new containers of streamed images fail", err)
+		start := "systemctl start streaming-snapshotter"
+		if !install.Systemd() {
+			start = install.Path + " supervise -- serve"
+		}
+		r.trap(daemonDown, "start it: `"+start+"`", "%v: pulls and new containers of streamed images fail", err)
 		return
 	}
 	r.Daemon = fmt.Sprintf("%s, since %s", s.Version, s.Since)
@@ -194,27 +198,16 @@ func peerOf(address string) int {
 
 // startedWith returns the configuration file that the containerd with this process ID was started with.
 func startedWith(pid int, fallback string) string {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil {
+	value := install.Argument(pid, "--config", "-config", "-c")
+	if value == "" {
 		return fallback
 	}
-	args := strings.Split(strings.TrimRight(string(b), "\x00"), "\x00")
-	for i, a := range args {
-		name, value, has := strings.Cut(a, "=")
-		if name != "--config" && name != "-config" && name != "-c" {
-			continue
+	if !filepath.IsAbs(value) {
+		if dir, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid)); err == nil {
+			value = filepath.Join(dir, value)
 		}
-		if !has && i+1 < len(args) {
-			value = args[i+1]
-		}
-		if !filepath.IsAbs(value) {
-			if dir, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", pid)); err == nil {
-				value = filepath.Join(dir, value)
-			}
-		}
-		return value
 	}
-	return fallback
+	return value
 }
 
 // dropIns lists the files with the snapshotter's address in the directories that are imported as a rule.

@@ -8,9 +8,11 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/install"
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
@@ -34,6 +36,11 @@ func TestCheckNode(t *testing.T) {
 	for _, want := range []traps.Code{nothingListed, daemonDown, cacheTooLarge} {
 		if !slices.ContainsFunc(r.Traps, func(t traps.Trap) bool { return t.Code == want && t.Text != "" && t.Remedy != "" }) {
 			t.Errorf("no %s in %+v", want, r.Traps)
+		}
+	}
+	for _, trap := range r.Traps {
+		if trap.Code == daemonDown && strings.Contains(trap.Remedy, "systemctl") != install.Systemd() {
+			t.Errorf("where systemd runs is %v, and what to do: %s", install.Systemd(), trap.Remedy)
 		}
 	}
 	if len(r.Unknown) == 0 || !strings.Contains(r.Unknown[0], root+".none") || r.MountMode == "" || r.Kernel == "" || r.Disk.Free == 0 {
@@ -85,6 +92,30 @@ func TestCheckCredentials(t *testing.T) {
 		}
 		if strings.Contains(fmt.Sprintf("%+v", r), password) && password == "secret" {
 			t.Error("check prints the password")
+		}
+	}
+}
+
+// What check prints is as safe for a terminal as what status does.
+func TestCheckIsPrintable(t *testing.T) {
+	const evil = "evil\x1b[2J\u009b\r\nname"
+	r := checkReport{
+		MountMode: evil, NotTaken: evil, Kernel: evil, Stream: patterns{evil}, Daemon: evil, Containerd: containerdReport{Version: evil, Config: evil},
+		Traps: []traps.Trap{{Code: evil, Text: evil, Remedy: evil}}, Unknown: []string{evil},
+	}
+	image := imageReport{Ref: evil, Manifest: evil, Hosts: []hostReport{{Host: evil, Capabilities: evil, Credentials: []string{evil}, Error: evil}}, LastPull: &normalPull{At: evil, Error: evil}}
+	unknown, not := image, image
+	unknown.Unknown, not.Reason, not.Error, not.Remedy = evil, evil, evil, evil
+	for _, i := range []imageReport{image, unknown, not} {
+		for _, asJSON := range []bool{false, true} {
+			r.Image = &i
+			var b strings.Builder
+			if err := r.print(&b, asJSON); err != nil {
+				t.Fatal(err)
+			}
+			if at := strings.IndexFunc(b.String(), func(r rune) bool { return r != '\n' && !strconv.IsPrint(r) }); at >= 0 || strings.Contains(b.String(), "\nname") {
+				t.Errorf("JSON %v: byte %d of\n%s", asJSON, at, &b)
+			}
 		}
 	}
 }

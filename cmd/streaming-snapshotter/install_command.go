@@ -95,12 +95,11 @@ Without systemd the daemon is run below supervise, and --restart-containerd has 
 			if done, err := f.onHost(cmd, *configFile, args...); done {
 				return err
 			}
-			o, err := installOptions(f, *configFile, stream, cmd.OutOrStdout())
-			if err != nil {
-				return err
-			}
-			o.Runtime = runtime
-			return install.Install(cmd.Context(), o)
+			return install.Install(cmd.Context(), func() (install.Options, error) {
+				o, err := installOptions(f, *configFile, stream, cmd.OutOrStdout())
+				o.Runtime = runtime
+				return o, err
+			})
 		},
 	}
 	f.add(cmd)
@@ -136,12 +135,11 @@ On any failure, or an interrupt, all files are put back as they were.`,
 			if done, err := f.onHost(cmd, "", args...); done {
 				return err
 			}
-			o, err := installOptions(f, "", nil, cmd.OutOrStdout())
-			if err != nil {
-				return err
-			}
-			o.Retire, o.DropImages, o.DiscardChanges = retire, dropImages, discardChanges
-			return install.Uninstall(cmd.Context(), o)
+			return install.Uninstall(cmd.Context(), func() (install.Options, error) {
+				o, err := installOptions(f, "", nil, cmd.OutOrStdout())
+				o.Retire, o.DropImages, o.DiscardChanges = retire, dropImages, discardChanges
+				return o, err
+			})
 		},
 	}
 	f.add(cmd)
@@ -178,7 +176,7 @@ func installOptions(f installFlags, configFile string, stream patterns, out io.W
 		c.Containerd = f.containerd
 	}
 	o := install.Options{
-		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Replace: configFile != "", Address: c.Address, Root: c.Root, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Fetch: fetchBlobs(c),
+		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Replace: configFile != "", Address: c.Address, Root: c.Root, CRIProxy: c.CRIProxy, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Fetch: fetchBlobs(c),
 		Containerd: func() (install.Containerd, error) { return runningContainerd(c.Containerd) },
 		Loaded: func(ctx context.Context) ([]string, error) {
 			loaded, err := (&containerdReport{Address: c.Containerd}).ask(ctx)

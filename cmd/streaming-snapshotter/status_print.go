@@ -38,8 +38,9 @@ that name since the daemon's start, or by that digest. With -w again and again u
 one after the other, as JSON one object in a line.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if output != "text" && output != "json" {
-				return fmt.Errorf("--output %s: want text or json", output)
+			var err error
+			if o.json, err = isJSON(output); err != nil {
+				return err
 			}
 			if o.interval <= 0 {
 				return fmt.Errorf("--interval %v: want more than nothing", o.interval)
@@ -51,7 +52,7 @@ one after the other, as JSON one object in a line.`,
 				}
 				o.ref = args[0]
 			}
-			o.root, o.json = c.Root, output == "json"
+			o.root = c.Root
 			return showStatus(cmd.Context(), o, cmd.OutOrStdout())
 		},
 	}
@@ -59,6 +60,14 @@ one after the other, as JSON one object in a line.`,
 	cmd.Flags().BoolVarP(&o.watch, "watch", "w", false, "again and again, until interrupted")
 	cmd.Flags().DurationVar(&o.interval, "interval", 2*time.Second, "with --watch, how often")
 	return cmd
+}
+
+// isJSON reads the value of --output.
+func isJSON(output string) (bool, error) {
+	if output != "text" && output != "json" {
+		return false, fmt.Errorf("--output %s: want text or json", output)
+	}
+	return output == "json", nil
 }
 
 // showStatus prints the status once, or until ctx ends.

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
@@ -27,30 +28,48 @@ type Image struct {
 	Platform platforms.MatchComparer // of an index
 }
 
+// Missing lists those layers of an image that are not in the content store. ctx says the namespace.
+func Missing(ctx context.Context, cs content.Store, img Image) ([]ocispec.Descriptor, error) {
+	return missing(ctx, cs, img, images.ChildrenHandler(cs))
+}
+
 // Fetch gets those layers of an image that are not in the content store, and has containerd keep all of them for as long as it has the image. It returns the
 // layers that it got. ctx says the namespace, and has a lease, without which they may go while others come.
 func Fetch(ctx context.Context, cs content.Store, img Image, from Source) (got []ocispec.Descriptor, err error) {
+	list, err := missing(ctx, cs, img, images.SetChildrenLabels(cs, images.ChildrenHandler(cs))) // with discard_unpacked_layers they are not referred to
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range list {
+		if err := fetch(ctx, cs, img.Names, d, from); err != nil {
+			return got, fmt.Errorf("fetch layer %s: %w", d.Digest, err)
+		}
+		got = append(got, d)
+	}
+	return got, nil
+}
+
+// missing calls manifest for the image's manifest.
+func missing(ctx context.Context, cs content.Store, img Image, manifest images.HandlerFunc) (list []ocispec.Descriptor, err error) {
 	choose := images.LimitManifests(images.FilterPlatforms(images.ChildrenHandler(cs), img.Platform), img.Platform, 1)
-	keep := images.SetChildrenLabels(cs, images.ChildrenHandler(cs)) // with discard_unpacked_layers they are not referred to
 	err = images.Walk(ctx, images.HandlerFunc(func(ctx context.Context, d ocispec.Descriptor) ([]ocispec.Descriptor, error) {
 		switch {
 		case images.IsIndexType(d.MediaType):
 			return choose(ctx, d)
 		case images.IsManifestType(d.MediaType):
-			return keep(ctx, d)
+			return manifest(ctx, d)
 		case !images.IsLayerType(d.MediaType):
 			return nil, nil
 		}
 		if _, err := cs.Info(ctx, d.Digest); err == nil || !errdefs.IsNotFound(err) {
 			return nil, err
 		}
-		if err := fetch(ctx, cs, img.Names, d, from); err != nil {
-			return nil, fmt.Errorf("fetch layer %s: %w", d.Digest, err)
+		if !slices.ContainsFunc(list, func(other ocispec.Descriptor) bool { return other.Digest == d.Digest }) {
+			list = append(list, d)
 		}
-		got = append(got, d)
 		return nil, nil
 	}), img.Target)
-	return got, err
+	return list, err
 }
 
 // fetch gets a blob by the first of an image's names that serves. What comes is held against its digest by containerd.

@@ -1,7 +1,6 @@
 package install
 
 import (
-	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -96,9 +95,14 @@ func temporary(path string) string {
 	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".streaming-snapshotter-new")
 }
 
-// put makes what is at f.Path what f says, by one rename, and syncs it. The directory has to be there, unless f is absent.
+// put makes what is at f.Path what f says, by one rename, and syncs it. A directory that is missing is made.
 func (f file) put() error {
 	dir, tmp := filepath.Dir(f.Path), temporary(f.Path)
+	if !f.Absent {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
 		return err
 	}
@@ -157,7 +161,10 @@ type record struct {
 	Before    []file   `json:"before"`    // what uninstall puts back: as it was before the first install
 	Installed []file   `json:"installed"` // what is there instead
 	Dirs      []string `json:"dirs"`      // made for them, the deepest last
-	Root      string   `json:"root"`      // the snapshotter's directory, if there was none before the first install
+	Root      string   `json:"root"`      // the daemon's directory
+	Address   string   `json:"address"`   // and its socket
+	Made      bool     `json:"made"`      // there was no Root before the first install
+	Ended     bool     `json:"ended"`     // an uninstall has, but for the removal of Dirs and Root
 	Change    *change  `json:"change,omitempty"`
 }
 
@@ -165,9 +172,11 @@ type record struct {
 type change struct {
 	Before  []file   `json:"before"`
 	Dirs    []string `json:"dirs"`
+	Fresh   bool     `json:"fresh"`             // the host had no daemon before, and nothing that it keeps
 	Running bool     `json:"running"`           // the daemon ran before
 	Restart []string `json:"restart,omitempty"` // the command that restarts containerd, if its configuration is changed
-	Root    string   `json:"root,omitempty"`    // the snapshotter's directory, if there was none before
+	Root    string   `json:"root"`              // the daemon's directory
+	Made    bool     `json:"made"`              // which was not there before
 }
 
 // store is the installer's directory.
@@ -219,9 +228,11 @@ func (s *store) begin(files []file, c change) error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
 	}
-	if _, err := os.Lstat(c.Root); !errors.Is(err, fs.ErrNotExist) {
-		c.Root = ""
+	if err := SyncDir(filepath.Dir(s.dir)); err != nil {
+		return err
 	}
+	_, err := os.Lstat(c.Root)
+	c.Made = c.Fresh && errors.Is(err, fs.ErrNotExist)
 	for _, f := range files {
 		was, err := readFile(f.Path)
 		if err != nil {
@@ -268,11 +279,6 @@ func apply(ctx interface{ Err() error }, files []file) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if !f.Absent {
-			if err := os.MkdirAll(filepath.Dir(f.Path), 0o755); err != nil {
-				return err
-			}
-		}
 		if err := f.put(); err != nil {
 			return err
 		}
@@ -310,7 +316,7 @@ func (s *store) forget() error {
 	r.Change = nil
 	if !s.installed() {
 		s.record = r
-		return os.RemoveAll(s.dir)
+		return s.remove()
 	}
 	if err := s.write(r); err != nil {
 		return err
@@ -318,9 +324,22 @@ func (s *store) forget() error {
 	return s.sweep()
 }
 
+// end ends the last change, an uninstall: nothing of it is undone any more, and what is left to do is removal.
+func (s *store) end() error {
+	return s.write(record{Dirs: s.Dirs, Root: s.Root, Made: s.Made, Ended: true})
+}
+
+// remove removes the directory, and the record first: without the rest of it, it would be of no use, and in the way.
+func (s *store) remove() error {
+	if err := (file{Path: s.path("record.json"), Absent: true}).put(); err != nil {
+		return err
+	}
+	return os.RemoveAll(s.dir)
+}
+
 // commit ends a change that stands: files are installed now.
 func (s *store) commit(files []file) error {
-	r := record{Before: slices.Clone(s.Before), Dirs: slices.Clone(s.Dirs), Root: cmp.Or(s.Root, s.Change.Root)}
+	r := record{Before: slices.Clone(s.Before), Dirs: slices.Clone(s.Dirs), Root: s.Root, Address: s.Address, Made: s.Made || s.Change.Made}
 	now := map[string]file{}
 	for _, f := range append(slices.Clone(s.Installed), files...) {
 		now[f.Path] = f

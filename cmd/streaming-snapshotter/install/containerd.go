@@ -105,7 +105,7 @@ func (in *installer) forms(dump []byte) (list []form, err error) {
 	}
 	var handler map[string]any
 	if in.use.runtime != "" {
-		if handler, err = handlerLike(dump); err != nil {
+		if handler, err = handlerLike(dump, in.use.runtime); err != nil {
 			return nil, err
 		}
 	}

@@ -4,12 +4,16 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"regexp"
 	"strings"
 )
 
 const diffContext = 3 // lines
 
-// printChange prints what becomes of a file: as a unified diff of one hunk where both are text.
+// secret matches the lines of containerd's configuration that have one: what is printed is a pod's log.
+var secret = regexp.MustCompile(`(?i)^(\s*["']?(?:password|auth|identitytoken|token)["']?\s*=\s*).*`)
+
+// printChange prints what becomes of a file: as a unified diff of one hunk where both are text, without secrets.
 func printChange(w io.Writer, was, is file) {
 	switch {
 	case is.Absent:
@@ -41,18 +45,15 @@ func printChange(w io.Writer, was, is file) {
 	from, after := max(0, same-diffContext), max(0, tail-diffContext)
 	n, m := len(old)-after-from, len(now)-after-from
 	fmt.Fprintf(w, "@@ -%s +%s @@\n", span(from, n), span(from, m))
-	for _, l := range old[from:same] {
-		fmt.Fprintf(w, " %s\n", l)
+	each := func(mark string, lines []string) {
+		for _, l := range lines {
+			fmt.Fprintf(w, "%s%s\n", mark, secret.ReplaceAllString(l, "$1..."))
+		}
 	}
-	for _, l := range old[same : len(old)-tail] {
-		fmt.Fprintf(w, "-%s\n", l)
-	}
-	for _, l := range now[same : len(now)-tail] {
-		fmt.Fprintf(w, "+%s\n", l)
-	}
-	for _, l := range old[len(old)-tail : len(old)-after] {
-		fmt.Fprintf(w, " %s\n", l)
-	}
+	each(" ", old[from:same])
+	each("-", old[same:len(old)-tail])
+	each("+", now[same:len(now)-tail])
+	each(" ", old[len(old)-tail:len(old)-after])
 }
 
 func span(from, n int) string {

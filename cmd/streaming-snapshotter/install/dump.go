@@ -23,7 +23,7 @@ func (in *installer) dump(ctx context.Context, files []file) ([]byte, error) {
 		dump []byte
 		err  error
 	}
-	scratch, err := os.MkdirTemp("/run", "streaming-snapshotter-install-")
+	scratch, err := os.MkdirTemp(scratchDir, scratchName)
 	if err != nil {
 		return nil, err
 	}
@@ -35,6 +35,16 @@ func (in *installer) dump(ctx context.Context, files []file) ([]byte, error) {
 	}()
 	r := <-done
 	return r.dump, errors.Join(r.err, os.Remove(scratch)) // what is mounted on it is in the namespace
+}
+
+const scratchDir, scratchName = "/run", "streaming-snapshotter-install-"
+
+// removeScratch removes what killed ones have left: empty directories.
+func removeScratch() {
+	left, _ := filepath.Glob(filepath.Join(scratchDir, scratchName+"*")) // the pattern is well
+	for _, dir := range left {
+		_ = unix.Rmdir(dir)
+	}
 }
 
 func (in *installer) dumpHere(ctx context.Context, files []file, scratch string) ([]byte, error) {

@@ -8,7 +8,6 @@ import (
 	"strings"
 
 	client "github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 
@@ -53,11 +52,12 @@ type unpacked struct {
 	namespace string
 	image     client.Image
 	names     []string // all that it has
+	pinned    bool     // CRI's: what pods themselves are made of
 }
 
 func (u unpacked) String() string { return u.namespace + "/" + strings.Join(u.names, ", ") }
 
-// imagesOf lists the images that containers could be made of with one snapshotter, and not with the other.
+// imagesOf lists the images that containers could be made of with one snapshotter, and not with the other, if that is not "".
 func imagesOf(ctx context.Context, cl *client.Client, with, without string) (list []unpacked, err error) {
 	err = eachNamespace(ctx, cl, func(ctx context.Context, ns string) error {
 		all, err := cl.ListImages(ctx)
@@ -68,11 +68,11 @@ func imagesOf(ctx context.Context, cl *client.Client, with, without string) (lis
 			if i := slices.IndexFunc(list, func(u unpacked) bool {
 				return u.namespace == ns && u.image.Target().Digest == img.Target().Digest
 			}); i >= 0 {
-				list[i].names = append(list[i].names, img.Name())
+				list[i].names, list[i].pinned = append(list[i].names, img.Name()), list[i].pinned || isPinned(img)
 				continue
 			}
 			is, err := img.IsUnpacked(ctx, with)
-			if err == nil && is {
+			if err == nil && is && without != "" {
 				is, err = img.IsUnpacked(ctx, without)
 				is = !is
 			}
@@ -83,7 +83,7 @@ func imagesOf(ctx context.Context, cl *client.Client, with, without string) (lis
 				return fmt.Errorf("%s: %w", img.Name(), err)
 			}
 			if is {
-				list = append(list, unpacked{ns, img, []string{img.Name()}})
+				list = append(list, unpacked{ns, img, []string{img.Name()}, isPinned(img)})
 			}
 		}
 		return nil
@@ -91,40 +91,89 @@ func imagesOf(ctx context.Context, cl *client.Client, with, without string) (lis
 	return list, err
 }
 
-// unpack makes u an image of another snapshotter, as a pull with that would: layers whose blobs are not on the node are fetched.
+func isPinned(img client.Image) bool { return img.Labels()["io.cri-containerd.pinned"] == "pinned" }
+
+// content is where u's layers are, and are to be.
+func (u unpacked) content() blobs.Image {
+	return blobs.Image{Names: u.names, Target: u.image.Target(), Platform: u.image.Platform()}
+}
+
+// unpack makes u an image of another snapshotter, as a pull with that would: layers whose blobs are not on the node are fetched. With "" that is all.
 func (in *installer) unpack(ctx context.Context, cl *client.Client, u unpacked, snapshotter string) (err error) {
 	ctx, done, err := cl.WithLease(namespaces.WithNamespace(ctx, u.namespace))
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, done(context.WithoutCancel(ctx))) }()
-	if _, err := blobs.Fetch(ctx, cl.ContentStore(), blobs.Image{Names: u.names, Target: u.image.Target(), Platform: u.image.Platform()}, in.o.Fetch); err != nil {
+	if _, err := blobs.Fetch(ctx, cl.ContentStore(), u.content(), in.o.Fetch); err != nil || snapshotter == "" {
 		return err
 	}
 	return u.image.Unpack(ctx, snapshotter)
 }
 
-// removeSnapshots removes all of a snapshotter's, those before that others stand on.
-func removeSnapshots(ctx context.Context, cl *client.Client, snapshotter string) error {
-	return eachNamespace(ctx, cl, func(ctx context.Context, _ string) error {
-		sn := cl.SnapshotService(snapshotter)
-		for {
-			parents, all := map[string]bool{}, []string{}
-			if err := sn.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
-				parents[i.Parent] = true
-				all = append(all, i.Name)
-				return nil
-			}); err != nil || len(all) == 0 {
-				return err
-			}
-			for _, name := range all {
-				if parents[name] {
-					continue
-				}
-				if err := sn.Remove(ctx, name); err != nil && !errdefs.IsNotFound(err) {
-					return fmt.Errorf("remove snapshot %s: %w", name, err)
-				}
-			}
+// unpackAll does for all images what it can.
+func (in *installer) unpackAll(ctx context.Context, cl *client.Client, images []unpacked, snapshotter string) error {
+	var lost []error
+	for _, u := range images {
+		if err := in.unpack(ctx, cl, u, snapshotter); err != nil {
+			lost = append(lost, fmt.Errorf("%s: %w", u, err))
 		}
-	})
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	return errors.Join(lost...)
+}
+
+// criNamespace is containerd's namespace for pods.
+const criNamespace = "k8s.io"
+
+// withoutLayers lists the images that pods have by the snapshotter that CRI uses now, and whose layers are not all in containerd: another snapshotter cannot unpack them, and
+// their next containers would not start. Where it serves a runtime handler alone, these are the pinned ones: the rest is pulled for that.
+func (in *installer) withoutLayers(ctx context.Context, snapshotter string) ([]unpacked, error) {
+	dump, err := in.dump(ctx, nil)
+	if err != nil {
+		return nil, err
+	}
+	now, err := snapshotterOf(dump)
+	if err != nil || now == snapshotter {
+		return nil, err
+	}
+	cl, err := client.New(in.o.Socket)
+	if err != nil {
+		return nil, err
+	}
+	defer cl.Close()
+	all, err := imagesOf(ctx, cl, now, "")
+	var list []unpacked
+	for _, u := range all {
+		if u.namespace != criNamespace || in.o.Runtime != "" && !u.pinned {
+			continue
+		}
+		missing, err := blobs.Missing(namespaces.WithNamespace(ctx, u.namespace), cl.ContentStore(), u.content())
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", u, err)
+		}
+		if len(missing) > 0 {
+			list = append(list, u)
+		}
+	}
+	return list, err
+}
+
+// fetchLayers gets the layers of images that withoutLayers has listed.
+func (in *installer) fetchLayers(ctx context.Context, images []unpacked) error {
+	if len(images) == 0 {
+		return nil
+	}
+	cl, err := client.New(in.o.Socket)
+	if err != nil {
+		return err
+	}
+	defer cl.Close()
+	if err := in.unpackAll(ctx, cl, images, ""); err != nil {
+		return fmt.Errorf("nothing was changed: containerd has not kept the layers of images (discard_unpacked_layers), and they cannot be had: remove what can be pulled again (`crictl rmi`), "+
+			"or have the snapshotter serve a runtime handler alone (--runtime NAME): %w", err)
+	}
+	return nil
 }

@@ -35,6 +35,8 @@ type Options struct {
 	Replace       bool     // the host's configuration by Config
 	Runtime       string   // a runtime handler, made for pods that ask for it: CRI uses the snapshotter for these alone
 	Address, Root string   // as it says
+	CRIProxy      string   // and the socket of its proxy of CRI; "" is none
+	Socket        string   // containerd's
 	Restart       []string // the command that restarts containerd; nil is systemd's
 	// Containerd says which containerd runs.
 	Containerd func() (Containerd, error)
@@ -42,15 +44,14 @@ type Options struct {
 	Loaded func(ctx context.Context) ([]string, error)
 	// Ready asks the daemon whether it serves, and not in safe mode.
 	Ready  func(ctx context.Context) error
+	Fetch  blobs.Source // of layers that are not on the node
 	DryRun bool
 	Out    io.Writer // what is done, or would be
 
 	// For Uninstall alone.
-	Socket         string // containerd's
-	Retire         bool   // while there are containers of the snapshotter, have nothing new use it, instead of changing nothing
-	DropImages     bool   // images that cannot be fetched have to be pulled again
-	DiscardChanges bool   // that others have made to the files since
-	Fetch          blobs.Source
+	Retire         bool // while there are containers of the snapshotter, have nothing new use it, instead of changing nothing
+	DropImages     bool // images that cannot be fetched have to be pulled again
+	DiscardChanges bool // that others have made to the files since
 }
 
 // Containerd is one that runs.
@@ -66,23 +67,27 @@ type installer struct {
 	s   *store
 	c   Containerd
 	use use
+
+	cleaned bool // what an uninstall that was cut short has left
 }
 
 // plan is what there is to do.
 type plan struct {
 	files   []file
-	daemon  bool     // is started, in the place of one that runs
-	name    string   // of the snapshotter in containerd's configuration
-	restart []string // the command that restarts containerd; nil if that is not needed
+	daemon  bool       // is started, in the place of one that runs
+	name    string     // of the snapshotter in containerd's configuration
+	restart []string   // the command that restarts containerd; nil if that is not needed
+	images  []unpacked // whose layers are fetched before, for their next containers
 }
 
-// Install installs, or upgrades. On an error the host is as it was before.
-func Install(ctx context.Context, o Options) error {
-	in, unlock, err := begin(ctx, o)
+// Install installs, or upgrades. On an error the host is as it was before. options may be asked twice, as what a change that was cut short has left is no ground for them.
+func Install(ctx context.Context, options func() (Options, error)) error {
+	in, unlock, err := begin(ctx, options)
 	if err != nil {
 		return err
 	}
 	defer unlock()
+	o := in.o
 	p, err := in.plan(ctx)
 	if err != nil {
 		return err
@@ -94,6 +99,9 @@ func Install(ctx context.Context, o Options) error {
 	if err := in.announce(p); err != nil || o.DryRun {
 		return err
 	}
+	if err := in.fetchLayers(ctx, p.images); err != nil {
+		return err
+	}
 	if err := in.carryOut(ctx, p); err != nil {
 		return err
 	}
@@ -102,7 +110,7 @@ func Install(ctx context.Context, o Options) error {
 }
 
 // begin keeps others off, and undoes what was cut short.
-func begin(ctx context.Context, o Options) (in *installer, unlock func(), err error) {
+func begin(ctx context.Context, options func() (Options, error)) (in *installer, unlock func(), err error) {
 	lock, err := os.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, nil, err
@@ -116,6 +124,10 @@ func begin(ctx context.Context, o Options) (in *installer, unlock func(), err er
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, nil, fmt.Errorf("another install or uninstall is under way: %w", err)
 	}
+	o, err := options()
+	if err != nil {
+		return nil, nil, err
+	}
 	in = &installer{o: o, use: use{runtime: o.Runtime}}
 	if in.svc, err = findServices(ctx, o); err != nil {
 		return nil, nil, err
@@ -123,17 +135,43 @@ func begin(ctx context.Context, o Options) (in *installer, unlock func(), err er
 	if in.s, err = openStore(Dir); err != nil {
 		return nil, nil, err
 	}
-	if in.s.Change == nil {
+	removeScratch()
+	if in.s.Change == nil && !in.s.Ended {
 		return in, unlock, nil
 	}
-	fmt.Fprintln(o.Out, "a change that was cut short is undone first")
+	if in.s.Ended {
+		fmt.Fprintln(o.Out, "an uninstall that was cut short is ended first")
+	} else {
+		fmt.Fprintln(o.Out, "a change that was cut short is undone first")
+	}
 	if o.DryRun {
 		return nil, nil, errors.New("what comes then depends on it: run it without --dry-run")
 	}
-	return in, unlock, in.rollBack(ctx, true)
+	if in.cleaned = in.s.Ended; in.cleaned {
+		err = in.cleanUp()
+	} else {
+		err = in.rollBack(ctx, true)
+	}
+	if err == nil {
+		in.o, err = options()
+	}
+	return in, unlock, err
+}
+
+// unmoved refuses another directory or socket than those that are in use: containerd has its images and containers there.
+func (in *installer) unmoved() error {
+	for _, k := range []struct{ key, was, is string }{{"root", in.s.Root, in.o.Root}, {"address", in.s.Address, in.o.Address}} {
+		if in.s.installed() && k.was != k.is {
+			return fmt.Errorf("nothing was changed: the configuration says %s = %q, and what is installed has %q, where containerd has its images and containers: take the change back, or uninstall first", k.key, k.is, k.was)
+		}
+	}
+	return nil
 }
 
 func (in *installer) plan(ctx context.Context) (p plan, err error) {
+	if err := in.unmoved(); err != nil {
+		return p, err
+	}
 	if in.c, err = in.o.Containerd(); err != nil {
 		return p, err
 	}
@@ -150,7 +188,7 @@ func (in *installer) plan(ctx context.Context) (p plan, err error) {
 	if files, err = changed(files); err != nil {
 		return p, err
 	}
-	p.daemon = len(files) > 0 || !in.svc.running()
+	p.daemon = len(files) > 0 || !in.svc.running(ctx)
 	containerd, found, err := in.containerdFiles(ctx)
 	if err != nil {
 		return p, err
@@ -167,7 +205,10 @@ func (in *installer) plan(ctx context.Context) (p plan, err error) {
 		p.restart = in.svc.restartContainerd(in.c.Unit)
 	}
 	p.files = append(files, containerd...)
-	return p, nil
+	if len(containerd) > 0 {
+		p.images, err = in.withoutLayers(ctx, p.name)
+	}
+	return p, err
 }
 
 // changed leaves out what is there already.
@@ -193,6 +234,9 @@ func (in *installer) announce(p plan) error {
 		}
 		printChange(in.o.Out, was, f)
 	}
+	for _, u := range p.images {
+		fmt.Fprintf(in.o.Out, "fetch the layers of %s, which containerd has not kept (discard_unpacked_layers), and its next container needs\n", u)
+	}
 	if p.daemon {
 		if _, bare := in.svc.(*supervised); bare {
 			fmt.Fprintf(in.o.Out, "run %s supervise -- serve (PID in %s, log in %s); it does not start by itself at boot: have it started before containerd\n", Path, pidFile, logFile)
@@ -208,7 +252,7 @@ func (in *installer) announce(p plan) error {
 
 // carryOut does what p says, or nothing.
 func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
-	if err := in.s.begin(p.files, change{Running: in.svc.running(), Restart: p.restart, Root: in.o.Root}); err != nil {
+	if err := in.s.begin(p.files, change{Fresh: !in.s.installed() && !in.svc.there(ctx), Running: in.svc.running(ctx), Restart: p.restart, Root: in.o.Root}); err != nil {
 		return err
 	}
 	restarted := false
@@ -234,6 +278,7 @@ func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
 			return err
 		}
 	}
+	in.s.Root, in.s.Address = in.o.Root, in.o.Address
 	return in.s.commit(p.files)
 }
 
@@ -264,28 +309,27 @@ func (in *installer) failed(ctx context.Context, err error, restarted bool) erro
 func (in *installer) rollBack(ctx context.Context, restarted bool) (err error) {
 	c := in.s.Change
 	defer func() {
-		if err == nil {
-			fmt.Fprintln(in.o.Out, "all files are as they were before")
-			return
+		if err != nil {
+			err = fmt.Errorf("not all is as it was before; the next install or uninstall tries again, and %s has the originals: %w", Dir, err)
 		}
-		err = fmt.Errorf("not all is as it was before; the next install or uninstall tries again, and %s has the originals: %w", Dir, err)
 	}()
+	// What keeps the mounts of a daemon that was there before keeps them on: containers wait for it.
 	if !c.Running {
-		if err := in.svc.stop(ctx); err != nil {
+		if err := in.svc.stop(ctx, c.Fresh); err != nil {
 			return err
 		}
 	}
 	if err := errors.Join(in.s.undo(), in.svc.reload(ctx)); err != nil {
 		return err
 	}
-	if c.Running {
-		if err := in.svc.start(ctx); err != nil {
+	if c.Fresh {
+		if err := clearRoot(c.Root, c.Made); err != nil {
 			return err
 		}
 	}
-	if !c.Running {
-		if err := clearRoot(in.o.Root, c.Root != ""); err != nil {
-			return err
+	if c.Running {
+		if err := in.svc.start(ctx); err != nil { // as before, maybe; there is nothing else to undo, and an install of what mends it must not wait for that
+			fmt.Fprintf(in.o.Out, "the daemon does not start with the files that it had before: %v\n", err)
 		}
 	}
 	if c.Restart != nil && restarted {
@@ -297,5 +341,9 @@ func (in *installer) rollBack(ctx context.Context, restarted bool) (err error) {
 			return err
 		}
 	}
-	return in.s.forget()
+	if err := in.s.forget(); err != nil {
+		return err
+	}
+	fmt.Fprintln(in.o.Out, "all files are as they were before")
+	return nil
 }

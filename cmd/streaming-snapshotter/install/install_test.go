@@ -259,16 +259,16 @@ func TestCutShort(t *testing.T) {
 		at := func(name string) string { return filepath.Join(dir, name) }
 		return []file{
 			regular(at("plain"), 0o755, []byte("new")), regular(at("new/deeper/file"), 0o644, []byte("new")), {Path: at("wants/link"), Link: "/new"},
-			regular(at("link"), 0o644, []byte("new")), {Path: at("gone"), Absent: true}, regular(at("private"), 0o644, []byte("new")), {Path: at("missing/none"), Absent: true},
+			regular(at("link"), 0o644, []byte("new")), regular(at("sub/file"), 0o644, []byte("new")), {Path: at("gone"), Absent: true}, regular(at("private"), 0o644, []byte("new")), {Path: at("missing/none"), Absent: true},
 		}
 	}
 	for cut := 0; cut <= len(change("")); cut++ {
 		dir := t.TempDir()
 		host, state := filepath.Join(dir, "host"), filepath.Join(dir, "state")
-		if err := os.Mkdir(host, 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Join(host, "sub"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		for name, mode := range map[string]os.FileMode{"plain": 0o644, "gone": 0o600, "private": 0o4711} {
+		for name, mode := range map[string]os.FileMode{"plain": 0o644, "sub/file": 0o640, "gone": 0o600, "private": 0o4711} {
 			path := filepath.Join(host, name)
 			if err := errors.Join(os.WriteFile(path, []byte("the old "+name), 0o600), os.Chown(path, 12, 34), unix.Chmod(path, uint32(mode)),
 				unix.Setxattr(path, "user.mine", []byte("a\x00b"), 0), os.Chtimes(path, time.Time{}, time.Unix(1e9, 5))); err != nil {
@@ -299,6 +299,11 @@ func TestCutShort(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		if cut > 0 { // and somebody tidies up
+			if err := os.RemoveAll(filepath.Join(host, "sub")); err != nil {
+				t.Fatal(err)
+			}
+		}
 		for range 2 { // cut short itself, at its end
 			if err := reopen().undo(); err != nil {
 				t.Fatal(err)
@@ -313,6 +318,16 @@ func TestCutShort(t *testing.T) {
 		if _, err := os.Lstat(state); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("the record is left: %v", err)
 		}
+	}
+}
+
+// TestPrintChangeWithoutSecrets: what is printed is a pod's log.
+func TestPrintChangeWithoutSecrets(t *testing.T) {
+	const auth = "[auth]\n  username = 'u'\n  password = 'hush1'\n  identitytoken='hush2'\n  \"auth\" = 'hush3'\n"
+	var b strings.Builder
+	printChange(&b, regular("f", 0o600, []byte(auth+"a = 1\n")), regular("f", 0o600, []byte(strings.ReplaceAll(auth, "hush3", "hush4")+"a = 1\n")))
+	if s := b.String(); strings.Contains(s, "hush") || !strings.Contains(s, "password = ...") || !strings.Contains(s, "username = 'u'") || !strings.Contains(s, "a = 1") {
+		t.Errorf("printed\n%s", s)
 	}
 }
 

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,23 +23,31 @@ import (
 type services interface {
 	// files are those that have it run.
 	files() []file
-	// running reports whether the daemon, or who runs it, does.
-	running() bool
+	// there reports whether the host has the daemon, running or not.
+	there(ctx context.Context) bool
+	// running reports whether the daemon, or who runs it, does: one that crashes and is started again, too.
+	running(ctx context.Context) bool
 	// reload takes note of changed files.
 	reload(ctx context.Context) error
 	// start runs the daemon that is installed, in the place of the one that runs.
 	start(ctx context.Context) error
-	// stop ends it, and what keeps its mounts.
-	stop(ctx context.Context) error
+	// stop ends it, and if all is true what keeps its mounts.
+	stop(ctx context.Context, all bool) error
 	// restartContainerd is the command that does.
 	restartContainerd(unit string) []string
 	// allowRestart has that command work however often containerd was started of late.
 	allowRestart(ctx context.Context, command []string)
 }
 
+// Systemd reports whether systemd runs this host (sd_booted(3)).
+func Systemd() bool {
+	_, err := os.Stat("/run/systemd/system")
+	return err == nil
+}
+
 // findServices asks the host who runs its services.
 func findServices(ctx context.Context, o Options) (services, error) {
-	if _, err := os.Stat("/run/systemd/system"); err != nil {
+	if !Systemd() {
 		if len(o.Restart) == 0 {
 			return nil, errors.New("this host has no systemd: say with --restart-containerd how containerd is restarted on it")
 		}
@@ -90,8 +100,19 @@ func (s *systemd) files() []file {
 	return append(list, regular(dropIn254, 0o644, deploy.Systemd254))
 }
 
-func (s *systemd) running() bool {
-	return exec.Command("systemctl", "--quiet", "is-active", unit).Run() == nil
+// show returns a property of a unit, "" if there is none.
+func (s *systemd) show(ctx context.Context, unit, property string) string {
+	out, err := output(ctx, "systemctl", "show", "--property", property, "--value", unit)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(out)
+}
+
+func (s *systemd) there(ctx context.Context) bool { return s.show(ctx, unit, "LoadState") == "loaded" }
+
+func (s *systemd) running(ctx context.Context) bool {
+	return slices.Contains([]string{"active", "activating", "reloading"}, s.show(ctx, unit, "ActiveState"))
 }
 
 func (s *systemd) reload(ctx context.Context) error {
@@ -110,10 +131,10 @@ func (s *systemd) start(ctx context.Context) error {
 	return run(ctx, "systemctl", "restart", unit)
 }
 
-func (s *systemd) stop(ctx context.Context) error {
+func (s *systemd) stop(ctx context.Context, all bool) error {
 	var errs []error
 	for _, u := range []string{unit, keeperUnit} {
-		if out, err := output(ctx, "systemctl", "show", "--property", "LoadState", "--value", u); err == nil && strings.TrimSpace(out) == "loaded" {
+		if (u == unit || all) && s.show(ctx, u, "LoadState") == "loaded" {
 			errs = append(errs, run(ctx, "systemctl", "stop", u))
 		}
 	}
@@ -146,24 +167,22 @@ const (
 
 func (*supervised) files() []file { return nil }
 
-// pid is the supervisor's, 0 if none runs.
+// pid is the supervisor's, 0 if none runs. Who starts the host may have started it, and written nothing down.
 func (*supervised) pid() int {
-	b, err := os.ReadFile(pidFile)
-	if err != nil {
-		return 0
+	b, _ := os.ReadFile(pidFile)
+	written, _ := strconv.Atoi(strings.TrimSpace(string(b)))
+	for _, p := range append([]process{{pid: written, args: argumentsOf(written)}}, processes()...) {
+		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.pid))
+		if err == nil && strings.TrimSuffix(exe, " (deleted)") == Path && len(p.args) > 1 && p.args[1] == "supervise" && slices.Contains(p.args, "serve") {
+			return p.pid
+		}
 	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
-	if err != nil || pid <= 0 {
-		return 0
-	}
-	args, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if err != nil || !strings.HasPrefix(string(args), Path+"\x00supervise\x00") {
-		return 0
-	}
-	return pid
+	return 0
 }
 
-func (s *supervised) running() bool { return s.pid() != 0 }
+func (s *supervised) there(ctx context.Context) bool { return s.running(ctx) }
+
+func (s *supervised) running(context.Context) bool { return s.pid() != 0 }
 
 func (*supervised) reload(context.Context) error { return nil }
 
@@ -176,7 +195,7 @@ func (s *supervised) start(ctx context.Context) error {
 			asked = 1
 		}
 		last = reaped(pid)
-		if err := unix.Kill(pid, unix.SIGHUP); err != nil {
+		if err := errors.Join(writePID(pid), unix.Kill(pid, unix.SIGHUP)); err != nil {
 			return err
 		}
 	} else if err := s.launch(); err != nil {
@@ -211,7 +230,7 @@ func (s *supervised) start(ctx context.Context) error {
 
 // launch starts a supervisor, in an environment like that of a systemd unit: what a pod was given, or who has called, is not the daemon's.
 func (s *supervised) launch() error {
-	if err := os.MkdirAll(runDir, 0o700); err != nil {
+	if err := os.MkdirAll(runDir, 0o700); err != nil { // before its socket
 		return err
 	}
 	log, err := os.OpenFile(logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
@@ -226,8 +245,14 @@ func (s *supervised) launch() error {
 	if err := amongHostsOwn(c.Start); err != nil {
 		return err
 	}
-	err = os.WriteFile(pidFile, fmt.Appendf(nil, "%d\n", c.Process.Pid), 0o644)
-	return errors.Join(err, c.Process.Release())
+	return errors.Join(writePID(c.Process.Pid), c.Process.Release())
+}
+
+func writePID(pid int) error {
+	if err := os.MkdirAll(runDir, 0o700); err != nil {
+		return err
+	}
+	return os.WriteFile(pidFile, fmt.Appendf(nil, "%d\n", pid), 0o644)
 }
 
 // reaped changes whenever a child of the process has ended: the page faults of all that have (proc(5), cminflt).
@@ -250,7 +275,7 @@ func childOf(pid int) string {
 	return strings.TrimSpace(children)
 }
 
-func (s *supervised) stop(ctx context.Context) error {
+func (s *supervised) stop(ctx context.Context, _ bool) error {
 	pid := s.pid()
 	if pid == 0 {
 		return nil
@@ -266,7 +291,10 @@ func (s *supervised) stop(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
-	return os.Remove(pidFile)
+	if err := os.Remove(pidFile); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 func (s *supervised) restartContainerd(string) []string { return s.o.Restart }

@@ -1,10 +1,12 @@
 package install
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -24,23 +26,29 @@ type removal struct {
 	name    string // of the snapshotter; "" if containerd's configuration does not have it any more
 	before  string // the snapshotter that CRI pulls with then
 	images  []unpacked
-	using   []string // containers that have their files from the snapshotter
-	retire  plan     // has nothing new use the snapshotter, while they do
+	idle    map[string]bool // snapshots that a container could have, and none has
+	using   []string        // containers that have their files from the snapshotter
+	retire  plan            // has nothing new use the snapshotter, while they do, and while it is removed
 }
 
 // Uninstall takes away what Install has put there. On an error all files are as they were before.
-func Uninstall(ctx context.Context, o Options) error {
-	in, unlock, err := begin(ctx, o)
+func Uninstall(ctx context.Context, options func() (Options, error)) error {
+	in, unlock, err := begin(ctx, options)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	if !in.s.installed() && o.Retire {
+	o := in.o
+	if !in.s.installed() && (o.Retire || in.cleaned) {
 		fmt.Fprintln(o.Out, "nothing is installed")
 		return nil
 	}
 	if !in.s.installed() {
 		return fmt.Errorf("`streaming-snapshotter install` has put nothing on this host: %s has no record", Dir)
+	}
+	in.o.Root, in.o.Address = in.s.Root, in.s.Address // whatever the configuration says by now
+	if by := proxied(in.ours); len(by) > 0 {
+		return fmt.Errorf("nothing was changed: take that out and restart it first, because without the daemon it pulls nothing, and does not start any more:\n  %s", strings.Join(by, "\n  "))
 	}
 	cl, err := client.New(o.Socket)
 	if err != nil {
@@ -54,23 +62,46 @@ func Uninstall(ctx context.Context, o Options) error {
 	if err := in.announceRemoval(r); err != nil || o.DryRun {
 		return err
 	}
-	if err := in.keepImages(ctx, cl, r); err != nil {
-		return err
+	if err := in.keepImages(ctx, cl, r.images, r.before); err != nil {
+		return fmt.Errorf("nothing was changed: %w", err)
 	}
 	if len(r.using) > 0 {
-		return in.retire(ctx, r)
+		return in.retire(ctx, cl, r)
 	}
-	return in.remove(ctx, cl, r)
+	if err := in.remove(ctx, cl, r); err != nil {
+		return err
+	}
+	return in.cleanUp()
+}
+
+// ours reports whether a socket is one of the daemon's for the kubelet.
+func (in *installer) ours(socket string) bool {
+	return in.o.CRIProxy != "" && socket == filepath.Clean(in.o.CRIProxy) || strings.HasPrefix(socket, runDir+"/")
 }
 
 // retire has nothing new use the snapshotter, and says what is in the way of the rest.
-func (in *installer) retire(ctx context.Context, r removal) error {
+func (in *installer) retire(ctx context.Context, cl *client.Client, r removal) error {
 	if len(r.retire.files) > 0 {
 		if err := in.carryOut(ctx, r.retire); err != nil {
 			return err
 		}
 	}
+	if err := in.keepLate(ctx, cl, r); err != nil {
+		return err
+	}
 	return fmt.Errorf("nothing new uses the snapshotter %s; run it again when these containers, which have their files from it, are gone:\n  %s", r.name, strings.Join(r.using, "\n  "))
+}
+
+// keepLate is keepImages for images that were pulled while it was under way, the first time.
+func (in *installer) keepLate(ctx context.Context, cl *client.Client, r removal) error {
+	if err := cl.Reconnect(); err != nil { // containerd was restarted
+		return err
+	}
+	images, err := imagesOf(ctx, cl, r.name, r.before)
+	if err != nil {
+		return err
+	}
+	return in.keepImages(ctx, cl, images, r.before)
 }
 
 func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r removal, err error) {
@@ -90,21 +121,30 @@ func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r remo
 	if err != nil {
 		return r, fmt.Errorf("containerd cannot read its configuration as it was before the install: %w", err)
 	}
-	if r.before, err = snapshotterOf(before); err != nil || r.name == "" {
+	if r.before, err = snapshotterOf(before); err != nil {
 		return r, err
 	}
-	r.restart = in.svc.restartContainerd(in.c.Unit)
-	if r.using, err = users(ctx, cl, r.name); err != nil {
+	if r.name != "" {
+		r.restart = in.svc.restartContainerd(in.c.Unit)
+		if r.idle, err = active(ctx, cl, r.name); err != nil {
+			return r, err
+		}
+	}
+	if r.using, err = users(ctx, cl, cmp.Or(r.name, Name)); err != nil {
 		return r, err
 	}
 	byRuntime := slices.ContainsFunc(found.Uses, func(u string) bool { return u != "cri" }) // its pods could not be started otherwise
-	if len(r.using) > 0 && (!in.o.Retire || byRuntime) {
-		return r, fmt.Errorf("nothing was changed: drain the node first, these containers have their files from the snapshotter %s:\n  %s", r.name, strings.Join(r.using, "\n  "))
+	if len(r.using) > 0 && (!in.o.Retire || byRuntime || r.name == "") {
+		return r, fmt.Errorf("nothing was changed: drain the node first, these containers have their files from the snapshotter %s:\n  %s", cmp.Or(r.name, Name), strings.Join(r.using, "\n  "))
 	}
-	if len(r.using) > 0 {
-		r.retire.name = r.name
+	if r.name == "" {
+		return r, nil // containerd's configuration has it no more
+	}
+	if !byRuntime {
+		r.retire = plan{name: r.name}
 		in.use = use{retired: r.before}
-		if r.retire.files, _, err = in.containerdFiles(ctx); err != nil {
+		r.retire.files, _, err = in.containerdFiles(ctx)
+		if err != nil && (len(r.using) > 0 || ctx.Err() != nil) {
 			return r, err
 		}
 		if len(r.retire.files) > 0 {
@@ -170,6 +210,9 @@ func (in *installer) announceRemoval(r removal) error {
 	if len(r.using) > 0 {
 		return in.announce(r.retire)
 	}
+	if len(r.retire.files) > 0 {
+		fmt.Fprintf(in.o.Out, "run %s, with a configuration by which nothing new uses %s\n", strings.Join(r.restart, " "), r.name)
+	}
 	for _, f := range r.files {
 		is, err := readFile(f.Path)
 		if err != nil {
@@ -185,7 +228,7 @@ func (in *installer) announceRemoval(r removal) error {
 	if r.restart != nil {
 		fmt.Fprintf(in.o.Out, "run %s\n", strings.Join(r.restart, " "))
 	}
-	if in.madeRoot() {
+	if in.s.Made {
 		fmt.Fprintf(in.o.Out, "stop the daemon, and remove %s\n", in.o.Root)
 	} else {
 		fmt.Fprintf(in.o.Out, "stop the daemon, and leave %s, which was there before the install\n", in.o.Root)
@@ -193,29 +236,35 @@ func (in *installer) announceRemoval(r removal) error {
 	return nil
 }
 
-// keepImages leaves every image such that it runs without the snapshotter.
-func (in *installer) keepImages(ctx context.Context, cl *client.Client, r removal) error {
-	var lost []error
-	for _, u := range r.images {
-		if err := in.unpack(ctx, cl, u, r.before); err != nil {
-			lost = append(lost, fmt.Errorf("%s: %w", u, err))
-		}
-		if ctx.Err() != nil {
-			return ctx.Err()
-		}
-	}
-	if len(lost) == 0 {
+// keepImages leaves images such that they run with the snapshotter that CRI has then.
+func (in *installer) keepImages(ctx context.Context, cl *client.Client, images []unpacked, snapshotter string) error {
+	err := in.unpackAll(ctx, cl, images, snapshotter)
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return err
+	case in.o.DropImages:
+		fmt.Fprintf(in.o.Out, "these images have to be pulled again: %v\n", err)
 		return nil
 	}
-	if in.o.DropImages {
-		fmt.Fprintf(in.o.Out, "these images have to be pulled again: %v\n", errors.Join(lost...))
-		return nil
-	}
-	return fmt.Errorf("nothing was changed: these images would not run any more (--drop-images goes on all the same):\n%w", errors.Join(lost...))
+	return fmt.Errorf("these images would not run any more (--drop-images goes on all the same):\n%w", err)
 }
 
+// remove does all of the removal that can be undone. First it has nothing new use the snapshotter, where that is one setting; who began to meanwhile is asked for again.
 func (in *installer) remove(ctx context.Context, cl *client.Client, r removal) (err error) {
-	if err := in.s.begin(r.files, change{Running: in.svc.running(), Restart: r.restart}); err != nil {
+	files := r.files
+	for _, f := range r.retire.files { // what the install has not written is put back as it is
+		if slices.ContainsFunc(files, func(g file) bool { return g.Path == f.Path }) {
+			continue
+		}
+		is, err := readFile(f.Path)
+		if err != nil {
+			return err
+		}
+		files = append(files, is)
+	}
+	if err := in.s.begin(files, change{Running: in.svc.running(ctx), Restart: r.restart, Root: in.o.Root}); err != nil {
 		return err
 	}
 	restarted := false
@@ -224,12 +273,31 @@ func (in *installer) remove(ctx context.Context, cl *client.Client, r removal) (
 			err = in.failed(ctx, err, restarted)
 		}
 	}()
-	if r.name != "" {
-		if err := removeSnapshots(ctx, cl, r.name); err != nil {
+	if len(r.retire.files) > 0 {
+		if err := apply(ctx, r.retire.files); err != nil {
+			return err
+		}
+		restarted = true
+		if err := in.restartContainerd(ctx, r.restart, r.name); err != nil {
 			return err
 		}
 	}
-	if err := apply(ctx, r.files); err != nil {
+	if r.name != "" {
+		if err := in.keepLate(ctx, cl, r); err != nil {
+			return err
+		}
+		using, err := users(ctx, cl, r.name)
+		if err == nil && len(using) > 0 {
+			err = fmt.Errorf("these containers have come meanwhile, and have their files from the snapshotter %s:\n  %s", r.name, strings.Join(using, "\n  "))
+		}
+		if err == nil {
+			err = removeSnapshots(ctx, cl, r.name, r.idle)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	if err := apply(ctx, files); err != nil {
 		return err
 	}
 	if r.restart != nil {
@@ -238,23 +306,24 @@ func (in *installer) remove(ctx context.Context, cl *client.Client, r removal) (
 			return err
 		}
 	}
-	if err := errors.Join(in.svc.stop(ctx), in.svc.reload(ctx)); err != nil {
+	if err := errors.Join(in.svc.stop(ctx, true), in.svc.reload(ctx)); err != nil {
 		return err
 	}
-	dirs, made := in.s.Dirs, in.madeRoot()
-	if err := os.RemoveAll(Dir); err != nil {
+	return in.s.end()
+}
+
+// cleanUp removes what an uninstall that has ended leaves. It can be done again.
+func (in *installer) cleanUp() error {
+	if err := errors.Join(removeDirs(in.s.Dirs), clearRoot(in.s.Root, in.s.Made), os.RemoveAll(runDir)); err != nil {
+		return fmt.Errorf("uninstalled, but for this, which the next uninstall tries again: %w", err)
+	}
+	if err := in.s.remove(); err != nil {
 		return err
 	}
-	if err := errors.Join(removeDirs(dirs), clearRoot(in.o.Root, made), os.RemoveAll(runDir)); err != nil {
-		fmt.Fprintf(in.o.Out, "uninstalled, but for this: %v\n", err)
-		return nil
-	}
+	in.s.record = record{}
 	fmt.Fprintln(in.o.Out, "uninstalled")
 	return nil
 }
-
-// madeRoot reports whether there was no directory of the snapshotter before the first install.
-func (in *installer) madeRoot() bool { return in.s.Root == in.o.Root }
 
 // clearRoot unmounts what is mounted in the snapshotter's directory, and removes that with all that is in it if an install has made it.
 func clearRoot(root string, made bool) error {

@@ -45,8 +45,8 @@ func (u use) meant() *regexp.Regexp {
 	return regexp.MustCompile(`^(` + keys + `)(\.|$)`)
 }
 
-// handlerLike returns a copy of the runtime that pods have by default, with the snapshotter; what is not set there is left out.
-func handlerLike(dump []byte) (map[string]any, error) {
+// handlerLike returns a copy of the runtime that pods have by default, with the snapshotter, for a handler of this name; what is not set there is left out.
+func handlerLike(dump []byte, name string) (map[string]any, error) {
 	type runtimes struct {
 		Containerd struct {
 			Default  string                    `toml:"default_runtime_name"`
@@ -65,6 +65,9 @@ func handlerLike(dump []byte) (map[string]any, error) {
 	of := c.Plugins.Runtime.Containerd
 	if of.Default == "" {
 		of = c.Plugins.CRI.Containerd
+	}
+	if other, taken := of.Runtimes[name]; taken && other["snapshotter"] != Name {
+		return nil, fmt.Errorf("nothing was changed: containerd has a runtime handler %s already: choose another name for --runtime", name)
 	}
 	r := of.Runtimes[of.Default]
 	if r == nil {

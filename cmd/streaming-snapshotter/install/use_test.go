@@ -78,6 +78,11 @@ func TestUse(t *testing.T) {
 			if list, _, err := in.containerdFiles(t.Context()); err == nil || !strings.Contains(err.Error(), "uninstall first") {
 				t.Errorf("a runtime where all of CRI pulls with it: %v, %v", list, err)
 			}
+			other := on(t, containerd(t, ""), files)
+			other.use = use{runtime: "runc"}
+			if list, _, err := other.containerdFiles(t.Context()); err == nil || !strings.Contains(err.Error(), "runtime handler runc already") {
+				t.Errorf("a runtime that is there: %v, %v", list, err)
+			}
 			if s, err := snapshotterOf(write(use{retired: "overlayfs"})); err != nil || s != "overlayfs" {
 				t.Errorf("retired, CRI pulls with %s, %v", s, err)
 			}
