@@ -18,7 +18,7 @@ import (
 )
 
 // What the static profile of a real image must have of the chunks that a start reads, and how much of it a start must read, by bytes in the registry.
-// Measured are 0.92 to 0.95, and 0.82 to 0.84 (docs/benchmarks.md).
+// Measured are 0.93 to 0.95, and 0.82 to 0.84 (docs/benchmarks.md).
 const (
 	minRecall    = 0.88
 	minPrecision = 0.76
