@@ -272,12 +272,18 @@ func (e *env) verify(i Image, platforms int) {
 	}
 }
 
-// pushed counts how often blobs were pushed since the last push.
-func (e *env) pushed() int {
-	n, _ := e.registry.Count(func(q registrytest.Request) bool {
+// once fails if the layer was read more than once since the image was pushed, or other than so many blobs were pushed.
+func (e *env) once(layer string, blobs int) {
+	e.t.Helper()
+	read, _ := e.registry.Count(func(q registrytest.Request) bool {
+		return q.Method == http.MethodGet && strings.HasSuffix(q.Path, "/blobs/"+layer)
+	})
+	pushed, _ := e.registry.Count(func(q registrytest.Request) bool {
 		return q.Method == http.MethodPut && strings.Contains(q.Path, "/blobs/uploads/")
 	})
-	return n
+	if read != 1 || pushed != blobs {
+		e.t.Errorf("layer %s was read %d times, want once; %d blobs were pushed, want %d", layer, read, pushed, blobs)
+	}
 }
 
 // held are requests that are not answered.
