@@ -20,6 +20,10 @@ type Place interface {
 	// Manifest fetches the manifest or index that ref names: a tag, a digest, or "" for the only one of a layout. Its
 	// bytes are verified against a digest. The descriptor has the media type, digest, size and artifact type.
 	Manifest(ctx context.Context, ref string) (ocispec.Descriptor, []byte, error)
+	// Resolve says what ref names, as Manifest does, without fetching it and without the artifact type.
+	Resolve(ctx context.Context, ref string) (ocispec.Descriptor, error)
+	// Tags lists the tags that name images, sorted. A place that does not exist is ErrNotFound.
+	Tags(ctx context.Context) ([]string, error)
 	// Blob opens the blob d from offset off on; the bytes are not verified. With a smaller size than the blob's, bytes behind it need
 	// not come. The caller closes it.
 	Blob(ctx context.Context, d ocispec.Descriptor, off int64) (io.ReadCloser, error)

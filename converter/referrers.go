@@ -145,12 +145,27 @@ func deleteProfilesAlone(ctx context.Context, p Place, subject digest.Digest) (d
 	if slices.ContainsFunc(list, func(d ocispec.Descriptor) bool { return d.ArtifactType == artifact.ArtifactType }) {
 		return nil, nil
 	}
+	return deleteOurs(ctx, p, subject, list)
+}
+
+// DeleteReferrers deletes the artifacts and profiles of subject whether it is there itself or not, and nothing else that refers to it. It returns what it
+// deleted, also with an error.
+func DeleteReferrers(ctx context.Context, p Place, subject digest.Digest) (deleted []digest.Digest, err error) {
+	list, err := p.Referrers(ctx, subject)
+	if err != nil {
+		return nil, fmt.Errorf("list referrers of %s: %w", subject, err)
+	}
+	return deleteOurs(ctx, p, subject, list)
+}
+
+// deleteOurs deletes the artifacts and profiles among list, which refer to subject.
+func deleteOurs(ctx context.Context, p Place, subject digest.Digest, list []ocispec.Descriptor) (deleted []digest.Digest, err error) {
 	for _, d := range list {
-		if d.ArtifactType != artifact.ProfileType {
+		if d.ArtifactType != artifact.ArtifactType && d.ArtifactType != artifact.ProfileType {
 			continue
 		}
 		if err := p.Delete(ctx, d.Digest, subject); err != nil && !errors.Is(err, ErrNotFound) {
-			return deleted, fmt.Errorf("delete profile %s: %w", d.Digest, err)
+			return deleted, fmt.Errorf("delete %s, which refers to %s: %w", d.Digest, subject, err)
 		}
 		deleted = append(deleted, d.Digest)
 	}

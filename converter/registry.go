@@ -172,7 +172,12 @@ func (r *registry) get(ctx context.Context, path string, header http.Header, all
 	if err != nil {
 		return nil, r.registryError(err)
 	}
-	url := r.repo.Scheme() + "://" + r.repo.RegistryStr() + "/v2/" + r.repo.RepositoryStr() + "/" + path
+	return r.send(ctx, client, r.repo.RepositoryStr()+"/"+path, header, allowed...)
+}
+
+// send sends a GET below /v2/. The caller closes the body.
+func (r *registry) send(ctx context.Context, client *http.Client, path string, header http.Header, allowed ...int) (*http.Response, error) {
+	url := r.repo.Scheme() + "://" + r.repo.RegistryStr() + "/v2/" + path
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return nil, err

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"mime"
 	"net/http"
 	"strings"
@@ -91,63 +90,37 @@ func (r *registry) Referrers(ctx context.Context, subject digest.Digest) ([]ocis
 	return index.Manifests, err
 }
 
-// maxPages bounds what a registry can make us ask: with its own links it could lead us in circles.
+// maxPages is how many pages of referrers a manifest may have.
 const maxPages = 100
 
 // askReferrers reads all pages of the referrers API. A registry that does not have it answers in many ways; with it, the
 // answer is an index.
 func (r *registry) askReferrers(ctx context.Context, subject digest.Digest) (list []ocispec.Descriptor, has bool, err error) {
-	next := "referrers/" + subject.String()
-	for range maxPages {
-		resp, err := r.get(ctx, next, http.Header{"Accept": {ocispec.MediaTypeImageIndex}},
+	get := func(path string) (*http.Response, error) {
+		return r.get(ctx, path, http.Header{"Accept": {ocispec.MediaTypeImageIndex}},
 			http.StatusOK, http.StatusNotFound, http.StatusBadRequest, http.StatusNotAcceptable, http.StatusMethodNotAllowed)
-		if err != nil {
-			return nil, false, err
-		}
-		raw, err := io.ReadAll(io.LimitReader(resp.Body, maxManifestSize+1))
-		resp.Body.Close()
-		if err != nil {
-			return nil, false, fmt.Errorf("read referrers of %s: %w", subject, err)
-		}
+	}
+	err = pages(get, "referrers/", subject.String(), maxPages, func(resp *http.Response, raw []byte) (bool, error) {
 		mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 		has = resp.StatusCode == http.StatusOK && mediaType == ocispec.MediaTypeImageIndex
 		r.mu.Lock()
 		r.hasAPI = &has
 		r.mu.Unlock()
 		if !has {
-			return nil, false, nil
-		}
-		if len(raw) > maxManifestSize {
-			return nil, false, fmt.Errorf("referrers of %s: a page of more than %d bytes", subject, maxManifestSize)
+			return false, nil
 		}
 		var page ocispec.Index
-		if err := json.Unmarshal(raw, &page); err != nil {
-			return nil, false, fmt.Errorf("parse referrers of %s: %w", subject, err)
-		}
+		err := decodePage(raw, &page)
 		list = append(list, page.Manifests...)
-		if next = nextPage(resp); next == "" {
-			return list, true, nil
-		}
+		return true, err
+	})
+	if err != nil {
+		return nil, false, fmt.Errorf("referrers of %s: %w", subject, err)
 	}
-	return nil, false, fmt.Errorf("referrers of %s: more than %d pages", subject, maxPages)
-}
-
-// nextPage returns the path below the repository, with its query, that a Link header gives for the page after resp, or "".
-func nextPage(resp *http.Response) string {
-	target, params, ok := strings.Cut(resp.Header.Get("Link"), ">")
-	target, begins := strings.CutPrefix(strings.TrimSpace(target), "<")
-	if !ok || !begins || !strings.Contains(params, `rel="next"`) {
-		return ""
+	if !has {
+		return nil, false, nil
 	}
-	u, err := resp.Request.URL.Parse(target)
-	if err != nil || u.Host != resp.Request.URL.Host {
-		return ""
-	}
-	_, last, ok := strings.Cut(u.Path, "/referrers/")
-	if !ok {
-		return ""
-	}
-	return "referrers/" + last + "?" + u.RawQuery
+	return list, true, nil
 }
 
 // referrersTag is the tag that lists the referrers of subject where the API is missing (OCI distribution specification,
@@ -188,6 +161,14 @@ func (r *registry) rewriteReferrersTag(ctx context.Context, subject, drop digest
 			return err
 		}
 		keep = append(keep, d)
+	}
+	if len(keep) == 0 && drop != "" {
+		// An empty list is the same as none, and not a tag that people see. Not all registries take a tag away with its manifest.
+		if err := r.pusher.Delete(ctx, r.repo.Digest(digest.FromBytes(old).String())); err == nil {
+			if _, err := r.puller.Head(ctx, r.repo.Tag(referrersTag(subject))); errors.Is(r.registryError(err), ErrNotFound) {
+				return nil
+			}
+		}
 	}
 	index.Manifests = keep
 	raw, err := json.Marshal(index)

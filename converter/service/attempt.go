@@ -261,7 +261,19 @@ func (a *attempt) conclude(ctx context.Context, change func(*record)) error {
 	return err
 }
 
+// note lets auto know what is attached, before the record says so: it must not be lost.
+func (a *attempt) note(ctx context.Context, o outcome) {
+	ctx, cancel := context.WithTimeout(ctx, a.s.c.Lease/3)
+	defer cancel()
+	op := a.rec.Operation
+	op.Artifacts = artifacts(o.created, a.rec.Made)
+	if err := a.s.auto.converted(ctx, op); err != nil {
+		a.s.c.Log.Warn("artifacts may stay when their image is deleted", "operation", op.ID, "image", op.Image.String(), "error", err)
+	}
+}
+
 func (a *attempt) succeed(ctx context.Context, o outcome, track *tracker) error {
+	a.note(ctx, o)
 	return a.conclude(ctx, func(r *record) {
 		r.State, r.Artifacts, r.Warnings = Succeeded, artifacts(o.created, r.Made), warnings(o.created)
 		r.Progress = track.progress()
@@ -270,6 +282,7 @@ func (a *attempt) succeed(ctx context.Context, o outcome, track *tracker) error 
 }
 
 func (a *attempt) fail(ctx context.Context, o outcome) error {
+	a.note(ctx, o)
 	return a.conclude(ctx, func(r *record) {
 		r.State, r.Artifacts, r.Warnings = Failed, artifacts(o.created, r.Made), warnings(o.created)
 		r.ErrorCode, r.Message = converter.CodeOf(o.err), o.err.Error()

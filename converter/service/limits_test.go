@@ -38,6 +38,7 @@ func TestConversions(t *testing.T) {
 			t.Errorf("%s, %v", show(got), err)
 		}
 	}
+	await(t, s.Service, ops[4].ID, in(NotStarted)) // what another process was asked for is told a moment later
 	if st := s.Stats(); st.Running != 2 || st.Slots != 2 || st.Waiting != 3 {
 		t.Errorf("%+v", st)
 	}

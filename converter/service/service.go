@@ -39,6 +39,9 @@ type Config struct {
 type Registry struct {
 	Name string                                           // its host, as in images' names: "registry.example.com:5000"
 	Open func(repository string) (converter.Place, error) // without a request; an error is a name that no repository can have
+	// Catalog lists the repositories, as converter.Catalog does; nil is a registry that does not say.
+	Catalog  Catalog
+	PullOnly bool // nothing can be attached to its images, so that none is converted because it was pushed
 }
 
 // NewRegistry returns the registry of a host, reached as o says, with at most that many requests per second of this process; 0 is any
@@ -47,10 +50,14 @@ func NewRegistry(host string, o converter.RegistryOptions, requests float64) Reg
 	if requests > 0 {
 		o.Limiter = rate.NewLimiter(rate.Limit(requests), max(1, int(requests)))
 	}
-	return Registry{Name: host, Open: func(repository string) (converter.Place, error) {
-		p, _, err := converter.Open(host+"/"+repository, converter.OpenOptions{Registry: o})
-		return p, err
-	}}
+	return Registry{
+		Name: host,
+		Open: func(repository string) (converter.Place, error) {
+			p, _, err := converter.Open(host+"/"+repository, converter.OpenOptions{Registry: o})
+			return p, err
+		},
+		Catalog: func(ctx context.Context) ([]string, error) { return converter.Catalog(ctx, host, o) },
+	}
 }
 
 // Limits bound what a process uses.
@@ -98,6 +105,7 @@ func (c Config) withDefaults() (Config, error) {
 // Service is a process of the conversion service. Its methods may be called at any time, from any goroutine; those that ask for
 // operations wait until Run has loaded them.
 type Service struct {
+	*auto
 	c          Config
 	registries map[string]Registry
 	js         jetstream.JetStream
@@ -139,7 +147,8 @@ func New(ctx context.Context, c Config) (*Service, error) {
 	if err := s.openQueue(ctx); err != nil {
 		return nil, err
 	}
-	return s, nil
+	s.auto, err = newAuto(ctx, c, s, func(ctx context.Context, name string) (jetstream.KeyValue, error) { return s.bucket(ctx, name, 0) })
+	return s, err
 }
 
 // bucket makes or opens a bucket whose values go after ttl; 0 is never.
@@ -179,6 +188,7 @@ func (s *Service) Run(ctx context.Context) error {
 	})
 	g.Go(func() error { return s.work(ctx) })
 	g.Go(func() error { return s.maintain(ctx) })
+	g.Go(func() error { return s.auto.run(ctx) })
 	err := g.Wait()
 	_ = s.c.Conn.FlushTimeout(handBackTime) // the messages that were given back: what is lost is found out when the lease is over
 	stop()

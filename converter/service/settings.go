@@ -74,6 +74,9 @@ type Event struct {
 type RegistryInfo struct {
 	Name     string `json:"name"` // its host
 	PullOnly bool   `json:"pullOnly,omitempty"`
+	// NoCatalog says why the registry's repositories cannot be listed. Then those are known that settings name, or that it told of; a pattern makes active
+	// what is pushed to from then on.
+	NoCatalog string `json:"noCatalog,omitempty"`
 }
 
 // RepositoryInfo is a row of a registry's repositories.
@@ -87,8 +90,8 @@ type RepositoryInfo struct {
 // TagInfo is a row of a repository's tags.
 type TagInfo struct {
 	Name      string        `json:"name"`
-	Digest    digest.Digest `json:"digest"`
-	MediaType string        `json:"mediaType"`
+	Digest    digest.Digest `json:"digest"`           // "" where only the name is known, as of the last of very many tags
+	MediaType string        `json:"mediaType"`        // likewise
 	Created   time.Time     `json:"created,omitzero"` // as the image's config says
 	Streaming bool          `json:"streaming"`        // every Linux platform has its artifact
 }
@@ -98,7 +101,9 @@ type ImageInfo struct {
 	Image
 	Tag       string         `json:"tag,omitempty"`
 	MediaType string         `json:"mediaType"`
+	Subject   digest.Digest  `json:"subject,omitempty"` // what it refers to, if it is no image but a referrer
 	Platforms []PlatformInfo `json:"platforms"`
+	Referrers []ReferrerInfo `json:"referrers"`           // of an index itself; those of a platform's manifest are the platform's
 	Last      *Operation     `json:"operation,omitempty"` // the last one
 }
 
@@ -152,4 +157,14 @@ type LayerMap struct {
 type Span struct {
 	Off int64 `json:"off"`
 	Len int64 `json:"len"`
+}
+
+// StorageInfo says what a repository's tagged images take. Sizes are bytes of layers, each counted once.
+type StorageInfo struct {
+	Images        int   `json:"images"`
+	Artifacts     int   `json:"artifacts"`
+	ImageBytes    int64 `json:"imageBytes"`
+	ArtifactBytes int64 `json:"artifactBytes"`
+	ProfileBytes  int64 `json:"profileBytes"`      // the hot blobs
+	Partial       bool  `json:"partial,omitempty"` // there are more tags than were counted
 }

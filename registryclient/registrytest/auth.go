@@ -71,6 +71,9 @@ func (r *Registry) authorized(w http.ResponseWriter, req *http.Request) bool {
 		w.Header().Set("WWW-Authenticate", `Basic realm="registrytest"`)
 	case a.bearer:
 		scope := "repository:" + repositoryOf(req.URL.Path) + ":pull"
+		if req.URL.Path == catalogPath {
+			scope = "registry:catalog:*"
+		}
 		sent := req.Header.Get("Authorization")
 		if g, ok := a.tokens[sent]; ok && g.scope == scope && time.Now().Before(g.till) {
 			if g.other {

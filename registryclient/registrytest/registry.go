@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -33,6 +34,7 @@ type Options struct {
 	NoReferrers   bool   // only the tag schema
 	NoFilter      bool   // referrers are not filtered by artifact type, as the specification allows
 	ReferrersPage int    // referrers on a page; 0 is all
+	NamesPage     int    // tags and repositories on a page; 0 is as go-containerregistry does: no link to what n leaves out
 	RedirectBlobs bool   // GETs of blobs are sent on to the store's listener
 	ClampRanges   bool   // a range may end beyond a blob's end, as RFC 9110 has it; otherwise that is 416
 	TLS           bool   // https with httptest's certificate: see CAPEM
@@ -153,6 +155,8 @@ func (r *Registry) serveRegistry(w http.ResponseWriter, req *http.Request) {
 	switch {
 	case Referrers(req) && !r.o.NoReferrers:
 		r.serveReferrers(w, req)
+	case r.o.NamesPage > 0 && (strings.HasSuffix(req.URL.Path, "/tags/list") || req.URL.Path == catalogPath):
+		r.serveNames(w, req)
 	case r.o.RedirectBlobs && Blobs(req) && req.Method == http.MethodGet:
 		http.Redirect(w, req, r.signed(req.URL.Path), http.StatusTemporaryRedirect)
 	case req.Method == http.MethodPut && Manifests(req) && !r.o.NoReferrers:
@@ -203,22 +207,43 @@ func (r *Registry) serveReferrers(w http.ResponseWriter, req *http.Request) {
 	if want != "" && !r.o.NoFilter {
 		w.Header().Set("OCI-Filters-Applied", "artifactType")
 	}
-	index.Manifests = r.page(w, req, found)
+	if index.Manifests = found; r.o.ReferrersPage > 0 {
+		sortDescriptors(found) // go-containerregistry keeps them in a map
+		index.Manifests = page(w, req, found, r.o.ReferrersPage)
+	}
 	w.Header().Set("Content-Type", ocispec.MediaTypeImageIndex)
 	json.NewEncoder(w).Encode(index)
 }
 
-// page returns the page of all that the query asks for, and links to the next.
-func (r *Registry) page(w http.ResponseWriter, req *http.Request, all []ocispec.Descriptor) []ocispec.Descriptor {
-	if r.o.ReferrersPage == 0 {
-		return all
+const catalogPath = "/v2/_catalog"
+
+// serveNames serves the lists of tags and of repositories in pages.
+func (r *Registry) serveNames(w http.ResponseWriter, req *http.Request) {
+	got := r.internal(http.MethodGet, req.URL.Path, nil, nil)
+	var list struct {
+		Name         string   `json:"name,omitempty"`
+		Tags         []string `json:"tags,omitempty"`
+		Repositories []string `json:"repositories,omitempty"`
 	}
-	sortDescriptors(all) // go-containerregistry keeps them in a map
+	if got.Code == http.StatusOK && json.Unmarshal(got.Body.Bytes(), &list) == nil {
+		slices.Sort(list.Repositories) // go-containerregistry keeps them in a map
+		list.Tags = page(w, req, list.Tags, r.o.NamesPage)
+		list.Repositories = page(w, req, list.Repositories, r.o.NamesPage)
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(list)
+		return
+	}
+	w.WriteHeader(got.Code)
+	w.Write(got.Body.Bytes())
+}
+
+// page returns the page of size of all that the query asks for, and links to the next.
+func page[T any](w http.ResponseWriter, req *http.Request, all []T, size int) []T {
 	query := req.URL.Query()
 	var from int
 	fmt.Sscanf(query.Get("from"), "%d", &from)
 	from = min(max(from, 0), len(all))
-	end := min(from+r.o.ReferrersPage, len(all))
+	end := min(from+size, len(all))
 	if end < len(all) {
 		query.Set("from", fmt.Sprint(end))
 		w.Header().Set("Link", fmt.Sprintf("<%s?%s>; rel=\"next\"", req.URL.Path, query.Encode()))

@@ -1,0 +1,305 @@
+package service
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"time"
+
+	"github.com/nats-io/nats.go/jetstream"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+)
+
+// lease says who reconciles. It is no lock: two that reconcile at once do the same twice, and nothing wrong.
+type lease struct {
+	Holder string    `json:"holder"`
+	Began  time.Time `json:"began"`
+	Until  time.Time `json:"until"`
+}
+
+const (
+	leaseKey  = "reconcile"
+	leaseTime = 30 * time.Second
+	minPause  = time.Second // between two looks at the lease
+)
+
+// reconcile passes over all repositories every interval, in one process at a time, until ctx ends.
+func (a *auto) reconcile(ctx context.Context) {
+	for {
+		wait, err := a.tryPass(ctx)
+		if err != nil && ctx.Err() == nil {
+			a.log.Warn("reconcile", "error", err)
+		}
+		t := time.NewTimer(max(wait, min(minPause, a.interval)))
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-t.C:
+		}
+	}
+}
+
+// tryPass makes a pass if it is time for one and no other process makes one, and says when to try again.
+func (a *auto) tryPass(ctx context.Context) (wait time.Duration, err error) {
+	var l lease
+	rev, err := getJSON(ctx, a.seen, leaseKey, &l)
+	if err != nil {
+		return min(leaseTime, a.interval), err
+	}
+	now := time.Now()
+	if d := l.Until.Sub(now); d > 0 && d <= leaseTime { // a longer one is a clock's mistake
+		return d, nil
+	}
+	if d := l.Began.Add(a.interval).Sub(now); rev != 0 && d > 0 && d <= a.interval {
+		return d, nil
+	}
+	l = lease{Holder: a.name, Began: now.UTC(), Until: now.Add(leaseTime).UTC()}
+	if rev, err = setJSON(ctx, a.seen, leaseKey, l, rev); err != nil {
+		if errors.Is(err, errContested) {
+			err = nil
+		}
+		return min(leaseTime, a.interval), err
+	}
+	held, cancel := context.WithCancel(ctx)
+	released := make(chan struct{})
+	go func() {
+		defer close(released)
+		defer cancel()
+		a.holdLease(held, l, rev)
+	}()
+	err = a.pass(held)
+	cancel()
+	<-released
+	return max(time.Until(l.Began.Add(a.interval)), 0), err
+}
+
+// holdLease renews the lease until ctx ends, and gives it back then. It returns before if it is lost.
+func (a *auto) holdLease(ctx context.Context, l lease, rev uint64) {
+	tick := time.NewTicker(leaseTime / 3)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			// It is a courtesy: who does not get to say so lets it run out.
+			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+			defer cancel()
+			l.Until = time.Now().UTC()
+			_, _ = setJSON(end, a.seen, leaseKey, l, rev)
+			return
+		case <-tick.C:
+			l.Until = time.Now().Add(leaseTime).UTC()
+			next, err := setJSON(ctx, a.seen, leaseKey, l, rev)
+			if err != nil {
+				return
+			}
+			rev = next
+		}
+	}
+}
+
+// pass looks at every repository that is active, or in which something was made. Of a registry that fails again and again the rest waits for the next pass.
+func (a *auto) pass(ctx context.Context) error {
+	made := map[repository]bool{}
+	err := eachKey(ctx, a.made, "*.*", func(e jetstream.KeyValueEntry) error {
+		var m madeFor
+		if json.Unmarshal(e.Value(), &m) == nil {
+			made[repository{m.Registry, m.Repository}] = true
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, registry := range a.names {
+		list, _, err := a.readSettings(ctx, registry)
+		if err != nil {
+			return err
+		}
+		var repositories []repository
+		if slices.ContainsFunc(list, func(s storedSettings) bool { return s.Active }) {
+			if repositories, _, err = a.known(ctx, registry, list); err != nil {
+				a.log.Warn("reconcile: list repositories", "registry", registry, "error", err)
+			}
+			repositories = slices.DeleteFunc(repositories, func(r repository) bool { return !countingFor(list, r).Active })
+		}
+		for r := range made {
+			if r.registry == registry && !slices.Contains(repositories, r) {
+				repositories = append(repositories, r)
+			}
+		}
+		fails := 0
+		for _, r := range repositories {
+			err := a.reconcileRepository(ctx, r)
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			if err == nil {
+				fails = 0
+				continue
+			}
+			a.log.Warn("reconcile", "repository", r.String(), "error", err)
+			if fails++; fails == visitFails {
+				break
+			}
+		}
+	}
+	return nil
+}
+
+func (a *auto) reconcileRepository(ctx context.Context, r repository) error {
+	v, err := a.visit(ctx, r)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	if v.settings.Active {
+		errs = append(errs, v.reconcile(ctx))
+	}
+	errs = append(errs, v.reconcileImages(ctx))
+	if v.settings.Active && errors.Join(errs...) == nil {
+		errs = append(errs, v.keep(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+// resume looks at what another process, or this one before, has left due.
+func (a *auto) resume(ctx context.Context) {
+	due := map[string]bool{} // keys of repositories
+	err := eachKey(ctx, a.seen, "*.*", func(e jetstream.KeyValueEntry) error {
+		var t seenTag
+		if json.Unmarshal(e.Value(), &t) == nil && t.State == stateDue {
+			due[e.Key()[:len(hashKey(""))]] = true
+		}
+		return nil
+	})
+	bases, basesErr := a.bases(ctx)
+	if err = errors.Join(err, basesErr); err != nil && ctx.Err() == nil {
+		a.log.Warn("look for what was left", "error", err)
+	}
+	for _, r := range bases {
+		if due[r.key()] {
+			a.hint(r, hint{})
+		}
+	}
+}
+
+// reconcile looks for what events have missed: new tags, tags that name something else, operations that failed for a reason that may have passed.
+func (v *visit) reconcile(ctx context.Context) error {
+	listed, err := v.list(ctx)
+	if err != nil {
+		return err
+	}
+	left, err := v.due(ctx, listed)
+	errs := []error{err}
+	if err == nil && !left && v.base.Existing {
+		v.base.Existing, v.base.Since = false, v.base.since() // all of it was looked at
+		if _, err := setJSON(ctx, v.a.seen, v.r.key(), v.base, v.base.rev); err != nil && !errors.Is(err, errContested) {
+			errs = append(errs, err)
+		}
+	}
+	again, err := v.check(ctx, listed)
+	errs = append(errs, err)
+	if len(again) > 0 {
+		_, err = v.look(ctx, again)
+		errs = append(errs, err)
+	}
+	return errors.Join(append(errs, v.noteMissing(ctx, listed))...)
+}
+
+// check returns the tags that are known and due again: because they name something else, or because of a failed operation. A repository with more tags than
+// a visit may ask for has as many of them checked, others each time.
+func (v *visit) check(ctx context.Context, listed []string) (again []*seenTag, err error) {
+	var known []*seenTag
+	for _, name := range listed {
+		if t := v.tags[name]; t != nil && t.State != stateDue && !v.looked[name] {
+			known = append(known, t)
+		}
+	}
+	for _, t := range v.tags {
+		if t.State != stateDone || t.Operation == "" {
+			continue
+		}
+		op, err := v.a.ops.Last(ctx, v.r.image(t.Digest))
+		switch {
+		case err != nil && !errors.Is(err, ErrNotFound):
+			return nil, err
+		case err == nil && !op.State.Ended():
+			continue
+		case err == nil && op.State == Failed && (op.ErrorCode == "" || op.ErrorCode == converter.Unknown) && t.Tries < maxTries:
+			t.State, t.Digest, t.Operation, t.Tries = stateDue, "", "", t.Tries+1
+			again = append(again, t)
+			continue
+		}
+		t.Operation = "" // it need not be looked for any more
+		if err := v.a.setTag(ctx, v.r, t); err != nil && !errors.Is(err, errContested) {
+			return nil, err
+		}
+	}
+	err = v.each(ctx, window(known, visitChecks), func(ctx context.Context, t *seenTag) error {
+		if t.State == stateDue {
+			return nil
+		}
+		d, err := v.p.Resolve(ctx, t.Tag)
+		if errors.Is(err, converter.ErrNotFound) {
+			return nil // deleted since it was listed
+		}
+		if err != nil {
+			return placeError(err)
+		}
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		v.alive[d.Digest] = true
+		switch {
+		case t.Digest != "" && t.Digest != d.Digest:
+			t.State, t.Pushed, t.Source, t.By, t.Tries = stateDue, time.Now().UTC(), "", "", 0
+			again = append(again, t)
+			return nil
+		case t.Digest == d.Digest && t.Missing.IsZero():
+			return nil
+		}
+		t.Digest, t.Missing = d.Digest, time.Time{}
+		if err := v.a.setTag(ctx, v.r, t); !errors.Is(err, errContested) {
+			return err
+		}
+		return nil
+	})
+	return again, err
+}
+
+// window returns n of list, others each time.
+func window[T any](list []T, n int) []T {
+	if len(list) <= n {
+		return list
+	}
+	from := rand.IntN(len(list))
+	return slices.Concat(list[from:], list[:from])[:n]
+}
+
+// noteMissing notes which tags the registry does not list any more, and forgets them later. (What was deleted for certain is forgotten at once, see cascade.)
+func (v *visit) noteMissing(ctx context.Context, listed []string) error {
+	there := make(map[string]bool, len(listed))
+	for _, name := range listed {
+		there[name] = true
+	}
+	for _, t := range v.tags {
+		if there[t.Tag] || t.State == stateDue {
+			continue
+		}
+		var err error
+		switch {
+		case t.Missing.IsZero():
+			t.Missing = time.Now().UTC()
+			err = v.a.setTag(ctx, v.r, t)
+		case time.Since(t.Missing) > forget:
+			err = removeKey(ctx, v.a.seen, v.r.tagKey(t.Tag), t.rev)
+		}
+		if err != nil && !errors.Is(err, errContested) {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,345 @@
+package service
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+)
+
+// Bounds on what one visit of a repository asks its registry. What is left over is for the next one.
+const (
+	visitLooks  = 500 // tags that are new, each a HEAD, its manifests and a config
+	visitChecks = 500 // tags that are known, and images with artifacts, each a HEAD
+	visitAtOnce = 4   // requests: what is converted and who looks at the console have their share of the registry's rate
+	visitFails  = 3   // errors after which a registry is left alone
+)
+
+const (
+	notYet   = 10 * time.Minute    // how long a tag that was pushed may not be readable: registries are distributed
+	forget   = 30 * 24 * time.Hour // how long a tag that is gone is remembered: that a list lacks it may be the list's mistake
+	maxTries = 3                   // how often an image whose operation failed is asked for again
+	pushTo   = "push to "          // begins Operation.By of what was converted because it was pushed
+)
+
+// visit is a look at a repository.
+type visit struct {
+	a        *auto
+	r        repository
+	p        converter.Place
+	settings storedSettings
+	base     base
+	made     map[digest.Digest]madeFor // read before the tags: what is made for a tag is not in it before the tag is
+	tags     map[string]*seenTag
+
+	mu     sync.Mutex             // guards tags, too, while several are looked at
+	alive  map[digest.Digest]bool // images that tags name
+	looked map[string]bool        // tags
+}
+
+// visit begins a look at a repository. Of an inactive one the tags are not read.
+func (a *auto) visit(ctx context.Context, r repository) (*visit, error) {
+	v := &visit{a: a, r: r, alive: map[digest.Digest]bool{}, looked: map[string]bool{}}
+	list, _, err := a.readSettings(ctx, r.registry)
+	if err != nil {
+		return nil, err
+	}
+	if _, v.p, err = a.reach(r.registry, r.name); err != nil {
+		return nil, err
+	}
+	if v.made, err = a.madeIn(ctx, r); err != nil {
+		return nil, err
+	}
+	if v.settings = countingFor(list, r); !v.settings.Active {
+		return v, nil
+	}
+	if v.base, err = a.ensureBase(ctx, r, list); err != nil {
+		return nil, err
+	}
+	if v.base.Pending {
+		if v.base, err = a.noteTags(ctx, r, v.p, v.base); err != nil {
+			return nil, err
+		}
+	}
+	if v.tags, err = a.tagsOf(ctx, r); err != nil {
+		return nil, err
+	}
+	before, err := v.base.before()
+	for _, name := range before {
+		t := v.tags[name]
+		if t == nil {
+			t = &seenTag{}
+			v.tags[name] = t
+		}
+		if t.rev < v.base.since() {
+			*t = seenTag{Tag: name, State: stateBefore, rev: t.rev}
+		}
+	}
+	return v, err
+}
+
+// list lists the tags; none of a repository that does not exist.
+func (v *visit) list(ctx context.Context) ([]string, error) {
+	tags, err := v.p.Tags(ctx)
+	if errors.Is(err, converter.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, placeError(err)
+	}
+	v.a.mu.Lock()
+	v.a.tagCounts[v.r] = len(tags)
+	v.a.mu.Unlock()
+	return tags, nil
+}
+
+// stale says that a tag was noted before it was asked to convert what is there.
+func (v *visit) stale(t *seenTag) bool { return v.base.Existing && t.rev < v.base.since() }
+
+// due looks at the tags that are due, and at those of the listed ones that are new. It says whether something is left.
+func (v *visit) due(ctx context.Context, listed []string) (left bool, err error) {
+	var work []*seenTag
+	for _, name := range listed {
+		t := v.tags[name]
+		switch {
+		case t == nil:
+			t = &seenTag{Tag: name, State: stateDue, Pushed: time.Now().UTC()}
+		case v.stale(t) && t.State != stateDue:
+			t.State, t.Digest, t.Tries, t.Missing = stateDue, "", 0, time.Time{}
+		default:
+			continue
+		}
+		if v.base.Existing {
+			t.Pushed = time.Time{} // the image's creation then: nobody knows
+		}
+		v.tags[name] = t
+	}
+	for _, t := range v.tags {
+		if t.State == stateDue {
+			work = append(work, t)
+		}
+	}
+	return v.look(ctx, work)
+}
+
+// candidate is a tag that was looked at.
+type candidate struct {
+	t     *seenTag
+	image Image
+	desc  *converter.Description // nil if the tag names what it did
+}
+
+// look looks at tags, which are due, and asks for what is to be converted, the newest first. It says whether something is left to look at.
+func (v *visit) look(ctx context.Context, work []*seenTag) (left bool, err error) {
+	slices.SortFunc(work, func(x, y *seenTag) int { return cmp.Or(y.Pushed.Compare(x.Pushed), cmp.Compare(y.Tag, x.Tag)) })
+	if len(work) > visitLooks {
+		work, left = work[:visitLooks], true
+	}
+	var candidates []candidate
+	err = v.each(ctx, work, func(ctx context.Context, t *seenTag) error {
+		c, err := v.examine(ctx, t)
+		v.mu.Lock()
+		defer v.mu.Unlock()
+		if c != nil {
+			candidates = append(candidates, *c)
+		} else {
+			left = left || t.State == stateDue
+		}
+		return err
+	})
+	slices.SortFunc(candidates, func(x, y candidate) int { return cmp.Or(y.t.Pushed.Compare(x.t.Pushed), cmp.Compare(y.t.Tag, x.t.Tag)) })
+	errs := []error{err}
+	for _, c := range candidates {
+		again, err := v.decide(ctx, c)
+		left = left || again
+		errs = append(errs, err)
+	}
+	return left, errors.Join(errs...)
+}
+
+// each calls f for each tag, several at once, until visitFails failed.
+func (v *visit) each(ctx context.Context, tags []*seenTag, f func(ctx context.Context, t *seenTag) error) error {
+	var mu sync.Mutex
+	var errs []error
+	var g errgroup.Group
+	g.SetLimit(visitAtOnce)
+	for _, t := range tags {
+		g.Go(func() error {
+			mu.Lock()
+			stop := len(errs) >= visitFails || ctx.Err() != nil
+			mu.Unlock()
+			if stop {
+				return nil
+			}
+			if err := f(ctx, t); err != nil {
+				mu.Lock()
+				errs = append(errs, fmt.Errorf("tag %s: %w", t.Tag, err))
+				mu.Unlock()
+			}
+			return nil
+		})
+	}
+	_ = g.Wait()
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	return errors.Join(errs...)
+}
+
+// examine finds out what a tag names. Nil says that it names nothing: t is not due any more, or is to be examined again.
+func (v *visit) examine(ctx context.Context, t *seenTag) (*candidate, error) {
+	d, err := v.p.Resolve(ctx, t.Tag)
+	if errors.Is(err, converter.ErrNotFound) {
+		return nil, v.absent(ctx, t)
+	}
+	if err != nil {
+		return nil, placeError(err)
+	}
+	c := &candidate{t: t, image: v.r.image(d.Digest)}
+	v.mu.Lock()
+	v.alive[d.Digest], v.looked[t.Tag] = true, true
+	v.mu.Unlock()
+	if d.Digest == t.Digest {
+		return c, nil
+	}
+	desc, err := v.a.describe(ctx, v.p, c.image)
+	if errors.Is(err, converter.ErrNotFound) {
+		return nil, nil // not readable yet, not all of it
+	}
+	if err != nil {
+		return nil, placeError(err)
+	}
+	c.desc = &desc
+	if t.Pushed.IsZero() {
+		if t.Pushed = desc.Created.UTC(); t.Pushed.After(time.Now()) {
+			t.Pushed = time.Now().UTC()
+		}
+	}
+	return c, nil
+}
+
+// absent is for a tag that is due and is not there: not yet, or not any more.
+func (v *visit) absent(ctx context.Context, t *seenTag) error {
+	if time.Since(t.Pushed) < notYet {
+		return nil
+	}
+	v.mu.Lock()
+	t.State = stateDone
+	delete(v.tags, t.Tag)
+	v.mu.Unlock()
+	if t.rev == 0 {
+		return nil
+	}
+	return removeKey(ctx, v.a.seen, v.r.tagKey(t.Tag), t.rev)
+}
+
+// decide asks for the conversion of what a tag names, if the rules want it, and notes that. It says whether the tag is to be looked at again.
+func (v *visit) decide(ctx context.Context, c candidate) (again bool, err error) {
+	t := c.t
+	if c.desc != nil {
+		request, wanted := v.request(c)
+		if wanted {
+			op, _, err := v.a.ops.Submit(ctx, request)
+			var refused *converter.Error
+			switch {
+			case err == nil:
+				t.Operation = op.ID
+			case errors.Is(err, ErrExists):
+				if err := v.a.found(ctx, v.p, c); err != nil {
+					return true, err
+				}
+			case errors.Is(err, ErrNotFound):
+				return true, nil // gone, or not readable yet
+			case errors.Is(err, ErrInvalid), errors.As(err, &refused):
+				v.a.log.Info("pushed, and cannot be converted", "image", c.image.String(), "tag", t.Tag, "error", err)
+			default:
+				return true, fmt.Errorf("ask for the conversion of %s: %w", c.image, err)
+			}
+		}
+	}
+	t.State, t.Digest, t.Missing = stateDone, c.image.Digest, time.Time{}
+	err = v.a.setTag(ctx, v.r, t)
+	if errors.Is(err, errContested) {
+		return true, nil // pushed again meanwhile, or another process looked at it, too
+	}
+	return err != nil, err
+}
+
+// request says what of an image is to be converted; false if nothing is.
+func (v *visit) request(c candidate) (Request, bool) {
+	rules := v.settings.Rules
+	by := pushTo + c.t.Tag
+	switch {
+	case c.t.Source != "" && c.t.By != "":
+		by += " by " + c.t.By + " (" + c.t.Source + ")"
+	case c.t.Source != "":
+		by += " (" + c.t.Source + ")"
+	}
+	r := Request{Image: c.image, Tag: c.t.Tag, By: by}
+	if c.desc.Subject != "" || rules.Keep > 0 && v.newer(c.t) >= rules.Keep {
+		return r, false
+	}
+	var want []ocispec.Platform
+	for _, p := range rules.Platforms {
+		if parsed, err := converter.ParsePlatform(p); err == nil { // SetSettings checked it
+			want = append(want, parsed)
+		}
+	}
+	all := true
+	for _, img := range c.desc.Platforms {
+		if img.Platform.OS != "linux" {
+			continue
+		}
+		if len(img.Layers) == 0 || !img.Wanted(want) || img.Size() < rules.MinSize {
+			all = false
+			continue
+		}
+		r.Platforms = append(r.Platforms, img.String())
+	}
+	wanted := len(r.Platforms) > 0
+	if all {
+		r.Platforms = nil
+	}
+	return r, wanted
+}
+
+// newer is how many tags were pushed after t.
+func (v *visit) newer(t *seenTag) (n int) {
+	for _, o := range v.tags {
+		if o.Missing.IsZero() && o.Pushed.After(t.Pushed) {
+			n++
+		}
+	}
+	return n
+}
+
+// found notes the artifacts of an image that has all it needs, so that they go when the image does.
+func (a *auto) found(ctx context.Context, p converter.Place, c candidate) error {
+	known, err := a.getMade(ctx, c.image)
+	if err != nil || known.rev != 0 {
+		return err
+	}
+	for _, img := range c.desc.Platforms {
+		list, err := p.Referrers(ctx, img.Desc.Digest)
+		if err != nil {
+			return placeError(err)
+		}
+		for _, d := range list {
+			if d.ArtifactType == artifact.ArtifactType {
+				known.Artifacts = append(known.Artifacts, Artifact{Platform: img.String(), Subject: img.Desc.Digest, Digest: d.Digest, Existed: true})
+			}
+		}
+	}
+	known.Asked = true // by whoever made them
+	return a.noteMade(ctx, known)
+}
