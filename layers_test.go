@@ -47,6 +47,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"converter/service/embedded":        {nil, []string{"net/http", containerd, fuse, ggcr}},
 	"converter/service/rest":            {[]string{"artifact", "converter", "converter/service", "converter/service/access"}, []string{containerd, fuse, ggcr}},
 	"converter/service/webhook":         {[]string{"converter/service", "converter/service/access"}, []string{containerd, fuse, ggcr}},
+	"converter/service/console":         {[]string{"converter", "converter/service", "converter/service/access"}, []string{"os", containerd, fuse, ggcr}},
 	"converter/startup":                 {[]string{"fs/erofs"}, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/metrics":                       {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"cmd/tomlfile":                      {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
