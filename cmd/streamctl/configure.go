@@ -14,7 +14,10 @@ import (
 
 // preferences are what flags say that are not given: the environment's, or else those of the file that `streamctl configure` writes.
 type preferences struct {
-	Registry string `toml:"registry"`
+	Registry  string `toml:"registry" json:"registry"`
+	Server    string `toml:"server" json:"server"`
+	TokenFile string `toml:"token_file" json:"token_file"`
+	ServerCA  string `toml:"server_ca" json:"server_ca"`
 }
 
 // preference is a key of preferences.
@@ -23,9 +26,15 @@ type preference struct {
 	of                    func(*preferences) *string
 }
 
+// tokenEnv has the token itself, for machines that keep no files.
+const tokenEnv = "STREAMCTL_TOKEN"
+
 func allPreferences() []preference {
 	return []preference{
 		{"registry", "registry", "STREAMCTL_REGISTRY", "host of the registry of images that are named REPO:TAG", func(p *preferences) *string { return &p.Registry }},
+		{"server", "server", "STREAMCTL_SERVER", "URL of the conversion service", func(p *preferences) *string { return &p.Server }},
+		{"token_file", "token-file", "STREAMCTL_TOKEN_FILE", "file of the token for the conversion service", func(p *preferences) *string { return &p.TokenFile }},
+		{"server_ca", "server-ca", "STREAMCTL_SERVER_CA", "PEM file of certificates to trust for the conversion service, beside the system's", func(p *preferences) *string { return &p.ServerCA }},
 	}
 }
 
@@ -51,7 +60,7 @@ func readPreferences() (p preferences, err error) {
 	if err != nil {
 		return p, err
 	}
-	return p, tomlfile.Decode(name, b, &p, "streamctl configure --list", preferences{Registry: "registry.example.com"})
+	return p, tomlfile.Decode(name, b, &p, "streamctl configure --list", preferences{Registry: "registry.example.com", Server: "https://streaming.example.com", TokenFile: "/etc/token", ServerCA: "/etc/ca.pem"})
 }
 
 // effective returns what counts where a flag is not given.
@@ -65,7 +74,7 @@ func effective() (preferences, error) {
 	return p, err
 }
 
-// writePreferences replaces the file: only the user may read it.
+// writePreferences replaces the file: only the user may read it, for a path may be as telling as a token.
 func writePreferences(p preferences) (err error) {
 	name, err := preferencesFile()
 	if err != nil {
@@ -101,7 +110,7 @@ func newConfigure() *cobra.Command {
 	)
 	cmd := &cobra.Command{
 		Use:   "configure",
-		Short: "Keep defaults: the registry",
+		Short: "Keep defaults: registry, conversion service, token file",
 		Long: `Keep defaults in a file of the user: those that are given; an empty one is forgotten.
 
 A flag of a command counts more than the environment, and that more than this file. --list shows what counts, and whence it is.`,
@@ -118,12 +127,21 @@ A flag of a command counts more than the environment, and that more than this fi
 				}
 			}
 			if changed {
+				if p.TokenFile, err = absolute(p.TokenFile); err != nil {
+					return err
+				}
+				if p.ServerCA, err = absolute(p.ServerCA); err != nil {
+					return err
+				}
+				if err := checkServer(p.Server); err != nil {
+					return err
+				}
 				if err := writePreferences(p); err != nil {
 					return err
 				}
 			}
 			if !changed && !list {
-				return usage("configure: nothing to keep is given: --registry, or --list")
+				return usage("configure: nothing to keep is given: --registry, --server, --token-file, --server-ca, or --list")
 			}
 			if list {
 				return listPreferences(cmd, p, output)
@@ -137,6 +155,14 @@ A flag of a command counts more than the environment, and that more than this fi
 	cmd.Flags().BoolVar(&list, "list", false, "print what counts, and whence it is")
 	output.add(cmd)
 	return cmd
+}
+
+// absolute makes a path in the file mean the same wherever streamctl is called.
+func absolute(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	return filepath.Abs(path)
 }
 
 // listed is a row of configure --list.
@@ -161,6 +187,9 @@ func listPreferences(cmd *cobra.Command, file preferences, output outputFlag) er
 			r.Value, r.Source = v, k.env
 		}
 		rows = append(rows, r)
+		if k.key == "token_file" && os.Getenv(tokenEnv) != "" {
+			rows = append(rows, listed{"token", "(not shown)", tokenEnv})
+		}
 	}
 	if output.json() {
 		return writeJSON(cmd.OutOrStdout(), map[string]any{"defaults": rows})

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/distribution/reference"
 	"github.com/spf13/cobra"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
@@ -203,20 +202,4 @@ func mayName(ctx context.Context, src, dst end, name string) error {
 		err = fmt.Errorf("%s names another image, %s: give another -t, or --force", name, there.Digest)
 	}
 	return err
-}
-
-// splitImage splits an image's name into its parts.
-func splitImage(image string) (registry, repository, ref string, err error) {
-	named, err := reference.ParseNormalizedNamed(image)
-	if err != nil {
-		return "", "", "", usage("image name %q: %w", image, err)
-	}
-	ref = "latest"
-	if t, ok := named.(reference.Tagged); ok {
-		ref = t.Tag()
-	}
-	if d, ok := named.(reference.Digested); ok {
-		ref = d.Digest().String()
-	}
-	return reference.Domain(named), reference.Path(named), ref, nil
 }

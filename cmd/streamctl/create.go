@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 )
 
 // createResult is what create prints with -o json.
@@ -21,11 +22,12 @@ type createResult struct {
 
 func newCreate() *cobra.Command {
 	var (
-		image   imageFlags
+		image   target
 		conv    convertFlags
 		output  outputFlag
 		force   bool
 		profile = profileFlag("static")
+		wait    waitFlags
 	)
 	cmd := &cobra.Command{
 		Use:   "create REF",
@@ -33,8 +35,20 @@ func newCreate() *cobra.Command {
 		Long: `Convert an image and attach its streaming artifact.
 
 REF is an image of a registry (HOST/REPO:TAG or HOST/REPO@DIGEST) or of an OCI layout (oci:DIR:TAG). Of an index, every
-Linux platform is converted. The image itself is not changed. An image that has its artifact already is left alone.`,
+Linux platform is converted. The image itself is not changed. An image that has its artifact already is left alone.
+
+With --server the conversion service converts it, and this command waits for the end.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			c, n, err := image.atService(cmd, args, "jobs", "chunk-size", "temp-dir", "record", "profile")
+			if err != nil {
+				return err
+			}
+			if c != nil {
+				return submit(cmd, c, n, service.Request{Platforms: image.platforms, Force: force}, wait, output)
+			}
+			if err := there(cmd, "no-wait", "wait-timeout"); err != nil {
+				return err
+			}
 			p, ref, platforms, err := image.open(cmd, args)
 			if err != nil {
 				return err
@@ -48,30 +62,36 @@ Linux platform is converted. The image itself is not changed. An image that has 
 			o.Progress = progress.report
 			done, err := converter.Create(cmd.Context(), p, ref, o)
 			progress.stop()
-			res := createResult{Image: name, Status: "Succeeded", Artifacts: done}
-			if res.Artifacts == nil {
-				res.Artifacts = []converter.Created{}
-			}
-			warnCreated(cmd.ErrOrStderr(), res)
-			if err != nil {
-				res.Status, res.ErrorCode, res.Message = "Failed", converter.CodeOf(err), err.Error()
-			}
-			if output.json() {
-				if werr := writeJSON(cmd.OutOrStdout(), res); err == nil {
-					err = werr
-				}
-			} else if werr := printCreated(cmd.OutOrStdout(), res); err == nil {
-				err = werr
-			}
-			return err
+			return printResult(cmd, output, name, done, err)
 		},
 	}
 	image.add(cmd)
 	conv.add(cmd)
 	output.add(cmd)
+	wait.add(cmd)
 	cmd.Flags().Var(&profile, "profile", "static: find out from the image's files what its start reads, and attach that; or none")
 	cmd.Flags().BoolVar(&force, "force", false, "convert all layers again, attach the new artifact, then delete the one before")
 	return cmd
+}
+
+// printResult prints what Create did, before its error as well, and returns that.
+func printResult(cmd *cobra.Command, output outputFlag, image string, done []converter.Created, err error) error {
+	res := createResult{Image: image, Status: "Succeeded", Artifacts: done}
+	if res.Artifacts == nil {
+		res.Artifacts = []converter.Created{}
+	}
+	warnCreated(cmd.ErrOrStderr(), res)
+	if err != nil {
+		res.Status, res.ErrorCode, res.Message = "Failed", converter.CodeOf(err), err.Error()
+	}
+	print := printCreated
+	if output.json() {
+		print = func(w io.Writer, res createResult) error { return writeJSON(w, res) }
+	}
+	if werr := print(cmd.OutOrStdout(), res); err == nil {
+		err = werr
+	}
+	return err
 }
 
 // warnCreated says what was not done: once for an image that has all its artifacts.
@@ -93,11 +113,16 @@ func warnCreated(w io.Writer, res createResult) {
 		if exist < len(res.Artifacts) {
 			name += " (" + c.Platform + ")"
 		}
-		fmt.Fprintf(w, "The streaming artifact for image '%s' already exists. Skipping request.\n", name)
+		warnExists(w, name)
 		if exist == len(res.Artifacts) {
 			return
 		}
 	}
+}
+
+// warnExists says it in Azure's words.
+func warnExists(w io.Writer, image string) {
+	fmt.Fprintf(w, "The streaming artifact for image '%s' already exists. Skipping request.\n", image)
 }
 
 func printCreated(w io.Writer, res createResult) error {

@@ -2,6 +2,9 @@
 // lists, inspects, verifies and deletes their artifacts, and copies images together with their referrers. docs/cli.md
 // describes it. It needs no daemon, no root and no containerd: all it does is in package converter.
 //
+// `streamctl serve` is the conversion service (package serve), and the other commands ask one instead of doing the work
+// themselves if they are told which.
+//
 // Results go to standard output, everything else to standard error. It exits with 0 when it did what it was asked, with 1
 // when it could not or when verify found a difference, and with 2 when it was called wrongly.
 package main
@@ -18,6 +21,7 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+	_ "golang.org/x/crypto/x509roots/fallback" // its image has no certificates of a system
 )
 
 func main() {
@@ -75,7 +79,6 @@ func newRoot() *cobra.Command {
 		},
 		RunE: func(cmd *cobra.Command, args []string) error { return cmd.Help() },
 	}
-	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetVersionTemplate("{{.Name}} {{.Version}}\n")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		if cmd == root {
@@ -83,7 +86,9 @@ func newRoot() *cobra.Command {
 		}
 		return usageError{fmt.Errorf("%s: %w", cmd.Name(), err)}
 	})
-	root.AddCommand(newCreate(), newListReferrers(), newInspect(), newVerify(), newDelete(), newImport(), newCopy(), newProfile(), newConfigure(), newVersion())
+	root.AddCommand(newCreate(), newShow(), newUpdate(), newOperation(), newListReferrers(), newInspect(), newVerify(), newDelete(), newImport(), newCopy(), newProfile(), newConfigure(), newServe(),
+		newVersion())
+	completions(root)
 	return root
 }
 

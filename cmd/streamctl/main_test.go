@@ -51,6 +51,7 @@ func alone(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	os.Setenv("XDG_CONFIG_HOME", dir)
+	os.Unsetenv(tokenEnv)
 	for _, k := range allPreferences() {
 		os.Unsetenv(k.env)
 	}
@@ -77,6 +78,12 @@ func succeed(t *testing.T, args ...string) (stdout, stderr string) {
 // putImage stores an image of two layers.
 func putImage(t *testing.T, image, platform string) digest.Digest {
 	t.Helper()
+	return putImageOf(t, image, platform, "two")
+}
+
+// putImageOf is putImage with a second layer of its own.
+func putImageOf(t *testing.T, image, platform, second string) digest.Digest {
+	t.Helper()
 	p, tag, err := converter.Open(image, converter.OpenOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -94,7 +101,7 @@ func putImage(t *testing.T, image, platform string) digest.Digest {
 	}
 	config := ocispec.Image{Platform: pf}
 	m := ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest}
-	for _, name := range []string{"one", "two"} {
+	for _, name := range []string{"one", second} {
 		var b bytes.Buffer
 		w := tar.NewWriter(&b)
 		data := bytes.Repeat([]byte(name), 100_000)
@@ -298,9 +305,17 @@ func TestFailure(t *testing.T) {
 
 func TestUsage(t *testing.T) {
 	for _, args := range [][]string{
-		{"create", "host.example/a", "-u", "a"}, {"create", "-n", "myregistry.azurecr.io", "--suffix", "tenant", "-t", "a"},
+		{"show"}, {"show", "a", "--repository", "b"}, {"update", "--repository", "a"}, {"update", "--repository", "a", "--enable-streaming", "maybe"},
+		{"update", "-n", "host.example", "--repository", "a", "--enable-streaming", "true"}, {"show", "-n", "host.example", "--repository", "a"},
+		{"operation", "show", "--id", "a"}, {"operation", "list"}, {"operation", "cancel", "-n", "host.example", "-t", "a:b"},
+		{"operation", "show"}, {"operation", "show", "--repository", "a"}, {"operation", "show", "--id", "a", "-t", "b"},
+		{"create", "host.example/a", "--no-wait"}, {"create", "host.example/a", "--wait-timeout", "1m"}, {"create", "oci:a", "--server", "http://host.example"},
+		{"create", "host.example/a", "--server", "host.example"}, {"create", "host.example/a", "--server", "http://127.0.0.1:1", "--jobs", "3"},
+		{"create", "host.example/a", "--server", "http://127.0.0.1:1", "-u", "a", "-p", "b"}, {"create", "host.example/a", "-u", "a"},
+		{"create", "-n", "myregistry.azurecr.io", "--suffix", "tenant", "-t", "a"}, {"list-referrers", "-r", "host.example", "-n", "a", "-t", "b"},
 		{"import"}, {"import", "--source", "host.example/a"}, {"import", "-n", "host.example", "--source", "oci:a"},
-		{"import", "-n", "host.example", "--source", "oci:a", "-t", "b@" + digest.FromString("").String()}, {"configure"}, {"show"}, {"creat", "x"}, {"create"}, {"create", "a", "b"}, {"create", "--no-such-flag", "a"}, {"create", "-n", "host.example"},
+		{"import", "-n", "host.example", "--source", "oci:a", "-t", "b@" + digest.FromString("").String()}, {"configure"}, {"configure", "--server", "host.example"},
+		{"operation", "list", "--server", "http://127.0.0.1:1", "--state", "Done"}, {"creat", "x"}, {"create"}, {"create", "a", "b"}, {"create", "--no-such-flag", "a"}, {"create", "-n", "host.example"},
 		{"create", "-t", "app:v1"}, {"create", "-n", "host.example", "-t", "a:b", "c"}, {"create", "-n", "myregistry", "-t", "app:v1"},
 		{"create", "Not A Name"}, {"create", "oci:"}, {"create", "oci:dir:"}, {"create", "a", "-o", "yaml"}, {"create", "a", "--chunk-size", "1GiB"},
 		{"create", "a", "--chunk-size", "9999999999GiB"}, {"create", "a", "--chunk-size", "1"}, {"create", "a", "--jobs", "0"},

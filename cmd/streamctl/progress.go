@@ -93,6 +93,24 @@ func (p *progress) report(e converter.Event) {
 	}
 }
 
+// only shows e alone, or nothing if it is not going on.
+func (p *progress) only(e converter.Event, active bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.active = p.active[:0]
+	if active {
+		p.active = append(p.active, e)
+	}
+}
+
+// say prints a line above the bars.
+func (p *progress) say(line string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.clear()
+	fmt.Fprintln(p.w, line)
+}
+
 func (p *progress) find(e converter.Event) int {
 	for i, a := range p.active {
 		if a.Digest == e.Digest && a.Layer == e.Layer && a.Platform == e.Platform {

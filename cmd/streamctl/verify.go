@@ -10,7 +10,7 @@ import (
 
 func newVerify() *cobra.Command {
 	var (
-		image  imageFlags
+		image  target
 		output outputFlag
 		jobs   jobsFlag
 	)
@@ -19,15 +19,9 @@ func newVerify() *cobra.Command {
 		Short: "Prove that the streaming artifacts of an image are that image",
 		Long: `Prove that the streaming artifacts of an image are that image, by reading them whole.
 
-The first difference is named on standard error, and the exit status is 1.`,
+The first difference is named on standard error, and the exit status is 1. With --server the service reads them.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			p, ref, platforms, err := image.open(cmd, args)
-			if err != nil {
-				return err
-			}
-			progress := newProgress(cmd.ErrOrStderr(), "verified")
-			done, err := converter.Verify(cmd.Context(), p, ref, converter.VerifyOptions{Platforms: platforms, Jobs: int(jobs), Progress: progress.report})
-			progress.stop()
+			done, err := verify(cmd, args, &image, jobs)
 			if err != nil {
 				return err
 			}
@@ -47,4 +41,25 @@ The first difference is named on standard error, and the exit status is 1.`,
 	output.add(cmd)
 	jobs.add(cmd)
 	return cmd
+}
+
+func verify(cmd *cobra.Command, args []string, image *target, jobs jobsFlag) ([]converter.Verified, error) {
+	c, n, err := image.atService(cmd, args, "platform", "jobs")
+	if err != nil {
+		return nil, err
+	}
+	if c != nil {
+		img, err := resolve(cmd.Context(), c, n)
+		if err != nil {
+			return nil, err
+		}
+		return c.Verify(cmd.Context(), img)
+	}
+	p, ref, platforms, err := image.open(cmd, args)
+	if err != nil {
+		return nil, err
+	}
+	progress := newProgress(cmd.ErrOrStderr(), "verified")
+	defer progress.stop()
+	return converter.Verify(cmd.Context(), p, ref, converter.VerifyOptions{Platforms: platforms, Jobs: int(jobs), Progress: progress.report})
 }

@@ -21,13 +21,13 @@ const CertificateName = "registry.example.com"
 // Certificate is the files of a certificate for loopback, of its key, and of the CA that was made for it.
 type Certificate struct{ CAFile, CertFile, KeyFile string }
 
-// MakeCertificate makes a certificate in dir.
-func MakeCertificate(dir string) (Certificate, error) {
+// MakeCertificate makes a certificate in dir, for more names if there are any.
+func MakeCertificate(dir string, names ...string) (Certificate, error) {
 	c := Certificate{filepath.Join(dir, "ca.pem"), filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")}
-	return c, c.make()
+	return c, c.make(append(names, CertificateName))
 }
 
-func (c *Certificate) make() error {
+func (c *Certificate) make(names []string) error {
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -46,7 +46,7 @@ func (c *Certificate) make() error {
 	}
 	leaf := &x509.Certificate{
 		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "registry"}, NotBefore: root.NotBefore, NotAfter: root.NotAfter,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, DNSNames: []string{CertificateName}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
+		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}, DNSNames: names, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, leaf, root, key.Public(), caKey)
 	if err != nil {
