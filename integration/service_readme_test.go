@@ -1,0 +1,117 @@
+package integration_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
+)
+
+// TestServiceReadme runs README's words about the conversion service as they stand: Debian's docker-registry tells `streamctl serve` of an image that skopeo copies into
+// it, and without another command its artifact is there, and a node streams it.
+func TestServiceReadme(t *testing.T) {
+	dir := tempDir(t)
+	g, err := guest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := ociimage.Small(tempDir(t), g, 40)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := layout.Write(filepath.Join(dir, "image"), empty.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.AppendImage(img); err != nil {
+		t.Fatal(err)
+	}
+	readme(t, dir, "streamctl serve --config serve.toml", "IMAGE=oci:"+filepath.Join(dir, "image"))
+
+	const ref = "127.0.0.1:5055/team/app:v1"
+	run(t, "streamctl", "verify", ref)
+	n := startNode(t, node.Options{Stream: []string{"127.0.0.1:5055/*"}})
+	if err := n.Pull(t.Context(), ref); err != nil {
+		t.Fatal(err)
+	}
+	out, err := n.Run(t.Context(), ref, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkSums(t, out, 40)
+	var status struct {
+		Streamed int `json:"streamed_images"`
+	}
+	if err := json.Unmarshal([]byte(run(t, "streaming-snapshotter", "status", "--config", n.ConfigFile(), "-o", "json")), &status); err != nil || status.Streamed != 1 {
+		t.Errorf("the node has streamed %d images, %v", status.Streamed, err)
+	}
+}
+
+// readme runs the block of README in which a line has words, in dir, by a shell that ends at the first failure. What it leaves running ends with the test.
+func readme(t *testing.T, dir, words string, env ...string) {
+	t.Helper()
+	root, err := node.Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(root, "README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var block []string
+	for _, part := range strings.Split(string(b), "\n\n") {
+		if strings.HasPrefix(part, "    ") && strings.Contains(part, words) {
+			for line := range strings.Lines(part) {
+				block = append(block, strings.TrimPrefix(line, "    "))
+			}
+		}
+	}
+	if block == nil {
+		t.Fatalf("README.md has no block with %q", words)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	log, err := os.Create(filepath.Join(dir, "log")) // a pipe would be waited for as long as somebody has it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer log.Close()
+	c := exec.CommandContext(ctx, "sh", "-eu", "-c", strings.Join(block, ""))
+	c.Dir, c.Env = dir, append(os.Environ(), env...)
+	c.Stdout, c.Stderr = log, log
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	group := -c.Process.Pid
+	c.Cancel = func() error { return syscall.Kill(group, syscall.SIGTERM) }
+	t.Cleanup(func() {
+		syscall.Kill(group, syscall.SIGTERM)
+		for deadline := time.Now().Add(20 * time.Second); !errors.Is(syscall.Kill(group, 0), syscall.ESRCH); time.Sleep(20 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Error("what README starts does not end")
+				syscall.Kill(group, syscall.SIGKILL)
+				break
+			}
+		}
+		if t.Failed() {
+			b, _ := os.ReadFile(log.Name())
+			t.Logf("README's words:\n%s", b)
+		}
+	})
+	if err := c.Wait(); err != nil {
+		t.Fatalf("README's words: %v", err)
+	}
+}
