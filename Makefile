@@ -28,9 +28,10 @@ kubernetes: .build/kubernetes/built
 	cd tools && CGO_ENABLED=1 go build -tags netgo,osusergo,seccomp -ldflags '-extldflags -static' -o $(CURDIR)/.build/kubernetes/ github.com/opencontainers/runc
 	@touch $@
 
-# The image of the DaemonSet's installer for amd64 and arm64, as an OCI layout: crane push .build/image REF
+# The images of the DaemonSet's installer and of the conversion service for amd64 and arm64, as OCI layouts: crane push .build/image REF
 image:
 	@go run ./deploy/image .build/image
+	@go run ./deploy/image -program streamctl .build/service-image
 
 # Other releases of containerd that nodes have, each with its shim and ctr: make .build/containerd-2.2
 .build/containerd-%: tools/containerd-%/go.mod tools/containerd-%/go.sum

@@ -17,11 +17,13 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/validate"
 )
 
+const program = "streaming-snapshotter"
+
 // TestWrite: the layout is one valid index of two platforms, made again it is the same, and its programs run, the other machine's below qemu.
 func TestWrite(t *testing.T) {
 	archs := []string{"amd64", "arm64"}
 	dir := filepath.Join(t.TempDir(), "layout")
-	digest, err := write(t.Context(), dir, archs) // with what is compiled already: make lint does both
+	digest, err := write(t.Context(), program, dir, archs) // with what is compiled already: make lint does both
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,7 +69,7 @@ func TestWrite(t *testing.T) {
 		if d.Platform == nil || d.Platform.Architecture != archs[i] || c.Architecture != archs[i] || settings["GOARCH"] != archs[i] || settings["CGO_ENABLED"] != "0" {
 			t.Errorf("%s: descriptor %v, config %s, program %v", archs[i], d.Platform, c.Architecture, settings)
 		}
-		if len(c.Config.Entrypoint) != 1 || c.Config.Entrypoint[0] != "/"+path {
+		if len(c.Config.Entrypoint) != 1 || c.Config.Entrypoint[0] != "/"+path+program {
 			t.Errorf("entrypoint %q", c.Config.Entrypoint)
 		}
 		command := []string{binary, "version"}
@@ -82,7 +84,7 @@ func TestWrite(t *testing.T) {
 		if want := "streaming-snapshotter " + c.Config.Labels["org.opencontainers.image.version"] + "\n"; err != nil || string(out) != want {
 			t.Errorf("version prints %q, %v, want %q", out, err, want)
 		}
-		again, err := image(binary, archs[i])
+		again, err := image(binary, program, archs[i])
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -120,7 +122,7 @@ func extract(t *testing.T, img v1.Image) string {
 			}
 		}
 	}
-	if got := strings.Join(names, " "); got != "usr/ usr/local/ usr/local/bin/ "+path {
+	if got := strings.Join(names, " "); got != "usr/ usr/local/ usr/local/bin/ "+path+program {
 		t.Errorf("the image has %s", got)
 	}
 	binary := filepath.Join(t.TempDir(), "program")

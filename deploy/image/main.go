@@ -1,5 +1,5 @@
-// Command image makes the container image of the installer, which is the streaming-snapshotter program and nothing else, for amd64 and arm64: an OCI layout with one
-// index. It takes the go command and no Docker engine. The same commit and Go release give the same digests.
+// Command image makes a container image of one of our programs and nothing else, for amd64 and arm64: streaming-snapshotter, which is the DaemonSet's installer, or streamctl, the
+// conversion service. It is an OCI layout with one index. It takes the go command and no Docker engine. The same commit and Go release give the same digests.
 package main
 
 import (
@@ -27,22 +27,23 @@ import (
 )
 
 const (
-	program = "github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter"
-	path    = "usr/local/bin/streaming-snapshotter" // in the image
+	commands = "github.com/streaming-snapshotter/streaming-snapshotter/cmd/"
+	path     = "usr/local/bin/" // of the program in the image
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
 	flag.Usage = func() {
-		fmt.Fprintln(os.Stderr, "usage: image DIR\n\nMakes DIR, which is replaced, an OCI layout. Run it in the module's checkout.")
+		fmt.Fprintln(os.Stderr, "usage: image [-program NAME] DIR\n\nMakes DIR, which is replaced, an OCI layout. Run it in the module's checkout.")
 	}
+	program := flag.String("program", "streaming-snapshotter", "or streamctl")
 	flag.Parse()
 	if flag.NArg() != 1 {
 		flag.Usage()
 		os.Exit(2)
 	}
-	digest, err := write(ctx, flag.Arg(0), []string{"amd64", "arm64"}, "-trimpath") // so that the checkout may be anywhere
+	digest, err := write(ctx, *program, flag.Arg(0), []string{"amd64", "arm64"}, "-trimpath") // so that the checkout may be anywhere
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "image:", err)
 		os.Exit(1)
@@ -50,8 +51,8 @@ func main() {
 	fmt.Printf("%s: %s\n", flag.Arg(0), digest)
 }
 
-// write makes dir a layout with the image for each of archs, of a program that is built with flags, and returns the digest of its index.
-func write(ctx context.Context, dir string, archs []string, flags ...string) (v1.Hash, error) {
+// write makes dir a layout with the image for each of archs, of program, which is built with flags, and returns the digest of its index.
+func write(ctx context.Context, program, dir string, archs []string, flags ...string) (v1.Hash, error) {
 	scratch, err := os.MkdirTemp("", "image")
 	if err != nil {
 		return v1.Hash{}, err
@@ -60,10 +61,10 @@ func write(ctx context.Context, dir string, archs []string, flags ...string) (v1
 	index := mutate.IndexMediaType(empty.Index, types.OCIImageIndex)
 	for _, arch := range archs {
 		binary := filepath.Join(scratch, arch)
-		if err := build(ctx, arch, binary, flags); err != nil {
+		if err := build(ctx, program, arch, binary, flags); err != nil {
 			return v1.Hash{}, err
 		}
-		img, err := image(binary, arch)
+		img, err := image(binary, program, arch)
 		if err != nil {
 			return v1.Hash{}, err
 		}
@@ -82,8 +83,8 @@ func write(ctx context.Context, dir string, archs []string, flags ...string) (v1
 	return index.Digest()
 }
 
-func build(ctx context.Context, arch, binary string, flags []string) error {
-	c := exec.CommandContext(ctx, "go", slices.Concat([]string{"build", "-buildvcs=auto", "-ldflags=-s -w"}, flags, []string{"-o", binary, program})...)
+func build(ctx context.Context, program, arch, binary string, flags []string) error {
+	c := exec.CommandContext(ctx, "go", slices.Concat([]string{"build", "-buildvcs=auto", "-ldflags=-s -w"}, flags, []string{"-o", binary, commands + program})...)
 	c.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch, "GOFLAGS=", "GOAMD64=v1", "GOARM64=v8.0")
 	c.Stderr = os.Stderr
 	if err := c.Run(); err != nil {
@@ -93,7 +94,7 @@ func build(ctx context.Context, arch, binary string, flags []string) error {
 }
 
 // image is that of one platform.
-func image(binary, arch string) (v1.Image, error) {
+func image(binary, program, arch string) (v1.Image, error) {
 	text, err := os.ReadFile(binary)
 	if err != nil {
 		return nil, err
@@ -103,7 +104,7 @@ func image(binary, arch string) (v1.Image, error) {
 		return nil, err
 	}
 	var b bytes.Buffer
-	if err := pack(&b, text); err != nil {
+	if err := pack(&b, path+program, text); err != nil {
 		return nil, err
 	}
 	layer, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil }, tarball.WithMediaType(types.OCILayer))
@@ -122,21 +123,21 @@ func image(binary, arch string) (v1.Image, error) {
 	f.OS, f.Architecture, f.Created = "linux", arch, v1.Time{Time: time.Unix(0, 0).UTC()}
 	f.History = []v1.History{{Created: f.Created, CreatedBy: "deploy/image"}}
 	f.Config = v1.Config{
-		Entrypoint: []string{"/" + path},
+		Entrypoint: []string{"/" + path + program},
 		Env:        []string{"PATH=/usr/local/bin"},
-		Labels:     map[string]string{"org.opencontainers.image.title": filepath.Base(path), "org.opencontainers.image.version": info.Main.Version},
+		Labels:     map[string]string{"org.opencontainers.image.title": program, "org.opencontainers.image.version": info.Main.Version},
 	}
 	return mutate.ConfigFile(img, f)
 }
 
 // pack writes the layer: the program, of no time.
-func pack(w io.Writer, text []byte) error {
+func pack(w io.Writer, name string, text []byte) error {
 	t := tar.NewWriter(w)
 	var errs []error
 	for _, dir := range []string{"usr/", "usr/local/", "usr/local/bin/"} {
 		errs = append(errs, t.WriteHeader(&tar.Header{Typeflag: tar.TypeDir, Name: dir, Mode: 0o755, ModTime: time.Unix(0, 0)}))
 	}
-	errs = append(errs, t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: path, Mode: 0o755, Size: int64(len(text)), ModTime: time.Unix(0, 0)}))
+	errs = append(errs, t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o755, Size: int64(len(text)), ModTime: time.Unix(0, 0)}))
 	_, err := t.Write(text)
 	return errors.Join(append(errs, err, t.Close())...)
 }
