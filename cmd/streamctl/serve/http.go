@@ -16,6 +16,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/metrics"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/access"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/console"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/rest"
 )
 
@@ -47,6 +48,11 @@ func newHandler(c Config, gate *access.Gate, svc *service.Service, h *health, cl
 		return nil, err
 	}
 	mux.Handle("/hooks/", hooks)
+	pages, err := console.New(console.Config{Service: svc, Gate: gate, Version: o.Version, Closing: closing, Log: o.Log})
+	if err != nil {
+		return nil, err
+	}
+	mux.Handle("/", gate.Browser(pages, pages.Login))
 	for _, path := range []string{"/healthz", "/readyz"} {
 		mux.Handle(path, h.public(false))
 	}

@@ -120,7 +120,7 @@ func TestServe(t *testing.T) {
 	}{
 		{"/healthz", "", 200, "ok\n"}, {"/readyz", "", 200, "ok\n"}, {"/metrics", "", 401, ""}, {"/metrics", secret, 200, "streaming_service_ready 1\n"},
 		{"/v1/registries", "", 401, ""}, {"/v1/registries", "wrong-wrong-wrong-wrong", 401, ""}, {"/v1/registries", secret, 200, "127.0.0.1:1"},
-		{"/hooks/none", secret, 404, ""},
+		{"/hooks/none", secret, 404, ""}, {"/", "", 200, "<form"}, // who is not known is sent to the page to log in
 	} {
 		if status, body := get(t, c, url+x.path, x.token); status != x.status || !strings.Contains(body, x.body) {
 			t.Errorf("GET %s with %q: %d, %s; want %d, %s", x.path, x.token, status, body, x.status, x.body)
