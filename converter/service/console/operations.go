@@ -258,6 +258,7 @@ func (c *Console) events(w http.ResponseWriter, r *http.Request, at place) error
 		_, err := w.Write([]byte(text))
 		return err == nil && rc.Flush() == nil
 	}
+	defer func() { _ = rc.SetWriteDeadline(time.Time{}) }() // for the next request of the connection
 	for ok := send(": hello\n\n"); ok; {
 		select {
 		case o, more := <-changes:
