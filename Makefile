@@ -56,6 +56,7 @@ unit: build .build/gotest
 OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd|TestInstall)$$
 
 integration: build .build/gotest
+	@.ci/packages chromium fonts-liberation
 	$(GOTEST) -timeout 30m -skip '$(OF_IMAGES)|^TestKubernetes' ./integration
 
 integration-images: build images .build/gotest

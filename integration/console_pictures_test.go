@@ -1,0 +1,101 @@
+package integration_test
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/chromedp/chromedp"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+)
+
+// drawPictures writes the pictures of docs/console.md, of a registry whose images are interesting to look at.
+func drawPictures(t *testing.T, dir string) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	const host = "registry.example.com"
+	c := startConsoleOf(t, startRegistry(t, registrytest.Options{}), host)
+	b := startBrowser(t, c.url)
+	nginx, err := ociimage.Built("nginx")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var image service.Image
+	for _, tag := range []string{"1.22.0", "1.22.1", "1.22.2"} {
+		image = c.push(t, "shop/nginx", tag, nginx)
+	}
+	for i, repository := range []string{"shop/cart", "shop/checkout", "shop/frontend", "lib/base", "team/tools"} {
+		c.push(t, repository, "v1.4.0", small(t, uint64(10+i)))
+	}
+	for _, s := range []service.Settings{{Repository: "shop/*", Active: true}, {Repository: "shop/cart"}, {Repository: "lib/base", Active: true}} {
+		s.Registry, s.By = host, "olivia"
+		if _, err := c.SetSettings(t.Context(), s, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	submit := func(i service.Image, tag string) service.Operation {
+		o, _, err := c.Submit(t.Context(), service.Request{Image: i, Tag: tag, By: "olivia"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return o
+	}
+	changes, err := c.Watch(t.Context(), submit(image, "1.22.2").ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for o := range changes {
+		if o.State.Ended() && o.State != service.Succeeded {
+			t.Fatalf("operation is %+v", o)
+		}
+	}
+	img := small(t, 9)
+	checkout := c.push(t, "shop/checkout", "v1.5.0", img)
+	release := c.hold(t, img)
+	going := submit(checkout, "v1.5.0")
+	b.signIn("olivia")
+	registry := "/registries/" + host
+	for _, p := range []struct {
+		name, path, waits, scheme string
+		width, height             int64
+	}{
+		{"repositories", registry, "", "light", 1200, 820},
+		{"repository", registry + "/shop/nginx", "", "light", 1200, 820},
+		{"image", registry + "/shop/nginx/-/image/1.22.2", "", "dark", 1200, 900},
+		{"start", registry + "/shop/nginx/-/image/1.22.2/start", "", "light", 1200, 900},
+		{"start-dark", registry + "/shop/nginx/-/image/1.22.2/start", "", "dark", 1200, 900},
+		{"progress", "/operations/" + going.ID, `document.querySelector("progress").value > 0`, "light", 1200, 640},
+		{"narrow", registry + "/shop/checkout/-/image/v1.5.0", `document.querySelector("progress").value > 0`, "dark", 390, 844},
+		{"narrow-start", registry + "/shop/nginx/-/image/1.22.2/start", "", "light", 390, 844},
+		{"operations", "/operations", "", "dark", 1200, 560},
+		{"settings", registry + "/-/settings?repository=shop/nginx", "", "light", 1200, 900},
+		{"delete", registry + "/shop/nginx/-/image/1.22.2/delete", "", "light", 1200, 560},
+		{"referrers", registry + "/shop/nginx/-/image/1.22.2/referrers", "", "light", 1200, 640},
+		{"error", "/nowhere", "", "light", 1200, 560},
+	} {
+		b.look(p.scheme, p.width, p.height)
+		b.open(p.path)
+		b.moveAway()
+		if p.waits != "" {
+			b.wait(p.waits)
+		}
+		b.draw(filepath.Join(dir, p.name+".png"))
+	}
+	release()
+}
+
+// draw writes a picture of what is shown.
+func (b *browser) draw(file string) {
+	b.t.Helper()
+	png, err := chromedp.Run(b.ctx, chromedp.CaptureScreenshot())
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	if err := os.WriteFile(file, png, 0o644); err != nil {
+		b.t.Fatal(err)
+	}
+}
