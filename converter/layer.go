@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 )
@@ -226,8 +228,15 @@ func (c *countReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// tempFile makes a file that has no name any more, so that nothing is left of it however the process ends.
+// tempFile makes a file that never has a name, so that nothing is left of it however the process ends. Where the file system has no such
+// files (NFS), it has one for a moment.
 func tempFile(dir string) (*os.File, error) {
+	if dir == "" {
+		dir = os.TempDir()
+	}
+	if fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600); err == nil {
+		return os.NewFile(uintptr(fd), filepath.Join(dir, "streamctl")), nil
+	}
 	f, err := os.CreateTemp(dir, "streamctl-*")
 	if err != nil {
 		return nil, fmt.Errorf("temporary file for the converted layer: %w", err)
