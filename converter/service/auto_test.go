@@ -125,6 +125,11 @@ func (w *world) told(kind EventKind, i Image, tag string) {
 // until waits for a condition.
 func (w *world) until(what string, f func() bool) {
 	w.t.Helper()
+	until(w.t, what, f)
+}
+
+func until(t *testing.T, what string, f func() bool) {
+	t.Helper()
 	deadline := time.NewTimer(time.Minute)
 	defer deadline.Stop()
 	tick := time.NewTicker(10 * time.Millisecond)
@@ -133,7 +138,7 @@ func (w *world) until(what string, f func() bool) {
 		select {
 		case <-tick.C:
 		case <-deadline.C:
-			w.t.Fatalf("not within a minute: %s", what)
+			t.Fatalf("not within a minute: %s", what)
 		}
 	}
 }

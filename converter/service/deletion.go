@@ -234,17 +234,31 @@ func (v *visit) keep(ctx context.Context) error {
 		return nil
 	}
 	var tags []*seenTag
+	listed := 0
 	for _, t := range v.tags {
-		if t.State == stateDue {
+		switch {
+		case t.State == stateDue:
 			return nil // nobody knows yet what is the newest
+		case t.Missing.IsZero():
+			listed++
+		case time.Since(t.Missing) > gone:
+			continue
 		}
-		if t.Missing.IsZero() {
-			tags = append(tags, t)
-		}
+		tags = append(tags, t)
+	}
+	if listed == 0 {
+		return nil // a list without any is the registry's mistake, or the images go too, and their artifacts with them
 	}
 	slices.SortFunc(tags, func(x, y *seenTag) int { return cmp.Or(y.Pushed.Compare(x.Pushed), cmp.Compare(y.Tag, x.Tag)) })
 	kept := map[digest.Digest]bool{}
-	for _, t := range tags[:min(n, len(tags))] {
+	listed = 0
+	for i, t := range tags { // the newest ones, whether those that the list lacks are there or not
+		if t.Missing.IsZero() {
+			listed++
+		}
+		if i >= n && (listed > n || !t.Missing.IsZero()) {
+			continue
+		}
 		if t.Digest == "" {
 			return nil // it was not looked at yet
 		}

@@ -144,9 +144,12 @@ func TestPushedAgain(t *testing.T) {
 // TestOutageIsNoDeletion: a registry that is away, or says of everything that there is none, has not lost its images.
 func TestOutageIsNoDeletion(t *testing.T) {
 	w := newWorld(t)
-	w.activate("app", true)
+	w.activate("app", true, func(s *Settings) { s.Rules.Keep = 5 })
 	i := w.push("app", "v1", image(t, "amd64", 1000))
 	w.profiled(i)
+	pushed := w.push("app", "v2", image(t, "amd64", 2000))
+	w.told(Pushed, pushed, "v2")
+	w.converted(pushed)
 	w.settled()
 	w.reconciled()
 	tags := func(req *http.Request) bool { return strings.HasSuffix(req.URL.Path, "/tags/list") }
@@ -176,13 +179,18 @@ func TestOutageIsNoDeletion(t *testing.T) {
 		if got := w.attached(i); len(got) != 2 {
 			t.Errorf("%s: referrers %+v", name, got)
 		}
-		if m, err := w.getMade(t.Context(), i); err != nil || m.rev == 0 {
-			t.Errorf("%s: forgotten: %+v, %v", name, m, err)
+		if got := w.attached(pushed); len(got) != 1 {
+			t.Errorf("%s: referrers of what nobody asked for %+v", name, got)
+		}
+		for _, i := range []Image{i, pushed} {
+			if m, err := w.getMade(t.Context(), i); err != nil || m.rev == 0 {
+				t.Errorf("%s: forgotten: %+v, %v", name, m, err)
+			}
 		}
 	}
 	w.reconciled()
 	w.settled()
-	w.asked(i) // and it is not new after that
+	w.asked(i, pushed) // and it is not new after that
 
 	w.reg.Close()
 	w.reconciled()

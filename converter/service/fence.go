@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"slices"
 	"time"
 
@@ -88,10 +89,19 @@ func late(ctx context.Context, d time.Duration) (context.Context, context.Cancel
 	}
 }
 
-// takeAway deletes what an operation has made; that it is not there is fine.
+// takeAway deletes what an operation has made; that it is not there is fine. Whatever a record says, nothing else is deleted than artifacts
+// and profiles.
 func takeAway(ctx context.Context, p converter.Place, list []made) error {
 	var errs []error
 	for _, m := range slices.Backward(list) {
+		d, _, err := p.Manifest(ctx, m.Digest.String())
+		if err == nil && d.ArtifactType != artifact.ArtifactType && d.ArtifactType != artifact.ProfileType {
+			err = fmt.Errorf("%s is neither an artifact nor a profile: it stays", m.Digest)
+		}
+		if err != nil && !errors.Is(err, converter.ErrNotFound) {
+			errs = append(errs, err)
+			continue
+		}
 		if err := p.Delete(ctx, m.Digest, m.Subject); err != nil && !errors.Is(err, converter.ErrNotFound) {
 			errs = append(errs, err)
 		}

@@ -489,6 +489,7 @@ func TestRefused(t *testing.T) {
 		"no registry":    {Request{Image: Image{"elsewhere.example.com", "app", i.Digest}}, func(err error) bool { return errors.Is(err, ErrNotFound) }},
 		"no image":       {Request{Image: Image{i.Registry, "app", digest.FromString("x")}}, func(err error) bool { return errors.Is(err, ErrNotFound) }},
 		"bad repository": {Request{Image: Image{i.Registry, "A B", i.Digest}}, func(err error) bool { return errors.Is(err, ErrInvalid) }},
+		"other's":        {Request{Image: Image{i.Registry, "app:x-suffix", i.Digest}}, func(err error) bool { return errors.Is(err, ErrInvalid) }},
 		"bad digest":     {Request{Image: Image{i.Registry, "app", "sha256:1"}}, func(err error) bool { return errors.Is(err, ErrInvalid) }},
 		"bad platform":   {Request{Image: i, Platforms: []string{"linux"}}, func(err error) bool { return errors.Is(err, ErrInvalid) }},
 		"windows":        {Request{Image: e.push("windows", windows)}, func(err error) bool { return errors.As(err, &refused) && refused.Code == converter.UnsupportedPlatform }},

@@ -82,6 +82,9 @@ func (s *Service) check(r Request) (converter.Place, []ocispec.Platform, error) 
 	if err := r.Image.Digest.Validate(); err != nil {
 		return nil, nil, fmt.Errorf("%w: digest %q: %w", ErrInvalid, r.Image.Digest, err)
 	}
+	if err := checkRepository(r.Image.Repository); err != nil { // or REPOSITORY:TAG would be another's
+		return nil, nil, err
+	}
 	platforms, err := parsePlatforms(r.Platforms)
 	if err != nil {
 		return nil, nil, fmt.Errorf("%w: %w", ErrInvalid, err)

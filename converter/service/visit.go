@@ -27,6 +27,7 @@ const (
 
 const (
 	notYet   = 10 * time.Minute    // how long a tag that was pushed may not be readable: registries are distributed
+	gone     = 24 * time.Hour      // how long a tag must be missing in lists before images lose their artifacts for it
 	forget   = 30 * 24 * time.Hour // how long a tag that is gone is remembered: that a list lacks it may be the list's mistake
 	maxTries = 3                   // how often an image whose operation failed is asked for again
 	pushTo   = "push to "          // begins Operation.By of what was converted because it was pushed
