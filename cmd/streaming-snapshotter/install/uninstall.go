@@ -325,15 +325,20 @@ func (in *installer) cleanUp() error {
 	return nil
 }
 
-// clearRoot unmounts what is mounted in the snapshotter's directory, and removes that with all that is in it if an install has made it.
+// mountsIn are the directories of a daemon's root in which it mounts.
+var mountsIn = []string{"devices", "images", "snapshots"}
+
+// clearRoot unmounts what the snapshotter has mounted in its directory, and removes that with all that is in it if an install has made it. A directory that was there before
+// may be a disk that others use, too.
 func clearRoot(root string, made bool) error {
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(root))
 	if err != nil {
 		return err
 	}
 	for _, m := range slices.Backward(mounts) {
-		if m.Mountpoint == root && !made {
-			continue // a disk for it
+		first, _, _ := strings.Cut(strings.TrimPrefix(m.Mountpoint, root+"/"), "/")
+		if !made && !slices.Contains(mountsIn, first) {
+			continue
 		}
 		if err := unix.Unmount(m.Mountpoint, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("unmount %s: %w", m.Mountpoint, err)
