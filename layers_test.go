@@ -20,6 +20,8 @@ const (
 	containerd = "github.com/containerd/containerd"
 	client     = containerd + "/v2/client"
 	ggcr       = "github.com/google/go-containerregistry"
+	notary     = "github.com/notaryproject"
+	oras       = "oras.land"
 )
 
 // layers says for each package which of ours it may import, and what it stays clear of.
@@ -31,6 +33,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"fs/cache":                          {[]string{"artifact", "fs/mapped"}, []string{"net/http", containerd, fuse, ggcr}},
 	"fs":                                {[]string{"fs/erofs", "fs/mapped"}, []string{"net/http", containerd, ggcr}},
 	"plain":                             {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
+	"trust":                             {[]string{"artifact"}, []string{"os", "net/http", containerd, fuse, ggcr, notary, oras}},
 	"registryclient":                    {[]string{"plain"}, []string{client, fuse}},
 	"kubeapi":                           {[]string{"plain"}, []string{containerd, fuse, ggcr}},
 	"events":                            {[]string{"kubeapi", "registryclient"}, []string{"net/http", containerd, fuse, ggcr}},
