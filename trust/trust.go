@@ -1,5 +1,6 @@
 // Package trust is the words in which signatures of streaming artifacts are spoken of: what is signed, the envelope, the verdict, why there is none, and how an
-// envelope is stored beside an artifact. Nodes check, streamctl and the conversion service sign.
+// envelope is stored beside an artifact. Nodes check, streamctl and the conversion service sign. Policies and rules say what must be true of an artifact before a
+// node streams it.
 //
 // The principle: where an envelope was found proves nothing, only what is in it does. So whatever a registry says of signatures (lists, hints, manifests of
 // signatures) may be wrong, and costs at most a request.

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/url"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -22,6 +21,7 @@ import (
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // config is the configuration file. It is decoded over the defaults, so a zero can be said; a key that is not here is an error.
@@ -163,16 +163,13 @@ func (s size) in(dir string) (int64, error) {
 	return s.of(int64(st.Blocks) * st.Bsize)
 }
 
-// patterns are repositories in the form HOST/REPOSITORY. Each part between slashes is a glob as of path.Match, which never
-// matches a slash, so that a wildcard in the host's part cannot reach into the repository's; a last part of * stands for everything below.
+// patterns are repositories, see trust.Match.
 type patterns []string
 
 func (ps patterns) validate() error {
 	for _, p := range ps {
-		host, repo, ok := strings.Cut(p, "/")
-		_, err := path.Match(p, "")
-		if !ok || host == "" || repo == "" || err != nil || strings.Contains(p, "://") || strings.HasSuffix(p, "/") {
-			return fmt.Errorf("stream: %q is not of the form HOST/REPOSITORY, as in \"registry.example.com/team/*\"", p)
+		if err := trust.ValidPattern(p); err != nil {
+			return fmt.Errorf("stream: %w", err)
 		}
 	}
 	return nil
@@ -181,7 +178,7 @@ func (ps patterns) validate() error {
 // allow says why images of repo are not streamed, as a *reason.Error; nil if they are.
 func (ps patterns) allow(repo registryclient.Repository) error {
 	for _, p := range ps {
-		if matchParts(strings.Split(p, "/"), strings.Split(string(repo), "/")) {
+		if trust.Match(p, string(repo)) {
 			return nil
 		}
 	}
@@ -194,19 +191,4 @@ func (ps patterns) String() string {
 		return "nothing is listed in the configuration: every image is pulled in the normal way"
 	}
 	return strings.Join(ps, " ")
-}
-
-func matchParts(pattern, parts []string) bool {
-	for i, p := range pattern {
-		if i == len(parts) {
-			return false
-		}
-		if p == "*" && i > 0 && i == len(pattern)-1 {
-			return true
-		}
-		if ok, err := path.Match(p, parts[i]); err != nil || !ok {
-			return false
-		}
-	}
-	return len(pattern) == len(parts)
 }
