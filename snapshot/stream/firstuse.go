@@ -13,6 +13,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 )
 
 // A node keeps the record of each image's first start: the chunks that were used, in the order of first use, from the first mount of the image
@@ -162,7 +163,7 @@ func (s *Store) saveFirstUses(img *image, p *artifact.Profile, name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err == nil && s.images[img.id] == img {
-		err = writeDurable(s.imageDir(img.id), name, b)
+		err = ledger.WriteFile(s.imageDir(img.id), name, b)
 	}
 	if err != nil {
 		s.log.Warn("record of an image's first start", "image", img.id, "error", err)

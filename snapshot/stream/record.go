@@ -17,6 +17,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/erofs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 )
 
 const (
@@ -106,39 +107,10 @@ func (rec *record) save(dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	if err := writeDurable(dir, recordName, b); err != nil {
+	if err := ledger.WriteFile(dir, recordName, b); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(dir))
-}
-
-// writeDurable makes name in dir a file of b, whole or not at all, whatever happens to the machine.
-func writeDurable(dir, name string, b []byte) error {
-	f, err := os.CreateTemp(dir, name+tmpSuffix)
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	defer f.Close()
-	if _, err := f.Write(b); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), filepath.Join(dir, name)); err != nil {
-		return err
-	}
-	return syncDir(dir)
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return ledger.SyncDir(filepath.Dir(dir))
 }
 
 // mapIndex maps, verifies and decodes the index file at path against what the artifact's manifest says of layer l. The
