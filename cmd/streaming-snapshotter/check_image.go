@@ -101,7 +101,7 @@ func newSearch(c config, reg *registryclient.Client, dir string) (images *stream
 		return nil, nil, err
 	}
 	images, err = stream.New(stream.Options{
-		Root: root, Registry: reg, Cache: chunks, Allow: unlessPaused(c.Root, c.Stream.allow), Timeout: c.ResolveTimeout.D, NoReadAhead: true,
+		Root: root, Registry: reg, Cache: chunks, Allow: unlessPaused(c.Root, c.allow), Timeout: c.ResolveTimeout.D, NoReadAhead: true,
 	})
 	if err != nil {
 		return nil, nil, errors.Join(err, chunks.Close())

@@ -30,6 +30,9 @@ type config struct {
 	Address        string            `toml:"address" comment:"Unix socket of the snapshots service: the address in containerd's proxy_plugins."`
 	MountMode      nodefs.Mode       `toml:"mount_mode" comment:"auto (the first that works here), file, loop or tree."`
 	Stream         patterns          `toml:"stream" comment:"Repositories to stream from: HOST/REPOSITORY, each part a glob; a last part of * stands for everything below.\nSnapshots are shared by chain ID: list only what you would let provide the base layers of every image. Nothing is listed by default."`
+	TrustDefault   trust.Policy      `toml:"trust_default" comment:"What must be true of an artifact of those repositories before it is streamed, where no [[trust]] says more: open (nothing; what was tampered with is found\nlater), signed, proven (all of it is fetched and proven before the image is used) or off (nothing is streamed). Snapshots are shared by chain ID, so open\nis not possible beside signed or proven."`
+	Trust          []trustRule       `toml:"trust" comment:"The policy of some repositories. The first that matches counts."`
+	ProofDeadline  tomlfile.Duration `toml:"proof_deadline" comment:"How long after the first mount of an image all of its layers are proven: hashed, and compared with the image's own config, and fetched for that\nwhere nobody has read them."`
 	ReadAhead      bool              `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
 	CacheSize      size              `toml:"cache_size" comment:"How much disk the chunk cache may use: a share of root's file system, as in \"25%\", or as in \"20GiB\". \"0\" for no limit.\nThe chunks used least recently are given back, also those of running containers, which fetch them again. kubelet removes images when the\nfile system is 85% full, and evicts pods soon after: leave it room for unpacked images, logs and what containers write."`
 	Background     size              `toml:"background_bandwidth" comment:"How much per second, as in \"8MiB\", is fetched of what containers did not read at their start, once that is over and while no container waits for the\nregistry: so that the node needs it no more. It stops before chunks that were used would have to go. \"0\" for nothing."`
@@ -56,6 +59,9 @@ func defaults() config {
 		Address:        "/run/streaming-snapshotter/snapshotter.sock",
 		MountMode:      nodefs.ModeAuto,
 		Stream:         patterns{},
+		TrustDefault:   trust.Open,
+		Trust:          []trustRule{},
+		ProofDeadline:  tomlfile.Duration{D: time.Hour},
 		ReadAhead:      true,
 		CacheSize:      "25%",
 		Background:     "8MiB",
@@ -96,6 +102,7 @@ func loadConfig(file string) (config, error) {
 func example() config {
 	c := defaults()
 	c.Stream = patterns{"registry.example.com/team/*"}
+	c.Trust = []trustRule{{c.Stream, trust.Open}}
 	return c
 }
 
@@ -133,7 +140,10 @@ func (c *config) validate() error {
 	if _, err := c.Background.of(0); err != nil || strings.HasSuffix(string(c.Background), "%") {
 		return fmt.Errorf("background_bandwidth = %q: want bytes per second, as in \"8MiB\", or \"0\"", c.Background)
 	}
-	return c.Stream.validate()
+	if err := c.Stream.validate(); err != nil {
+		return err
+	}
+	return c.validateTrust()
 }
 
 // write prints c as a configuration file with comments.

@@ -22,7 +22,7 @@ func load(t *testing.T, text string) (config, error) {
 
 // What `config` prints is a configuration file that says the same.
 func TestConfigPrintsItself(t *testing.T) {
-	for _, text := range []string{"", "stream = ['r.example/a/*', 'q.example/b']\nmount_mode = 'tree'\nlog_level = 'debug'\nresolve_timeout = '3s'\nregistry_wait = '1h'\nhosts_dir = ''\ncache_size = '3GiB'\n"} {
+	for _, text := range []string{"", "stream = ['r.example/a/*', 'q.example/b']\nmount_mode = 'tree'\nlog_level = 'debug'\nresolve_timeout = '3s'\nregistry_wait = '1h'\nhosts_dir = ''\ncache_size = '3GiB'\nproof_deadline = '2h0m0s'\ntrust_default = 'off'\n[[trust]]\nrepositories = ['r.example/a/*']\npolicy = 'open'\n"} {
 		c, err := load(t, text)
 		if err != nil {
 			t.Fatal(err)
@@ -72,6 +72,15 @@ func TestConfigErrors(t *testing.T) {
 		"share too large":       {"cache_size = '101%'\n", "is no size"},
 		"share of nothing":      {"cache_size = '0%'\n", "is no size"},
 		"size too large":        {"cache_size = '9000000TiB'\n", "is no size"},
+		"no policy":             {"[[trust]]\nrepositories = ['r.example/*']\n", `trust rule 1: policy = ""`},
+		"no such policy":        {"[[trust]]\nrepositories = ['r.example/*']\npolicy = 'strict'\n", "want open, signed, proven or off"},
+		"no such default":       {"trust_default = 'none'\n", "want open, signed, proven or off"},
+		"rule of nothing":       {"[[trust]]\npolicy = 'off'\n", "trust rule 1: it has no repositories"},
+		"rule of a host":        {"[[trust]]\nrepositories = ['r.example/*', 'q.example']\npolicy = 'off'\n", `trust rule 1: repositories: "q.example"`},
+		"key of a rule":         {"[[trust]]\nrepos = []\n", `unknown key "trust.repos"`},
+		"signed beside open":    {"[[trust]]\nrepositories = ['r.example/*']\npolicy = 'signed'\n", "snapshots are shared by chain ID"},
+		"proven beside open":    {"trust_default = 'proven'\n[[trust]]\nrepositories = ['r.example/*']\npolicy = 'open'\n", "snapshots are shared by chain ID"},
+		"no time for a proof":   {"proof_deadline = '59s'\n", "want 1m0s or more"},
 		"bad glob":              {"stream = ['registry.example.com/[a']\n", "HOST/REPOSITORY"},
 	}
 	for name, c := range cases {

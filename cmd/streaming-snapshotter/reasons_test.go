@@ -46,7 +46,7 @@ func newReasonNode(t *testing.T, failedStarts int) *reasonNode {
 	dir := t.TempDir()
 	n := &reasonNode{root: filepath.Join(dir, "root"), address: filepath.Join(dir, "s.sock")}
 	n.config = writeConfig(t, n.root, n.address)
-	addConfig(t, n.config, "stream = ['127.0.0.1:*/team/*']\nresolve_timeout = '2s'")
+	addConfig(t, n.config, "stream = ['127.0.0.1:*/team/*']\nresolve_timeout = '2s'\n[[trust]]\nrepositories = ['127.0.0.1:*/team/off/*']\npolicy = 'off'")
 	t.Cleanup(func() { unix.Unmount(filepath.Join(n.root, "devices"), unix.MNT_DETACH) })
 	if failedStarts > 0 {
 		if err := os.Mkdir(n.root, 0o700); err != nil {
@@ -251,6 +251,9 @@ func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *regist
 		},
 		reason.NotListed: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
 			return image(t, reg.Host()+"/others/app:v1", true)
+		},
+		reason.PolicyOff: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			return image(t, reg.Host()+"/team/off/app:v1", true)
 		},
 		reason.Paused: func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string {
 			command(t, "pause", "--config", n.config)

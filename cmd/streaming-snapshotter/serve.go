@@ -264,7 +264,7 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 
 // startNormal opens everything.
 func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
-	n, err := attempt(func() (*node, error) { return newNode(c, unlessPaused(c.Root, c.Stream.allow), keep, false, cri) })
+	n, err := attempt(func() (*node, error) { return newNode(c, unlessPaused(c.Root, c.allow), keep, false, cri) })
 	if err != nil {
 		return nil, nil, err
 	}

@@ -15,6 +15,8 @@ const (
 	NoLabels Code = "NO_LABELS"
 	// NotListed: the configuration does not list the repository.
 	NotListed Code = "NOT_LISTED"
+	// PolicyOff: the configuration lists the repository, and its trust policy is off.
+	PolicyOff Code = "POLICY_OFF"
 	// Paused: an operator has said that nothing new is to be streamed.
 	Paused Code = "PAUSED"
 	// SafeMode: the daemon has failed to start too often and streams nothing new.
@@ -45,7 +47,7 @@ const (
 
 // All returns the list, in the order in which a pull meets them.
 func All() []Code {
-	return []Code{NoLabels, NotListed, Paused, SafeMode, Stopping, NoArtifact, Auth, Unreachable, Timeout, BadAnswer, Incomplete, Damaged, Unsupported, Content, NodeFailure}
+	return []Code{NoLabels, NotListed, PolicyOff, Paused, SafeMode, Stopping, NoArtifact, Auth, Unreachable, Timeout, BadAnswer, Incomplete, Damaged, Unsupported, Content, NodeFailure}
 }
 
 // Remedy says in one sentence what to do about it.
@@ -55,6 +57,8 @@ func (c Code) Remedy() string {
 		return "set enable_remote_snapshot_annotations in the proxy plugin's exports, or disable_snapshot_annotations = false; `streaming-snapshotter check` says which"
 	case NotListed:
 		return "list the repository under `stream` in the configuration, and restart the daemon"
+	case PolicyOff:
+		return "give the repository another policy under `trust` in the configuration, and restart the daemon"
 	case Paused:
 		return "`streaming-snapshotter resume`; remove the image and pull it again"
 	case SafeMode:
