@@ -16,7 +16,9 @@ import (
 type StartMap struct {
 	Artifact digest.Digest
 	Profile  string // source of the profile that says it, "" if the image has none: then nothing is hot
-	Layers   []StartLayer
+	// ProfileDigest is of that profile's manifest.
+	ProfileDigest digest.Digest
+	Layers        []StartLayer
 }
 
 // StartLayer is a layer of an artifact with its hot parts.
@@ -52,7 +54,7 @@ func MapStart(ctx context.Context, p Place, subject digest.Digest) (StartMap, er
 	}
 	hot := map[digest.Digest][]int{} // chunks by the digest of their layer's index
 	if profile != nil {
-		m.Profile = profile.source
+		m.Profile, m.ProfileDigest = profile.source, profile.digest
 		for _, c := range profile.Chunks {
 			hot[profile.Layers[c.Layer]] = append(hot[profile.Layers[c.Layer]], c.Chunk)
 		}
@@ -83,6 +85,7 @@ func hotRanges(x *artifact.Index, chunks []int) []Range {
 type bestOf struct {
 	artifact.Profile
 	source string
+	digest digest.Digest // of its manifest
 }
 
 // bestProfile returns the profile of subject that nodes would take first of those that are of the artifact; nil if there is none.
@@ -109,7 +112,7 @@ func bestProfile(ctx context.Context, p Place, subject digest.Digest, a *artifac
 		case err != nil:
 			return nil, fmt.Errorf("profile %s: %w", f.desc.Digest, err)
 		case covers(a, &h.Profile):
-			return &bestOf{h.Profile, f.manifest.Source}, nil
+			return &bestOf{h.Profile, f.manifest.Source, f.desc.Digest}, nil
 		}
 	}
 	return nil, nil

@@ -34,13 +34,14 @@ type operations interface {
 	Watch(ctx context.Context, id string) (<-chan Operation, error)
 }
 
-// auto is the part of Service that knows which repositories are converted as they are pushed to. Three buckets:
+// auto is the part of Service that knows which repositories are converted as they are pushed to, and what comes of them. Four buckets:
 //
 //	streaming-settings   REGISTRY             what SetSettings was told, all of a registry
 //	streaming-seen       REPOSITORY           what is known of a repository that is or was active (base)
 //	                     REPOSITORY.TAG       a tag of it: what it named when it was last looked at (seenTag)
 //	                     reconcile            who reconciles (lease)
 //	streaming-artifacts  REPOSITORY.DIGEST    an image with the artifacts that were attached for it (madeFor)
+//	streaming-starts     REPOSITORY.DIGEST    what nodes report of starts (fleet)
 //
 // where REGISTRY, REPOSITORY and TAG are hashes of the names. An event becomes a tag that is due, durably, and any process may look at it,
 // several even at once: what comes of it is one operation, and the tag changes by compare-and-set alone. So an event that comes while its tag is
@@ -56,6 +57,7 @@ type auto struct {
 	settings, seen, made jetstream.KeyValue
 
 	*viewer
+	fleet *fleet
 
 	mu        sync.Mutex
 	hints     map[repository]*hint // what to look at
@@ -80,10 +82,10 @@ func hashKey(name string) string {
 }
 
 // newAuto makes the buckets; bucket makes or opens one. c has its defaults.
-func newAuto(ctx context.Context, c Config, ops operations, bucket func(ctx context.Context, name string) (jetstream.KeyValue, error)) (*auto, error) {
+func newAuto(ctx context.Context, c Config, ops operations, bucket func(ctx context.Context, name string, ttl time.Duration) (jetstream.KeyValue, error)) (*auto, error) {
 	a := &auto{
 		ops: ops, registries: map[string]Registry{}, interval: c.Reconcile, name: c.Name, log: c.Log,
-		viewer: newViewer(), hints: map[repository]*hint{}, wake: make(chan struct{}, 1), noCatalog: map[string]string{}, tagCounts: map[repository]int{},
+		viewer: newViewer(), fleet: newFleet(), hints: map[repository]*hint{}, wake: make(chan struct{}, 1), noCatalog: map[string]string{}, tagCounts: map[repository]int{},
 	}
 	for _, r := range c.Registries {
 		a.names = append(a.names, r.Name)
@@ -94,9 +96,10 @@ func newAuto(ctx context.Context, c Config, ops operations, bucket func(ctx cont
 	}
 	for _, b := range []struct {
 		name string
+		ttl  time.Duration
 		kv   *jetstream.KeyValue
-	}{{"streaming-settings", &a.settings}, {"streaming-seen", &a.seen}, {"streaming-artifacts", &a.made}} {
-		kv, err := bucket(ctx, b.name)
+	}{{"streaming-settings", 0, &a.settings}, {"streaming-seen", 0, &a.seen}, {"streaming-artifacts", 0, &a.made}, {"streaming-starts", startsTTL, &a.fleet.summaries}} {
+		kv, err := bucket(ctx, b.name, b.ttl)
 		if err != nil {
 			return nil, err
 		}

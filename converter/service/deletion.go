@@ -129,6 +129,9 @@ func (a *auto) cascade(ctx context.Context, r repository, dgst digest.Digest, st
 	for _, s := range subjects {
 		more, err := converter.DeleteReferrers(ctx, p, s)
 		deleted = append(deleted, more...)
+		if err == nil {
+			err = a.forgetStarts(ctx, r, s)
+		}
 		if err != nil {
 			return deleted, placeError(err)
 		}

@@ -21,7 +21,14 @@ func (w *world) profiled(i Image) Operation {
 		w.t.Fatal(err)
 	}
 	op := w.converted(i)
-	p := w.place(i.Repository)
+	w.attachProfiles(op)
+	return op
+}
+
+// attachProfiles attaches a recorded profile to each platform that an operation has converted.
+func (w *world) attachProfiles(op Operation) {
+	w.t.Helper()
+	p := w.place(op.Repository)
 	for _, a := range op.Artifacts {
 		_, raw, err := p.Manifest(w.t.Context(), a.Digest.String())
 		if err != nil {
@@ -36,7 +43,6 @@ func (w *world) profiled(i Image) Operation {
 			w.t.Fatal(err)
 		}
 	}
-	return op
 }
 
 func subjects(op Operation) (list []digest.Digest) {

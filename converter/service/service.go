@@ -147,7 +147,7 @@ func New(ctx context.Context, c Config) (*Service, error) {
 	if err := s.openQueue(ctx); err != nil {
 		return nil, err
 	}
-	s.auto, err = newAuto(ctx, c, s, func(ctx context.Context, name string) (jetstream.KeyValue, error) { return s.bucket(ctx, name, 0) })
+	s.auto, err = newAuto(ctx, c, s, s.bucket)
 	return s, err
 }
 

@@ -115,6 +115,7 @@ type PlatformInfo struct {
 	Layers    []LayerInfo    `json:"layers"`
 	Referrers []ReferrerInfo `json:"referrers"`
 	Streaming *StreamingInfo `json:"streaming,omitempty"` // nil without a usable artifact
+	Starts    *StartsInfo    `json:"starts,omitempty"`    // nil if none were reported
 }
 
 // LayerInfo is a layer of an image. Sizes are bytes.
@@ -139,7 +140,9 @@ type StreamingInfo struct {
 	Size     int64         `json:"size"`      // bytes of its layers
 	Index    int64         `json:"indexSize"` // bytes of the indexes: what a pull fetches
 	Profile  string        `json:"profile,omitempty"`
-	Layers   []LayerMap    `json:"layers"`
+	// ProfileDigest is of the manifest of the profile that is meant.
+	ProfileDigest digest.Digest `json:"profileDigest,omitempty"`
+	Layers        []LayerMap    `json:"layers"`
 }
 
 // LayerMap says which parts of a layer a container reads at start, as the image's best profile says (recorded before learned before

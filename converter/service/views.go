@@ -231,6 +231,11 @@ func (a *auto) Image(ctx context.Context, registry, repositoryName, ref string) 
 	if err != nil {
 		return info, err
 	}
+	for n := range info.Platforms {
+		if info.Platforms[n].Starts, err = a.startsOf(ctx, r, info.Platforms[n]); err != nil {
+			return info, err
+		}
+	}
 	op, err := a.ops.Last(ctx, info.Image)
 	if errors.Is(err, ErrNotFound) {
 		return info, nil
@@ -317,7 +322,7 @@ func referrerInfos(list []ocispec.Descriptor) []ReferrerInfo {
 }
 
 func streamingInfo(m converter.StartMap) *StreamingInfo {
-	s := &StreamingInfo{Artifact: m.Artifact, Profile: m.Profile, Layers: []LayerMap{}}
+	s := &StreamingInfo{Artifact: m.Artifact, Profile: m.Profile, ProfileDigest: m.ProfileDigest, Layers: []LayerMap{}}
 	for _, l := range m.Layers {
 		s.Size += l.Size
 		s.Index += l.IndexSize

@@ -94,7 +94,7 @@ type token struct {
 	Name   string  `toml:"name" comment:"Who has it."`
 	File   string  `toml:"file" comment:"File with the token, or"`
 	SHA256 string  `toml:"sha256" comment:"the SHA-256 of the token in hex."`
-	Grants []grant `toml:"grants,inline" comment:"role: reader, writer or owner; registry: empty for all; repository: a name or a pattern as in \"team/*\", empty for all."`
+	Grants []grant `toml:"grants,inline" comment:"role: reader, writer, owner or reporter (what nodes have); registry: empty for all; repository: a name or a pattern as in \"team/*\", empty for all."`
 }
 
 type grant struct {

@@ -17,17 +17,18 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 )
 
-// Role is what one may do with a repository. Each includes those before it.
+// Role is what one may do with a repository. Each includes those before it, but for Reporter, which Owner alone includes.
 type Role int
 
 const (
-	None   Role = iota
-	Reader      // see images, operations, settings
-	Writer      // convert, cancel, verify
-	Owner       // switch auto-conversion, delete artifacts
+	None     Role = iota
+	Reader        // see images, operations, settings
+	Writer        // convert, cancel, verify
+	Owner         // switch auto-conversion, delete artifacts
+	Reporter      // report starts of images, and nothing else: what all nodes of a fleet have is no secret for long
 )
 
-var roles = []string{None: "none", Reader: "reader", Writer: "writer", Owner: "owner"}
+var roles = []string{None: "none", Reader: "reader", Writer: "writer", Owner: "owner", Reporter: "reporter"}
 
 func (r Role) String() string {
 	if r < 0 || int(r) >= len(roles) {
@@ -41,7 +42,7 @@ func ParseRole(s string) (Role, error) {
 	if i := slices.Index(roles, s); i > 0 {
 		return Role(i), nil
 	}
-	return None, fmt.Errorf("role %q: must be reader, writer or owner", s)
+	return None, fmt.Errorf("role %q: must be reader, writer, owner or reporter", s)
 }
 
 func (r Role) MarshalText() ([]byte, error) { return []byte(r.String()), nil }
@@ -59,12 +60,16 @@ type Grant struct {
 }
 
 func (g Grant) in(r Role, registry string) bool {
-	return r > None && g.Role >= r && (g.Registry == "" || g.Registry == "*" || g.Registry == registry)
+	includes := g.Role >= r && g.Role != Reporter
+	if r == Reporter {
+		includes = g.Role == Reporter || g.Role == Owner
+	}
+	return r > None && includes && (g.Registry == "" || g.Registry == "*" || g.Registry == registry)
 }
 
 func (g Grant) check() error {
-	if g.Role <= None || g.Role > Owner {
-		return fmt.Errorf("role %v: must be reader, writer or owner", g.Role)
+	if g.Role <= None || g.Role > Reporter {
+		return fmt.Errorf("role %v: must be reader, writer, owner or reporter", g.Role)
 	}
 	return nil
 }

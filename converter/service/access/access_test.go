@@ -49,7 +49,7 @@ func TestMay(t *testing.T) {
 		{"a", "*", Reader}, {"a", "team/*", Writer}, {"a", "team/a*", Writer}, {"a", "team*", Reader}, {"a", "team/app*", Writer},
 		{"b", "public/*", Writer}, {"b", "*", None},
 	} {
-		for r := None; r <= Owner+1; r++ {
+		for r := None; r <= Owner; r++ {
 			want := r > None && r <= c.want
 			if got := id.May(r, c.registry, c.repository); got != want {
 				t.Errorf("May(%v, %q, %q) = %v, want %v", r, c.registry, c.repository, got, want)
@@ -64,6 +64,18 @@ func TestMay(t *testing.T) {
 			if got, want := id.MaySome(r, c.registry), r > None && r <= c.want; got != want {
 				t.Errorf("MaySome(%v, %q) = %v, want %v", r, c.registry, got, want)
 			}
+		}
+	}
+	if !id.May(Reporter, "a", "team/app") || id.May(Reporter, "a", "team/x") {
+		t.Error("an owner may report, and nobody else")
+	}
+	node := &Identity{Grants: []Grant{{Role: Reporter, Registry: "a", Repository: "team/*"}}}
+	if !node.May(Reporter, "a", "team/x") || node.May(Reporter, "a", "x") || node.May(Reporter, "b", "team/x") || !node.MaySome(Reporter, "a") {
+		t.Error("a reporter may not report where it should, or where it should not")
+	}
+	for r := None; r <= Owner; r++ {
+		if node.May(r, "a", "team/x") || node.MaySome(r, "a") || node.MaySome(r, "") {
+			t.Errorf("a reporter is a %v", r)
 		}
 	}
 	if From(t.Context()).May(Reader, "a", "b") || From(With(t.Context(), nil)).MaySome(Reader, "") {
@@ -97,7 +109,7 @@ func TestPatternsCover(t *testing.T) {
 }
 
 func TestRoles(t *testing.T) {
-	for r := Reader; r <= Owner; r++ {
+	for r := Reader; r <= Reporter; r++ {
 		text, err := r.MarshalText()
 		if err != nil {
 			t.Fatal(err)

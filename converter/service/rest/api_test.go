@@ -108,6 +108,7 @@ func TestRights(t *testing.T) {
 	bodies := map[string]string{
 		"POST /acr/v1/{repository}/_streaming": `{"convertPushedImages":false}`,
 		"PUT " + ofRepository + "/_settings":   `{"convertPushedImages":false}`,
+		"POST " + ofRepository + "/_starts":    startsReport(image),
 	}
 	for _, rt := range routes() {
 		if rt.role == access.None {
@@ -115,18 +116,19 @@ func TestRights(t *testing.T) {
 		}
 		path := strings.NewReplacer("{registry}", w.host, "{repository}", "team/app", "{digest}", image.Digest.String(), "{reference}", "v1", "{id}", op.ID).Replace(rt.path)
 		body := bodies[rt.method+" "+rt.path]
-		for _, role := range []access.Role{access.None, access.Reader, access.Writer, access.Owner} {
+		for _, role := range []access.Role{access.None, access.Reader, access.Writer, access.Owner, access.Reporter} {
 			if rt.action == "delete" && role == access.Owner {
 				continue // TestClient
 			}
 			a := w.ask(role, rt.method, path, body)
 			outcome := "denied"
+			reports := rt.role == access.Reporter
 			switch {
-			case role == access.None:
+			case role == access.None, role == access.Reporter && !reports:
 				if a.status != 404 || a.code() != "NOT_FOUND" {
 					t.Errorf("%s %s of one who may see nothing: %d %s", rt.method, rt.path, a.status, a.body)
 				}
-			case role < rt.role:
+			case role < rt.role && (!reports || role != access.Owner):
 				if a.status != 403 || a.code() != "DENIED" || !strings.Contains(a.body, rt.role.String()) {
 					t.Errorf("%s %s of a %s: %d %s", rt.method, rt.path, role, a.status, a.body)
 				}
@@ -139,7 +141,7 @@ func TestRights(t *testing.T) {
 					outcome = "failed"
 				}
 			}
-			if e := w.lastAudit(); rt.action != "" && (e["action"] != rt.action || e["outcome"] != outcome || e["repository"] != "team/app" || e["registry"] != w.host || e["who"] != "a "+role.String()) {
+			if e := w.lastAudit(); rt.action != "" && (!rt.quiet || outcome != "ok") && (e["action"] != rt.action || e["outcome"] != outcome || e["repository"] != "team/app" || e["registry"] != w.host || e["who"] != "a "+role.String()) {
 				t.Errorf("%s %s of a %s (%s) is audited as %v", rt.method, rt.path, role, outcome, e)
 			}
 		}
@@ -166,6 +168,46 @@ func TestRights(t *testing.T) {
 		if s.Repository != repository || !s.Active || s.By != "a owner" {
 			t.Errorf("settings %+v", s)
 		}
+	}
+}
+
+// startsReport is one of a start that counts for nothing: the image has no such artifact.
+func startsReport(i service.Image) string {
+	return fmt.Sprintf(`{"node":%q,"starts":[{"manifest":%q,"artifact":%q,"profile":"none","pull":0.5,"wait":1,"reads":2.5,"bytes":1,"missedBytes":1,"misses":1}]}`,
+		strings.Repeat("0", 32), i.Digest, i.Digest)
+}
+
+// TestReport: what a node reports is there for who may see the image, and nobody else's word is taken.
+func TestReport(t *testing.T) {
+	w := newWorld(t)
+	image := w.push("team/app", "v1", "amd64")
+	var op service.Operation
+	w.ask(access.Writer, "POST", "/v1/registries/_/repositories/team/app/_images/v1/_artifacts", "").read(t, 202, &op)
+	op = w.ended(op.ID, service.Succeeded)
+	const path = "/v1/registries/_/repositories/team/app/_starts"
+	good := strings.Replace(startsReport(image), `"artifact":"`+image.Digest.String(), `"artifact":"`+op.Artifacts[0].Digest.String(), 1)
+	for body, counted := range map[string]int{startsReport(image): 0, good: 1} {
+		var done service.Reported
+		if w.ask(access.Reporter, "POST", path, body).read(t, 200, &done); done != (service.Reported{Taken: 1, Counted: counted}) {
+			t.Errorf("%s: %+v, want %d counted", body, done, counted)
+		}
+	}
+	for _, wrong := range []string{
+		"", "{}", strings.Replace(good, "2.5", "-1", 1), strings.Replace(good, `"misses"`, `"host":"node-1","misses"`, 1), strings.Replace(good, "2.5", "99999", 1),
+	} {
+		if a := w.ask(access.Reporter, "POST", path, wrong); a.status != 400 || a.code() != "INVALID" {
+			t.Errorf("%s: %d %s", wrong, a.status, a.body)
+		}
+	}
+	if a := w.ask(access.Reporter, "POST", path, good+strings.Repeat(" ", maxBody)); a.status != 413 {
+		t.Errorf("a large body: %d %s", a.status, a.body)
+	}
+	info, err := w.client(access.Reader).Image(t.Context(), w.host, "team/app", "v1")
+	if err != nil || info.Platforms[0].Starts == nil {
+		t.Fatalf("%+v, %v", info, err)
+	}
+	if s := info.Platforms[0].Starts; s.Nodes != 1 || len(s.Variants) != 1 || !s.Variants[0].Current || s.Variants[0].Starts != 1 || s.Variants[0].Reads.Count != 1 {
+		t.Errorf("starts are %+v", s)
 	}
 }
 

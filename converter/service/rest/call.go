@@ -124,11 +124,11 @@ func (c *call) names(rt *route, vars map[string]string) error {
 	if c.registry, named = vars["registry"]; !named && c.repository == "" {
 		return nil // the request names an operation, or nothing
 	}
-	return c.nameRegistry()
+	return c.nameRegistry(rt.role)
 }
 
 // nameRegistry puts a registry's name where the request has none, and refuses what is none that the service looks after.
-func (c *call) nameRegistry() error {
+func (c *call) nameRegistry(role access.Role) error {
 	if c.registry == "" || c.registry == "_" {
 		registry, err := c.unnamed()
 		if err != nil {
@@ -136,7 +136,7 @@ func (c *call) nameRegistry() error {
 		}
 		c.registry = registry
 	}
-	if !c.known(c.registry) || !c.who.MaySome(access.Reader, c.registry) {
+	if !c.known(c.registry) || !c.who.MaySome(access.Reader, c.registry) && !c.who.MaySome(role, c.registry) {
 		return notFound("registry %q is not looked after here, or not yours to see: /v1/registries lists those that are", c.registry)
 	}
 	return nil
@@ -179,7 +179,7 @@ func (c *call) authorize(rt *route, id string) error {
 		}
 		c.op, c.target = op, id
 	}
-	switch sees := c.who.May(access.Reader, c.registry, c.repository); {
+	switch sees := c.who.May(access.Reader, c.registry, c.repository) || c.who.May(rt.role, c.registry, c.repository); {
 	case !sees && !strings.Contains(c.repository, "*"):
 		return notFound("repository %s of %s is not here, or not yours to see", c.repository, c.registry)
 	case !c.who.May(rt.role, c.registry, c.repository):
@@ -217,7 +217,7 @@ func (c *call) body(v any) error {
 
 // audit writes what was done, or refused, to the audit log.
 func (c *call) audit(rt *route, err error) {
-	if rt.action == "" || c.config.Audit == nil {
+	if rt.action == "" || c.config.Audit == nil || rt.quiet && err == nil {
 		return
 	}
 	e := access.Entry{Action: rt.action, Registry: c.registry, Repository: c.repository, Target: c.target, Outcome: access.OutcomeOK}

@@ -19,6 +19,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/starts"
 )
 
 // strict returns the document, which refuses fields that it does not know.
@@ -208,8 +209,9 @@ func TestDocument(t *testing.T) {
 		"Image": service.Image{}, "Tag": service.TagInfo{}, "ImageInfo": service.ImageInfo{}, "Platform": service.PlatformInfo{}, "Layer": service.LayerInfo{},
 		"Referrer": service.ReferrerInfo{}, "Manifest": manifest{}, "Streaming": service.StreamingInfo{}, "LayerMap": service.LayerMap{}, "Span": service.Span{},
 		"Verified": converter.Verified{}, "Profile": converter.Profile{}, "Storage": service.StorageInfo{},
+		"Starts": service.StartsInfo{}, "StartsOfOne": service.StartsOfOne{}, "StartTimes": service.StartTimes{}, "StartBucket": starts.Bucket{}, "Reported": service.Reported{},
 	}
-	asked := map[string]any{"AzureFormat": azureFormat{}, "AzureChange": azureChange{}, "Conversion": conversion{}, "SettingsChange": change{}}
+	asked := map[string]any{"AzureFormat": azureFormat{}, "AzureChange": azureChange{}, "Conversion": conversion{}, "SettingsChange": change{}, "StartsReport": starts.Report{}, "Start": starts.Start{}}
 	for name, s := range doc.Components.Schemas {
 		v, known := answered[name]
 		request := !known

@@ -10,6 +10,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/access"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/starts"
 )
 
 // Operations that are listed, if nobody says how many, and if somebody says too many.
@@ -144,6 +145,15 @@ func (c *call) tags() (any, error) {
 		return nil, err
 	}
 	return map[string]any{"tags": list(found)}, nil
+}
+
+// report takes what a node tells of starts.
+func (c *call) report() (any, error) {
+	var r starts.Report
+	if err := c.body(&r); err != nil {
+		return nil, err
+	}
+	return c.Report(c.r.Context(), c.registry, c.repository, r)
 }
 
 func (c *call) storage() (any, error) {

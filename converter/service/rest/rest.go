@@ -23,6 +23,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/access"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/starts"
 )
 
 //go:embed openapi.json
@@ -57,6 +58,8 @@ type Service interface {
 	DeleteArtifacts(ctx context.Context, i service.Image, by string) ([]digest.Digest, error)
 	Verify(ctx context.Context, i service.Image) ([]converter.Verified, error)
 	Storage(ctx context.Context, registry, repository string) (service.StorageInfo, error)
+
+	Report(ctx context.Context, registry, repository string, r starts.Report) (service.Reported, error)
 }
 
 // Config of the API.

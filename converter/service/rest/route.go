@@ -19,6 +19,7 @@ type route struct {
 	query  []string    // parameters; of Azure's paths any are taken, as api-version is
 	serve  func(*call) (any, error)
 
+	quiet   bool // only what is refused is in the audit log
 	body    bool // is read by serve; the others have none, or an empty object
 	pattern bool // {repository} may be a pattern
 	long    bool // has no time-out: it lasts as long as somebody reads
@@ -62,6 +63,8 @@ func routes() []route {
 		{method: "POST", path: ofImage + "/_artifacts", role: access.Writer, action: "convert", body: true, serve: (*call).convert},
 		{method: "DELETE", path: ofImage + "/_artifacts", role: access.Owner, action: "delete", serve: (*call).deleteArtifacts},
 		{method: "POST", path: ofImage + "/_artifacts:verify", role: access.Reader, long: true, serve: (*call).verify},
+
+		{method: "POST", path: ofRepository + "/_starts", role: access.Reporter, action: "report", quiet: true, body: true, serve: (*call).report},
 
 		{method: "GET", path: "/openapi.json", serve: func(*call) (any, error) { return document, nil }},
 	}

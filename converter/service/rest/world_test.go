@@ -101,7 +101,7 @@ func (w *world) start() {
 func (w *world) serve(closing chan struct{}) {
 	t := w.t
 	var tokens []access.Token
-	for _, r := range []access.Role{access.None, access.Reader, access.Writer, access.Owner} {
+	for _, r := range []access.Role{access.None, access.Reader, access.Writer, access.Owner, access.Reporter} {
 		sum := sha256.Sum256([]byte(token(r)))
 		grant := access.Grant{Role: r, Registry: w.host, Repository: "team/*"}
 		if r == access.None {
