@@ -62,8 +62,8 @@ type Verifier interface {
 type Signer interface {
 	// Sign signs t, whose Repository is not part of it, and says what annotations the manifest of the signature gets.
 	Sign(ctx context.Context, t Target) (e Envelope, annotations map[string]string, err error)
-	// Signed says if an envelope is by the same certificate, is for t and is not over: then there is nothing to sign. It trusts nobody.
-	Signed(t Target, e Envelope) bool
+	// Signed says if e is for t, by the certificate that Sign signs with, and neither over nor soon: then there is nothing to sign.
+	Signed(ctx context.Context, t Target, e Envelope) (bool, error)
 	// String is the key and the certificate, for logs and messages.
 	String() string
 }
