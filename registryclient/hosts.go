@@ -177,8 +177,13 @@ func (c *Client) readHosts(domain string) (*registry, error) {
 	if err != nil {
 		return nil, err
 	}
+	own := map[string]bool{}
+	for _, f := range found {
+		own[f.Host] = true
+	}
 	for i, f := range found {
 		f.Authorizer = nil
+		f.Client = &http.Client{Transport: &guarded{base: f.Client.Transport, own: own}}
 		h := &host{RegistryHost: f, registry: domain, server: i == len(found)-1, onChange: c.o.OnHost, noAPI: map[string]time.Time{}}
 		h.transport = &metered{base: f.Client.Transport, m: &c.meter}
 		h.auth = newAuthorizer(h, c)
@@ -196,6 +201,7 @@ func tune(t *http.Transport, stall time.Duration, first bool) {
 	if first {
 		t.DialContext = (&net.Dialer{Timeout: dialTimeout, KeepAlive: 30 * time.Second}).DialContext
 	}
+	t.DialContext = guardDial(t.DialContext)
 	t.TLSHandshakeTimeout = handshake
 	t.ResponseHeaderTimeout = stall
 	t.IdleConnTimeout = idleTimeout
