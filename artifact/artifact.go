@@ -25,6 +25,8 @@ const (
 	AnnotationOS      = "streaming.platform.os"
 	AnnotationArch    = "streaming.platform.arch"
 	AnnotationVariant = "streaming.platform.variant"
+	// AnnotationConverter says what has made the artifact, for people: nothing follows from it.
+	AnnotationConverter = "streaming.converter"
 
 	// On a layer's descriptor: where its index lies in the blob, what it hashes to, and which layer of the image it re-encodes.
 	AnnotationIndexOffset  = "streaming.index.offset"

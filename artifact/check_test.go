@@ -22,6 +22,12 @@ type encoded struct {
 
 func (e *encoded) indexBytes() []byte { return e.blob[e.IndexOffset:] }
 
+// tarChunk returns chunk i of the tar as it is.
+func (e *encoded) tarChunk(i int) ([]byte, error) {
+	c := e.index.Chunk(i)
+	return e.tar[c.TarOffset:][:c.TarSize], nil
+}
+
 func (e *encoded) frame(i int) []byte {
 	c := e.index.Chunk(i)
 	return e.blob[c.BlobOffset:][:c.BlobSize]
@@ -63,6 +69,11 @@ func checkLayer(t testing.TB, e *encoded) {
 	checkEntries(t, e, layout)
 	if err := VerifyLayer(t.Context(), iotest.HalfReader(bytes.NewReader(e.blob)), e.indexBytes(), e.Layer, e.DiffID); err != nil {
 		t.Fatalf("verify: %v", err)
+	}
+	for _, plainly := range []bool{false, true} {
+		if err := ProveTar(t.Context(), x, e.DiffID, e.tarChunk, plainly); err != nil {
+			t.Fatalf("prove, plainly %v: %v", plainly, err)
+		}
 	}
 }
 

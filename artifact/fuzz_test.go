@@ -198,6 +198,38 @@ func FuzzVerifyLayer(f *testing.F) {
 	})
 }
 
+// FuzzProveTar: of whatever tar, with one byte of its index's headers changed, both ways to read headers prove nothing.
+func FuzzProveTar(f *testing.F) {
+	for _, b := range corpus(f) {
+		if len(b) < 20000 {
+			f.Add(b, uint32(100), byte(1))
+		}
+	}
+	f.Fuzz(func(t *testing.T, b []byte, off uint32, flip byte) {
+		fixChecksums(b)
+		if _, err := EncodeLayer(t.Context(), io.Discard, bytes.NewReader(b), EncodeOptions{}); err != nil || flip == 0 {
+			return
+		}
+		e := encode(t, b, EncodeOptions{ChunkSize: 1000})
+		headers := decodeAll(t, e.index.headers)
+		if len(headers) == 0 {
+			return
+		}
+		headers[off%uint32(len(headers))] ^= flip
+		bad := e.index.withHeaders(compressed(t, headers))
+		for _, plainly := range []bool{false, true} {
+			if err := ProveTar(t.Context(), e.index, e.DiffID, e.tarChunk, plainly); err != nil {
+				t.Fatalf("plainly %v: %v", plainly, err)
+			}
+			if err := ProveTar(t.Context(), bad, e.DiffID, e.tarChunk, plainly); err == nil {
+				t.Fatalf("plainly %v: proven with byte %d of the headers changed", plainly, off)
+			} else {
+				checkClass(t, err)
+			}
+		}
+	})
+}
+
 func checkClass(t *testing.T, err error) {
 	t.Helper()
 	if !errors.Is(err, ErrInvalid) && !errors.Is(err, ErrUnsupported) {

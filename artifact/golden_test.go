@@ -39,6 +39,8 @@ func TestGolden(t *testing.T) {
 		Platform: ocispec.Platform{OS: "linux", Architecture: "arm64", Variant: "v8"},
 		Created:  time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC),
 		Layers:   []Layer{e.Layer},
+
+		Converter: "streamctl v1.2.3 (" + EncodeOptions{ChunkSize: exampleChunkSize}.ID() + ")",
 	}
 	m.Layers[0].Source = digest.FromString("the image's layer")
 	manifest, err := m.Encode()

@@ -97,6 +97,61 @@ func TestVerifyLayer(t *testing.T) {
 	}
 }
 
+// TestProveTar: a tar with another byte, or an index with another byte of its headers, is not proven, and nothing is asked twice.
+func TestProveTar(t *testing.T) {
+	e := encode(t, kindsTar(t), EncodeOptions{ChunkSize: 2000})
+	for _, plainly := range []bool{false, true} {
+		for off := 0; off < len(e.tar); off += 211 {
+			next := 0
+			err := ProveTar(t.Context(), e.index, e.DiffID, func(i int) ([]byte, error) {
+				if i != next {
+					t.Fatalf("asked for chunk %d after %d", i, next-1)
+				}
+				next++
+				c := e.index.Chunk(i)
+				b := bytes.Clone(e.tar[c.TarOffset:][:c.TarSize])
+				if at := int64(off) - c.TarOffset; at >= 0 && at < c.TarSize {
+					b[at] ^= 1
+				}
+				return b, nil
+			}, plainly)
+			if !errors.Is(err, ErrInvalid) {
+				t.Fatalf("byte %d changed: got %v", off, err)
+			}
+		}
+		headers := decodeAll(t, e.index.headers)
+		for off := 0; off < len(headers); off += 101 {
+			bad := bytes.Clone(headers)
+			bad[off] ^= 1
+			x := e.index.withHeaders(compressed(t, bad))
+			if err := ProveTar(t.Context(), x, e.DiffID, e.tarChunk, plainly); !errors.Is(err, ErrInvalid) {
+				t.Fatalf("header byte %d of the index changed: got %v", off, err)
+			}
+		}
+		broken := errors.New("broken")
+		for name, c := range map[string]struct {
+			err  error
+			want error
+		}{
+			"another diffID": {ProveTar(t.Context(), e.index, digest.FromString("another"), e.tarChunk, plainly), ErrInvalid},
+			"a short chunk": {ProveTar(t.Context(), e.index, e.DiffID, func(i int) ([]byte, error) {
+				b, err := e.tarChunk(i)
+				return b[:len(b)-1], err
+			}, plainly), ErrInvalid},
+			"an error": {ProveTar(t.Context(), e.index, e.DiffID, func(i int) ([]byte, error) { return nil, broken }, plainly), broken},
+		} {
+			if !errors.Is(c.err, c.want) || c.want == broken && errors.Is(c.err, ErrInvalid) {
+				t.Errorf("%s: got %v, want %v", name, c.err, c.want)
+			}
+		}
+	}
+}
+
+// withHeaders is x with another frame of headers.
+func (x *Index) withHeaders(frame []byte) *Index {
+	return &Index{TarSize: x.TarSize, HeadersSize: x.HeadersSize, DiffID: x.DiffID, table: x.table, headers: frame}
+}
+
 // TestVerifyLayerNames checks that a blob that is consistent in itself, but lies, is refused, and with which words.
 func TestVerifyLayerNames(t *testing.T) {
 	end := make([]byte, 2*blockSize)

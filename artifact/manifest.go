@@ -19,6 +19,8 @@ type Manifest struct {
 	Platform ocispec.Platform   // os, architecture, variant
 	Created  time.Time          // the config's creation time; zero if it has none
 	Layers   []Layer            // one for each layer of the image, in its order
+	// Converter is the program that has made the artifact, as it says itself; "" if it does not, or in more than 256 bytes.
+	Converter string
 }
 
 // Layer describes one layer blob.
@@ -30,6 +32,9 @@ type Layer struct {
 	IndexDigest digest.Digest // SHA-256 of the skippable frame, its header included
 	Source      digest.Digest // the layer of the image that this one re-encodes
 }
+
+// maxConverter bounds a claim that nodes record, bytes.
+const maxConverter = 256
 
 // Encode returns the manifest as JSON, the same bytes for the same m.
 func (m *Manifest) Encode() ([]byte, error) {
@@ -49,6 +54,9 @@ func (m *Manifest) Encode() ([]byte, error) {
 	}
 	if m.Platform.Variant != "" {
 		o.Annotations[AnnotationVariant] = m.Platform.Variant
+	}
+	if m.Converter != "" {
+		o.Annotations[AnnotationConverter] = m.Converter
 	}
 	if !m.Created.IsZero() {
 		o.Annotations[ocispec.AnnotationCreated] = m.Created.UTC().Format(time.RFC3339Nano)
@@ -98,6 +106,9 @@ func DecodeManifest(b []byte) (*Manifest, error) {
 		Subject:  *o.Subject,
 		Config:   o.Config,
 		Platform: ocispec.Platform{OS: o.Annotations[AnnotationOS], Architecture: o.Annotations[AnnotationArch], Variant: o.Annotations[AnnotationVariant]},
+	}
+	if s := o.Annotations[AnnotationConverter]; len(s) <= maxConverter {
+		m.Converter = s
 	}
 	if s, ok := o.Annotations[ocispec.AnnotationCreated]; ok {
 		t, err := time.Parse(time.RFC3339Nano, s)

@@ -37,9 +37,10 @@ type source interface {
 //
 // Most headers leave nothing to an opinion: plainHeader reads them, and what follows them. archive/tar begins again at the next that it does not.
 type scanner struct {
-	src source
-	pos int64 // tar offset
-	end int64 // where the data run of the last entry ends: bytes before are data, bytes after headers
+	src     source
+	plainly bool  // leave plain headers to archive/tar, too
+	pos     int64 // tar offset
+	end     int64 // where the data run of the last entry ends: bytes before are data, bytes after headers
 
 	tr     *tar.Reader // has read the last entry's headers; nil if they were a plain one, and before the first entry
 	unread []byte      // what a new tr begins with
@@ -78,6 +79,9 @@ func (s *scanner) next() (*Entry, error) {
 
 // header returns the header of the next entry, and the error with it that archive/tar has.
 func (s *scanner) header() (*tar.Header, error) {
+	if s.tr == nil && s.plainly {
+		s.tr = tar.NewReader(s)
+	}
 	if s.tr == nil {
 		block, err := s.skip()
 		if err != nil {
@@ -141,7 +145,7 @@ func (s *scanner) Read(p []byte) (int, error) {
 	}
 	first := s.pos == alignBlock(s.end) && len(p) == blockSize
 	n, err := s.read(p)
-	if first && n == blockSize {
+	if first && n == blockSize && !s.plainly {
 		if s.plain = plainHeader((*[blockSize]byte)(p)); s.plain != nil {
 			return 0, errPlain
 		}

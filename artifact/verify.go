@@ -19,20 +19,13 @@ func VerifyLayer(ctx context.Context, blob io.Reader, index []byte, l Layer, dif
 	if err != nil {
 		return err
 	}
-	if x.DiffID != diffID {
-		return fmt.Errorf("layer %s: index is of tar %s, want %s: %w", l.Digest, x.DiffID, diffID, ErrInvalid)
-	}
 	sum := sha256.New()
-	v := &verifier{ctx: ctx, index: x, blob: io.TeeReader(blob, sum), diffID: sha256.New(), entries: x.Entries()}
-	defer v.entries.Close()
-	if err := v.tar(); err != nil {
+	r := &blobReader{ctx: ctx, index: x, blob: io.TeeReader(blob, sum)}
+	if err := ProveTar(ctx, x, diffID, r.read, false); err != nil {
 		return fmt.Errorf("layer %s: %w", l.Digest, err)
 	}
-	if err := v.tail(index); err != nil {
+	if err := r.tail(index); err != nil {
 		return fmt.Errorf("layer %s: %w", l.Digest, err)
-	}
-	if got := digest.NewDigest(digest.SHA256, v.diffID); got != diffID {
-		return fmt.Errorf("layer %s: tar has digest %s, want %s: %w", l.Digest, got, diffID, ErrInvalid)
 	}
 	if got := digest.NewDigest(digest.SHA256, sum); got != l.Digest {
 		return fmt.Errorf("layer %s: blob has digest %s: %w", l.Digest, got, ErrInvalid)
@@ -40,26 +33,98 @@ func VerifyLayer(ctx context.Context, blob io.Reader, index []byte, l Layer, dif
 	return nil
 }
 
-// verifier reads the tar out of a blob for a scanner, and compares its headers with the index's as the scanner asks for them.
+// ProveTar proves that a tar is the one of diffID, and that x, its index, has its headers: then whatever is read of the tar by way of x is what the image's config promises. chunk is asked for the tar's
+// chunks, in order and each once; what it returns is used until it is asked for the next. It need not have compared them with their digests: a tar of the diffID that lies where x says is right. plainly has
+// archive/tar read all headers, which takes longer, and leaves no room for a mistake of ours where they begin.
+//
+// Its error names the first difference; it is ErrInvalid or ErrUnsupported, or an error of chunk or ctx as it is.
+func ProveTar(ctx context.Context, x *Index, diffID digest.Digest, chunk func(i int) ([]byte, error), plainly bool) error {
+	if x.DiffID != diffID {
+		return fmt.Errorf("index is of tar %s, want %s: %w", x.DiffID, diffID, ErrInvalid)
+	}
+	v := &verifier{ctx: ctx, index: x, read: chunk, diffID: sha256.New(), entries: x.Entries()}
+	defer v.entries.Close()
+	if err := v.tar(plainly); err != nil {
+		return err
+	}
+	if got := digest.NewDigest(digest.SHA256, v.diffID); got != diffID {
+		return fmt.Errorf("tar has digest %s, want %s: %w", got, diffID, ErrInvalid)
+	}
+	return nil
+}
+
+// blobReader reads the chunks and the index of a blob as it streams by.
+type blobReader struct {
+	ctx   context.Context // of the one VerifyLayer call that this value lives for
+	index *Index
+	blob  io.Reader
+	frame []byte
+	chunk []byte
+}
+
+func (r *blobReader) read(i int) ([]byte, error) {
+	n := int(r.index.Chunk(i).BlobSize)
+	if cap(r.frame) < n {
+		r.frame = make([]byte, n)
+	}
+	r.frame = r.frame[:n]
+	if _, err := io.ReadFull(r.blob, r.frame); err != nil {
+		return nil, fmt.Errorf("chunk %d: %w", i, blobError(err))
+	}
+	b, err := r.index.Decompress(i, r.frame, r.chunk)
+	if err == nil {
+		r.chunk = b
+	}
+	return b, err
+}
+
+// tail compares the end of the blob with the index.
+func (r *blobReader) tail(index []byte) error {
+	b := make([]byte, 64<<10)
+	for {
+		if err := r.ctx.Err(); err != nil {
+			return err
+		}
+		n, err := r.blob.Read(b)
+		if !bytes.HasPrefix(index, b[:n]) {
+			return fmt.Errorf("blob does not end in its index: %w", ErrInvalid)
+		}
+		if index = index[n:]; err == io.EOF && len(index) == 0 {
+			return nil
+		}
+		if err != nil {
+			return blobError(err)
+		}
+	}
+}
+
+// blobError classes an error of reading the blob: a short one is invalid.
+func blobError(err error) error {
+	if err == io.EOF || err == io.ErrUnexpectedEOF {
+		return fmt.Errorf("blob is too short: %w", ErrInvalid)
+	}
+	return err
+}
+
+// verifier gives a tar to a scanner, and compares its headers with the index's as the scanner asks for them.
 type verifier struct {
-	ctx     context.Context // of the one VerifyLayer call that this value lives for
+	ctx     context.Context // of the one ProveTar call that this value lives for
 	index   *Index
-	blob    io.Reader
+	read    func(i int) ([]byte, error)
 	diffID  hash.Hash
 	entries *EntryReader // read for its header bytes
 
 	next    int    // the chunk that is read next
 	pos     int64  // tar offset of the unread bytes of the chunk before it
 	unread  []byte // those bytes
-	frame   []byte
-	chunk   []byte
 	compare []byte
 	err     error // what went wrong here rather than in the tar's framing
 }
 
 // tar reads all chunks.
-func (v *verifier) tar() error {
+func (v *verifier) tar(plainly bool) error {
 	s := newScanner(v)
+	s.plainly = plainly
 	for {
 		if _, err := s.next(); err == io.EOF {
 			break
@@ -88,41 +153,13 @@ func (v *verifier) fault(err error) error {
 	return fmt.Errorf("tar offset %d: %w: %w", v.pos, err, ErrInvalid)
 }
 
-// tail compares the end of the blob with the index.
-func (v *verifier) tail(index []byte) error {
-	b := make([]byte, 64<<10)
-	for {
-		if err := v.ctx.Err(); err != nil {
-			return err
-		}
-		n, err := v.blob.Read(b)
-		if !bytes.HasPrefix(index, b[:n]) {
-			return fmt.Errorf("blob does not end in its index: %w", ErrInvalid)
-		}
-		if index = index[n:]; err == io.EOF && len(index) == 0 {
-			return nil
-		}
-		if err != nil {
-			return blobError(err)
-		}
-	}
-}
-
-// blobError classes an error of reading the blob: a short one is invalid.
-func blobError(err error) error {
-	if err == io.EOF || err == io.ErrUnexpectedEOF {
-		return fmt.Errorf("blob is too short: %w", ErrInvalid)
-	}
-	return err
-}
-
 // fill reads a chunk if all bytes of the one before are read.
 func (v *verifier) fill() error {
 	for len(v.unread) == 0 {
 		if v.next == v.index.NumChunks() {
 			return io.EOF
 		}
-		if v.err = v.read(v.next); v.err != nil {
+		if v.err = v.chunk(v.next); v.err != nil {
 			return v.err
 		}
 		v.next++
@@ -130,24 +167,19 @@ func (v *verifier) fill() error {
 	return nil
 }
 
-func (v *verifier) read(i int) error {
+func (v *verifier) chunk(i int) error {
 	if err := v.ctx.Err(); err != nil {
 		return err
 	}
-	n := int(v.index.Chunk(i).BlobSize)
-	if cap(v.frame) < n {
-		v.frame = make([]byte, n)
-	}
-	v.frame = v.frame[:n]
-	if _, err := io.ReadFull(v.blob, v.frame); err != nil {
-		return fmt.Errorf("chunk %d: %w", i, blobError(err))
-	}
-	b, err := v.index.Decompress(i, v.frame, v.chunk)
+	b, err := v.read(i)
 	if err != nil {
 		return err
 	}
+	if want := v.index.Chunk(i).TarSize; int64(len(b)) != want {
+		return fmt.Errorf("chunk %d: %d bytes, want %d: %w", i, len(b), want, ErrInvalid)
+	}
 	v.diffID.Write(b)
-	v.chunk, v.unread = b, b
+	v.unread = b
 	return nil
 }
 

@@ -11,10 +11,12 @@
 package converter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"runtime"
+	"runtime/debug"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -106,6 +108,14 @@ func Create(ctx context.Context, p Place, ref string, o CreateOptions) ([]Create
 	return done, nil
 }
 
+// version is that of the program.
+func version() string {
+	if b, ok := debug.ReadBuildInfo(); ok {
+		return cmp.Or(b.Main.Version, "(devel)") // a test has none
+	}
+	return "(devel)"
+}
+
 func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Created, error) {
 	c := Created{Platform: platformString(img.platform), Subject: bare(img.desc)}
 	old, err := artifactsOf(ctx, p, img.desc.Digest)
@@ -135,6 +145,8 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 		Config:   img.manifest.Config,
 		Platform: img.platform,
 		Created:  img.created,
+
+		Converter: fmt.Sprintf("streamctl %s (%s)", version(), o.Encode.ID()),
 	}
 	for i, l := range layers {
 		l.encoded.Layer.Source = img.manifest.Layers[i].Digest

@@ -18,6 +18,7 @@ type Inspection struct {
 	Subject   digest.Digest    `json:"subject"`
 	Artifact  digest.Digest    `json:"artifact"`
 	Config    digest.Digest    `json:"config"`
+	Converter string           `json:"converter,omitempty"` // as the artifact says
 	Created   *time.Time       `json:"created,omitempty"`
 	Layers    []InspectedLayer `json:"layers"`
 	Size      int64            `json:"size"`       // of all layers' blobs
@@ -65,7 +66,7 @@ func Inspect(ctx context.Context, p Place, ref string, platforms []ocispec.Platf
 func inspect(ctx context.Context, p Place, a attached) (Inspection, error) {
 	m := a.manifest
 	res := Inspection{
-		Platform: platformString(m.Platform), Subject: m.Subject.Digest, Artifact: a.desc.Digest, Config: m.Config.Digest,
+		Platform: platformString(m.Platform), Subject: m.Subject.Digest, Artifact: a.desc.Digest, Config: m.Config.Digest, Converter: m.Converter,
 	}
 	if !m.Created.IsZero() {
 		res.Created = &m.Created

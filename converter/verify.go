@@ -23,8 +23,11 @@ type Verified struct {
 	Subject  digest.Digest `json:"subject"`
 	Artifact digest.Digest `json:"artifact"`
 	Layers   int           `json:"layers"`
-	Bytes    int64         `json:"bytes"`    // of the artifact's blobs
-	Profiles []Profile     `json:"profiles"` // of the subject
+
+	Converter string `json:"converter,omitempty"` // as the artifact says: the one thing of it that is not proven
+
+	Bytes    int64     `json:"bytes"`    // of the artifact's blobs
+	Profiles []Profile `json:"profiles"` // of the subject
 }
 
 // VerifyOptions say what Verify looks at, and how.
@@ -64,7 +67,7 @@ func verify(ctx context.Context, p Place, a attached, o VerifyOptions) (Verified
 		return Verified{}, different("its manifest: %w", a.err)
 	}
 	m := a.manifest
-	v := Verified{Platform: platformString(m.Platform), Subject: m.Subject.Digest, Artifact: a.desc.Digest, Layers: len(m.Layers)}
+	v := Verified{Platform: platformString(m.Platform), Subject: m.Subject.Digest, Artifact: a.desc.Digest, Layers: len(m.Layers), Converter: m.Converter}
 	d, raw, err := p.Manifest(ctx, m.Subject.Digest.String())
 	if errors.Is(err, ErrNotFound) {
 		return v, different("its subject %s is not in %s", m.Subject.Digest, p)
