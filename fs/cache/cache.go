@@ -45,6 +45,8 @@
 //
 // A stream may bring the chunks that are needed first of several layers, in the order of their use: see hot.go.
 //
+// Who judges a layer reads it once, from its start to its end, whatever is here: see sweep.go.
+//
 // A layer that is here as a whole may be read by others than this process: see whole.go.
 //
 // With a limit, chunks that were used least recently are given back, also of layers that are open: see evict.go.
@@ -98,7 +100,8 @@ type Cache struct {
 	twins    twins
 	exact    bool         // no read-ahead
 	onDamage func(Damage) // of Options
-	onRest   func()       // likewise
+	onLie    func(layer digest.Digest, chunk int, err error)
+	onRest   func() // likewise
 	limit    int64
 
 	used    atomic.Int64   // bytes on disk when last measured, and what was written since
@@ -154,6 +157,9 @@ type Options struct {
 	OnDisk func(failing bool, err error)
 	// OnDamage is told of each chunk on disk that did not verify. It must not block or call the Cache. Nil is nobody.
 	OnDamage func(Damage)
+	// OnLie is told of each chunk whose bytes have their digest and are not what the index says otherwise: either no source of the layer can be right, or the memory of the index is damaged. It must
+	// not block or call the Cache. Nil is nobody.
+	OnLie func(layer digest.Digest, chunk int, err error)
 	// OnRest is called when no layer has been read for a minute, after some were: what reading them took is garbage then. It must not call the Cache. Nil is nobody.
 	OnRest func()
 }
@@ -173,7 +179,7 @@ func open(dir string, o Options, d disk) (*Cache, error) {
 	}
 	c.twins.index, c.twins.kick = o.Index, make(chan struct{}, 1)
 	c.stats.onDisk, c.stats.opened, c.stats.stirred = o.OnDisk, time.Now(), c.stirred
-	c.onDamage, c.onRest = o.OnDamage, o.OnRest
+	c.onDamage, c.onLie, c.onRest = o.OnDamage, o.OnLie, o.OnRest
 	c.measure()
 	c.running.Go(c.flusher)
 	if o.Index != nil {

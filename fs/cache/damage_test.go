@@ -182,11 +182,10 @@ func TestWrongRunsAreAskedForTogether(t *testing.T) {
 	must(t, l.Close())
 }
 
-// Headers that the index claims otherwise are corruption, though every chunk's digest is right.
-func TestLyingIndexIsRefused(t *testing.T) {
-	ly := newLayer(t, 4<<10, 3000, 50_000)
+// lying returns a layer whose index has the headers of ly and the chunks of its tar, in which the first file has another mode.
+func lying(t testing.TB, ly *layer) *layer {
+	t.Helper()
 	other := slices.Clone(ly.tar)
-	// A header field and its checksum that say another mode: the tar that the index lies about.
 	copy(other[100:], "0000755\x00")
 	sum := 0
 	for i, b := range other[:512] {
@@ -208,9 +207,13 @@ func TestLyingIndexIsRefused(t *testing.T) {
 	copy(frame[tableStart:table], truth.blob[truth.index.FramesSize():][tableStart:table])
 	x, err := artifact.DecodeIndex(frame)
 	must(t, err)
-	lie := &layer{tar: other, blob: truth.blob, dgst: truth.dgst, index: x}
+	return &layer{tar: other, blob: truth.blob, dgst: truth.dgst, index: x}
+}
 
-	b := &tellingBlob{Blob: truth.serve()}
+// Headers that the index claims otherwise are corruption, though every chunk's digest is right.
+func TestLyingIndexIsRefused(t *testing.T) {
+	lie := lying(t, newLayer(t, 4<<10, 3000, 50_000))
+	b := &tellingBlob{Blob: lie.serve()}
 	l := openLayer(t, openCache(t, t.TempDir()), lie, b)
 	if _, err := l.ReadAt(t.Context(), make([]byte, 1), 0); !errors.Is(err, artifact.ErrInvalid) {
 		t.Errorf("chunk with other headers: error %v, want ErrInvalid", err)

@@ -203,22 +203,27 @@ func (f *fill) load(ctx context.Context, flights []*flight) (damaged []*flight) 
 			f.deliver(fl, buf, c.TarOffset, true)
 			continue
 		}
-		if s.holds(fl.chunk) { // it was not given back meanwhile
-			s.damaged.Store(true)
-			s.cache.stats.damaged.Add(1)
-			if tell := s.cache.onDamage; tell != nil {
-				path := s.cache.dataPath(s.dgst)
-				if s.isWhole() {
-					path = s.cache.wholePath(s.dgst)
-				}
-				tell(Damage{s.dgst, path, c.TarOffset, c.TarSize})
-			}
-		}
 		s.cache.bufs.put(buf)
-		s.forget(fl.chunk, fl.chunk+1)
+		s.spoilt(fl.chunk, c)
 		damaged = append(damaged, fl)
 	}
 	return damaged
+}
+
+// spoilt makes a miss of chunk i, which is c and did not verify on disk, or was given back meanwhile.
+func (s *store) spoilt(i int, c artifact.Chunk) {
+	if s.holds(i) {
+		s.damaged.Store(true)
+		s.cache.stats.damaged.Add(1)
+		if tell := s.cache.onDamage; tell != nil {
+			path := s.cache.dataPath(s.dgst)
+			if s.isWhole() {
+				path = s.cache.wholePath(s.dgst)
+			}
+			tell(Damage{s.dgst, path, c.TarOffset, c.TarSize})
+		}
+	}
+	s.forget(i, i+1)
 }
 
 // verify compares b, from disk, with what the index says of chunk i.
@@ -229,13 +234,17 @@ func (s *store) verify(i int, want [32]byte, b []byte) error {
 	return s.check(i, b)
 }
 
-// check compares the headers in b, chunk i, with those of the index.
+// check compares the headers in b, chunk i, which has its digest, with those of the index.
 func (s *store) check(i int, b []byte) error {
 	layout, err := s.layout()
 	if err != nil {
 		return err
 	}
-	return layout.Check(i, b)
+	err = layout.Check(i, b)
+	if err != nil && s.cache.onLie != nil {
+		s.cache.onLie(s.dgst, i, err)
+	}
+	return err
 }
 
 // fetch asks the blob for flights, which are adjacent, in one request, and delivers them as they come. Those whose bytes are wrong are asked

@@ -150,6 +150,17 @@ func (f *fill) copy(ctx context.Context, flights []*flight) (missing []*flight) 
 	return missing
 }
 
+// known reports whether one of layers may have the bytes of ch.
+func known(layers map[digest.Digest]twin, ch artifact.Chunk) bool {
+	want := key(ch.Digest)
+	for _, tw := range layers {
+		if _, found := slices.BinarySearchFunc(tw.places, want, func(p place, k uint64) int { return cmp.Compare(p.key, k) }); found {
+			return true
+		}
+	}
+	return false
+}
+
 // readTwin fills b with the bytes of ch if one of layers has them on this disk.
 func (c *Cache) readTwin(layers map[digest.Digest]twin, ch artifact.Chunk, b []byte) bool {
 	want, tries := key(ch.Digest), 0
