@@ -17,6 +17,8 @@ import (
 const (
 	maxChallenge = 4 << 10 // bytes; containerd's parser takes the square of it
 	maxOffers    = 16      // credentials of one source that one request tries: sources are few, and whoever fills one does not keep another from being tried
+	// renewAgain is how long a token that has taken the place of one that a 403 met is not replaced for another: within it, a 403 is most likely about something else.
+	renewAgain = 30 * time.Second
 )
 
 // Credential is what a source offers to be let in with. Without User, Secret is an identity token (OAuth2 refresh token); without both it is anonymous access.
@@ -65,9 +67,10 @@ type authorizer struct {
 	c      *Client
 	client *http.Client
 
-	mu     sync.Mutex
-	grants map[string]*grant
-	served map[string]Credential // accepted last
+	mu      sync.Mutex
+	grants  map[string]*grant
+	served  map[string]Credential // accepted last
+	denials map[string]*denial
 }
 
 // grant is the right to read one repository, until it turns out to be none. Whoever finds done open waits for it; the fields are set before it is closed and
@@ -80,15 +83,16 @@ type grant struct {
 	expires    time.Time // zero is never
 	err        error
 
-	sources bool // as in exhaustedError
-	hidden  bool // one of tried was told 404
+	late    []Credential // to be tried after others
+	sources bool         // as in exhaustedError
+	hidden  bool         // one of tried was told 404
 
 	// Guarded by authorizer.mu when done is closed.
 	tried    []Credential // and refused, before this one
 	notes    []string     // why
 	keep     *grant       // what comes back if this comes to nothing; nil is nothing
 	accepted bool         // let in at least once
-	renewed  bool         // in the place of one that a 403 met: another 403 is about something else
+	renewed  time.Time    // when it took the place of one that a 403 met; zero if it did not
 }
 
 // header is what to send. nil sends nothing.
@@ -112,7 +116,7 @@ func (e *exhaustedError) Error() string {
 func (e *exhaustedError) Is(target error) bool { return target == ErrDenied }
 
 func newAuthorizer(h *host, c *Client) *authorizer {
-	a := &authorizer{h: h, c: c, grants: map[string]*grant{}, served: map[string]Credential{}}
+	a := &authorizer{h: h, c: c, grants: map[string]*grant{}, served: map[string]Credential{}, denials: map[string]*denial{}}
 	a.client = &http.Client{
 		Transport: &metered{base: h.RegistryHost.Client.Transport, m: &c.meter, max: maxTokenBody},
 		// A token request carries the secret in its body or its header, so it goes nowhere else.
@@ -126,9 +130,9 @@ func newAuthorizer(h *host, c *Client) *authorizer {
 	return a
 }
 
-// known returns what to send before anything was asked: nil is nothing. It renews what has run out.
-func (a *authorizer) known(ctx context.Context, name string) (*grant, error) {
-	return a.grant(ctx, name, nil, nil)
+// known returns what to send before anything was asked: nil is nothing. It renews what has run out. reads is that a recent refusal will do for an answer.
+func (a *authorizer) known(ctx context.Context, name string, reads bool) (*grant, error) {
+	return a.grant(ctx, name, nil, nil, reads)
 }
 
 // letIn notes that the host has answered a request with g.
@@ -142,6 +146,7 @@ func (a *authorizer) letIn(name string, g *grant) {
 		g.accepted = true
 		g.tried, g.notes, g.keep = nil, nil, nil // of no use any more, and keep would be a chain of all there were
 		a.served[name] = g.credential
+		delete(a.denials, name)
 	}
 }
 
@@ -150,8 +155,8 @@ func isRefusal(status int) bool {
 	return status == http.StatusUnauthorized || status == http.StatusForbidden || status == http.StatusNotFound
 }
 
-// final reports whether another credential, or a new token, would not change a refusal of a request with g.
-func (a *authorizer) final(g *grant, status int) bool {
+// final reports whether another credential, or a new token, would not change a refusal of a request with g; again as in refusal.
+func (a *authorizer) final(g *grant, status int, again bool) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	switch {
@@ -161,8 +166,8 @@ func (a *authorizer) final(g *grant, status int) bool {
 		return true
 	case status == http.StatusForbidden && g.challenge.Scheme == auth.BasicAuth: // ECR says so when the password has run out
 		return false
-	case status == http.StatusForbidden && g.accepted: // and some when a token has: another one is tried once
-		return g.renewed
+	case status == http.StatusForbidden && g.accepted: // and some when a token has: another one is tried, and then the other credentials
+		return !again && time.Since(g.renewed) < renewAgain
 	}
 	return g.accepted
 }
@@ -187,13 +192,13 @@ func (r *refusal) challenge() *auth.Challenge {
 	return nil
 }
 
-// better returns what to send after r. nil is that there is nothing better, an exhaustedError that everything was tried.
-func (a *authorizer) better(ctx context.Context, name string, r *refusal) (*grant, error) {
-	return a.grant(ctx, name, r, r.challenge())
+// better returns what to send after r. nil is that there is nothing better, an exhaustedError that everything was tried, or was a moment ago for reads.
+func (a *authorizer) better(ctx context.Context, name string, r *refusal, reads bool) (*grant, error) {
+	return a.grant(ctx, name, r, r.challenge(), reads)
 }
 
 // grant returns the current grant, unless it is the refused one or has run out: then one caller gets a new one and the others wait.
-func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challenge *auth.Challenge) (*grant, error) {
+func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challenge *auth.Challenge, reads bool) (*grant, error) {
 	a.mu.Lock()
 	old := a.grants[name]
 	var of *grant // that was refused
@@ -205,7 +210,7 @@ func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challen
 		case <-old.done:
 		default:
 			a.mu.Unlock()
-			return a.wait(ctx, name, old, r, challenge)
+			return a.wait(ctx, name, old, r, challenge, reads)
 		}
 		if old != of && (old.expires.IsZero() || time.Now().Before(old.expires)) {
 			a.mu.Unlock()
@@ -222,7 +227,15 @@ func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challen
 		}
 		challenge = &of.challenge
 	}
+	d := a.denials[name]
+	if reads && d.holds(r) {
+		a.mu.Unlock()
+		return nil, d.err
+	}
 	g := &grant{done: make(chan struct{}), challenge: *challenge}
+	if d != nil {
+		g.late = d.tried
+	}
 	if r != nil && r.g != nil {
 		g.follow(r)
 	}
@@ -233,14 +246,17 @@ func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challen
 	a.fill(ctx, name, g, last, known)
 	a.mu.Lock()
 	var all *exhaustedError
+	if errors.As(g.err, &all) && !g.hidden {
+		a.deny(name, g, all)
+	}
 	switch {
+	case g.err == nil && !g.renewed.IsZero() && g.credential == g.keep.credential:
+		g.accepted, g.keep = true, nil
 	case g.err == nil:
-		if g.renewed = g.renewed && g.credential == g.keep.credential; g.renewed {
-			g.accepted, g.keep = true, nil
-		}
+		g.renewed = time.Time{}
 	case g.keep != nil:
 		a.grants[name] = g.keep
-		if errors.As(g.err, &all) { // so this is as good as it gets
+		if all != nil { // so this is as good as it gets
 			g.keep.accepted = true
 			a.served[name] = g.keep.credential
 		}
@@ -259,9 +275,13 @@ func (a *authorizer) grant(ctx context.Context, name string, r *refusal, challen
 func (g *grant) follow(r *refusal) {
 	was := r.g
 	if was.accepted {
-		g.keep = was
+		if g.challenge.Scheme == auth.BearerAuth || r.status != http.StatusUnauthorized { // a password that is refused is sent no more: that is a wrong login each time
+			g.keep = was
+		}
 		if g.challenge.Scheme == auth.BearerAuth && !r.again {
-			g.renewed = r.status == http.StatusForbidden
+			if r.status == http.StatusForbidden {
+				g.renewed = time.Now()
+			}
 			return // the token has run out before its time, and what it was got with will do for another
 		}
 	} else {
@@ -290,14 +310,14 @@ func (g *grant) full(source string) bool {
 	return n >= maxOffers
 }
 
-func (a *authorizer) wait(ctx context.Context, name string, g *grant, r *refusal, challenge *auth.Challenge) (*grant, error) {
+func (a *authorizer) wait(ctx context.Context, name string, g *grant, r *refusal, challenge *auth.Challenge, reads bool) (*grant, error) {
 	select {
 	case <-g.done:
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 	if errors.Is(g.err, context.Canceled) || errors.Is(g.err, context.DeadlineExceeded) || errors.Is(g.err, errSilent) {
-		return a.grant(ctx, name, r, challenge) // whoever asked has gone; we have not
+		return a.grant(ctx, name, r, challenge, reads) // whoever asked has gone; we have not
 	}
 	if g.err != nil {
 		return nil, g.err
@@ -325,7 +345,7 @@ func (a *authorizer) try(ctx context.Context, name string, g *grant, last Creden
 	if !g.hidden {
 		p.Refused = slices.Clone(g.tried)
 	}
-	for c, err := range a.offers(ctx, p, last, known) {
+	for c, err := range behind(a.offers(ctx, p, last, known), g.late) {
 		if g.err = ctx.Err(); g.err != nil {
 			return true
 		}

@@ -33,6 +33,12 @@ func authFixture(t *testing.T) (r *registrytest.Registry, read func(*Client) err
 	}
 }
 
+// getBlob gets the blob of authFixture as a pull gets one, which is told at once that it may not.
+func getBlob(t *testing.T, c *Client, r *registrytest.Registry) error {
+	_, err := c.Blob(t.Context(), repoOf(r), digest.FromBytes(noise(1000)), 1000)
+	return err
+}
+
 func TestAuthentication(t *testing.T) {
 	user := registrytest.TokenOptions{User: "u", Password: "hush"}
 	old := user
@@ -252,48 +258,68 @@ func TestPasswordRunsOut(t *testing.T) {
 	}
 	wantRequests(t, r, 1) // the same password again would not help
 	secret = "two"
+	endPause(t, c)
 	if err := read(c); err != nil {
 		t.Error(err)
 	}
 	wantRequests(t, r, 3)
 }
 
-// Some registries answer 403 to a token that has run out. Another one is got once; a 403 that stays is about something else, and costs nothing from then on.
+// Some registries answer 403 to a token that has run out. Another one is got, and again when that has lived for a while; the other credentials are tried if it does
+// not help. A 403 that stays is about something else, and costs nothing for a while then.
 func TestTokenForbidden(t *testing.T) {
-	r, read := authFixture(t)
+	r, _ := authFixture(t)
 	r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush"})
-	c := newClient(t, Options{Credentials: offer(Credential{"right", "u", "hush"}, Credential{"other", "o", "no"})})
-	if err := read(c); err != nil {
+	c := newClient(t, Options{Budget: time.Minute, Stall: time.Minute, Credentials: offer(Credential{"right", "u", "hush"}, Credential{"other", "o", "no"})})
+	if err := getBlob(t, c, r); err != nil {
 		t.Fatal(err)
 	}
-	for range 2 { // the second time of the token that was got for the first
+	age := func() {
+		g := c.registries[r.Host()].hosts[0].auth.grants["team/app"]
+		g.renewed = g.renewed.Add(-renewAgain)
+	}
+	for range 3 { // the second time of the token that was got for the first
 		r.Reset()
 		r.Inject(registrytest.Blobs, 1, registrytest.Status(403))
-		if err := read(c); err != nil {
+		if err := getBlob(t, c, r); err != nil {
 			t.Fatal(err)
 		}
 		wantRequests(t, r, 3) // blob, token, blob
-		r.ExpireTokens()      // or there would be none: that token has been renewed for it
-		if err := read(c); err != nil {
-			t.Fatal(err)
-		}
+		age()
 	}
 	end := r.Inject(registrytest.Blobs, -1, registrytest.Status(403))
-	for _, n := range []int{3, 1} {
+	for _, n := range []int{3 + 3, 1} { // POST and GET for the other one, GET for nobody
 		r.Reset()
 		var status *StatusError
-		if err := read(c); !errors.As(err, &status) || status.StatusCode != 403 || !errors.Is(err, ErrDenied) {
+		if err := getBlob(t, c, r); !errors.As(err, &status) || status.StatusCode != 403 || !errors.Is(err, ErrDenied) {
 			t.Errorf("got %v", err)
 		}
 		wantRequests(t, r, n)
 	}
 	end()
 	r.Reset()
-	if err := read(c); err != nil {
+	if err := getBlob(t, c, r); err != nil {
 		t.Error(err)
 	}
 	wantRequests(t, r, 1)
 	wantAccepted(t, c, "right")
+}
+
+// When the rights of the account that served have gone, which a registry says with 403 to a new token as well, another account serves.
+func TestRightsGone(t *testing.T) {
+	r, _ := authFixture(t)
+	r.RequireToken(registrytest.TokenOptions{User: "u", Password: "one", Refusal: 403})
+	c := newClient(t, Options{Budget: time.Minute, Stall: time.Minute, Credentials: offer(Credential{"first", "u", "one"}, Credential{"second", "u", "two"})})
+	if err := getBlob(t, c, r); err != nil {
+		t.Fatal(err)
+	}
+	wantAccepted(t, c, "first")
+	r.RequireToken(registrytest.TokenOptions{User: "u", Password: "two", Refusal: 403})
+	r.Inject(registrytest.Blobs, 1, registrytest.Status(403)) // to the token that is not known any more
+	if err := getBlob(t, c, r); err != nil {
+		t.Fatal(err)
+	}
+	wantAccepted(t, c, "second")
 }
 
 func TestNoSecretsToPlainTokenServers(t *testing.T) {

@@ -20,7 +20,7 @@ import (
 const (
 	firstPause = 100 * time.Millisecond // between two questions to one host; doubles
 	maxPause   = 3 * time.Second
-	maxRefused = 5                // times that a read asks again when no credential is accepted, after 1, 2, 4, ... s
+	maxRefused = 5                // times that a read asks again when it is denied, after 1, 2, 4, ... s
 	maxHold    = 20 * time.Second // a Retry-After beyond this is cut: registries ask for minutes
 	renewBytes = 64 << 10         // so much progress makes the budget whole again; less would let a host that drips keep us for ever
 )
@@ -50,7 +50,7 @@ type candidate struct {
 	out      bool  // not to be asked again
 	fails    int
 	mistakes int       // in a row
-	refused  int       // times that no credential was accepted
+	refused  int       // times that it denied access
 	next     time.Time // not before
 }
 
@@ -61,6 +61,7 @@ type question struct {
 	accept string
 	rng    string          // Range
 	blob   digest.Digest   // set if it is for a blob: then the place it is redirected to is remembered
+	reads  bool            // of its call
 	spares *sync.WaitGroup // set if more questions will follow: see warm.go
 }
 
@@ -143,10 +144,15 @@ func (k *call) failed(c *candidate, err error) {
 		c.next = time.Now().Add(c.pause()) // a container waits: its image could be read, and will be when that source is well
 		return
 	}
-	// So it does for a password that was changed at the registry and will be in a moment where the sources have it. Few tries: some registries lock an account
-	// that has failed often.
-	if denied != nil && k.reads && c.refused < maxRefused {
-		pause := time.Second << c.refused
+	// So it does for a password that was changed at the registry and will be in a moment where the sources have it, and for what else may make a host deny access to
+	// what it gave before. Few tries: some registries lock an account that has failed often.
+	var status *StatusError
+	errors.As(err, &status)
+	if errors.Is(err, ErrDenied) && k.reads && c.refused < maxRefused {
+		if status != nil {
+			c.worked()
+		}
+		pause := deniedPause(c.refused)
 		c.refused++
 		c.next = time.Now().Add(pause + rand.N(pause/4+1))
 		return
@@ -164,9 +170,8 @@ func (k *call) failed(c *candidate, err error) {
 		return
 	}
 	pause := c.pause()
-	var status *StatusError
 	var hold time.Duration
-	if errors.As(err, &status) {
+	if status != nil {
 		hold = min(status.retryAfter, maxHold)
 	}
 	c.next = time.Now().Add(max(pause, hold))
@@ -175,7 +180,7 @@ func (k *call) failed(c *candidate, err error) {
 
 // pause is how long not to ask after the last failure.
 func (c *candidate) pause() time.Duration {
-	pause := min(firstPause<<min(c.fails-1, 10), maxPause)
+	pause := failPause(c.fails)
 	return pause + rand.N(pause/4+1) // so that a node's readers do not come back all at once
 }
 
@@ -294,6 +299,7 @@ func (k *call) send(ctx context.Context, h *host, q question, left time.Duration
 	a := &attempt{k: k, host: h, leave: sync.OnceFunc(h.leave)}
 	a.ctx, a.cancel = context.WithCancelCause(ctx)
 	a.timer = time.AfterFunc(left, func() { a.cancel(errSilent) })
+	q.reads = k.reads
 	resp, err := h.do(a.ctx, k.c, k.name, q)
 	a.timer.Stop()
 	if err != nil {

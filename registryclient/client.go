@@ -34,7 +34,7 @@ type Options struct {
 	UserAgent   string      // "" is "streaming-snapshotter"
 
 	Budget time.Duration    // how long an operation goes on without getting anything before it fails; 0 is 30 s
-	Wait   time.Duration    // the same for ReadRange, whose callers cannot do without: running containers; 0 is Budget. Refused credentials end it after half a minute
+	Wait   time.Duration    // the same for ReadRange, whose callers cannot do without: running containers; 0 is Budget. Access that is denied ends it after half a minute
 	OnHost func(HostStatus) // told when a host goes away, comes back or gave wrong answers: once each, not per request; it must not block or call the Client. Nil is nobody
 
 	Stall time.Duration // how long one request may stay silent before it counts as broken; 0 is 15 s

@@ -19,6 +19,7 @@ func (c *Client) Forget(repo Repository) {
 func (a *authorizer) forget(name string) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	delete(a.denials, name)
 	g := a.grants[name]
 	if g == nil {
 		delete(a.served, name)

@@ -30,7 +30,7 @@ func (h *host) do(ctx context.Context, c *Client, name string, q question) (*htt
 			return nil, err
 		}
 	}
-	g, err := h.auth.known(ctx, name)
+	g, err := h.auth.known(ctx, name, q.reads)
 	if err != nil {
 		return nil, err
 	}
@@ -58,10 +58,10 @@ func (h *host) do(ctx context.Context, c *Client, name string, q question) (*htt
 		if bare || answer.StatusCode == http.StatusNotFound && told.StatusCode != http.StatusNotFound {
 			told, bare = answer, g == nil
 		}
-		if h.auth.final(g, answer.StatusCode) {
+		if h.auth.final(g, answer.StatusCode, again) {
 			return nil, told
 		}
-		better, err := h.auth.better(ctx, name, &refusal{g, answer.StatusCode, resp.Header, again})
+		better, err := h.auth.better(ctx, name, &refusal{g, answer.StatusCode, resp.Header, again}, q.reads)
 		again = g != nil
 		var all *exhaustedError
 		switch {

@@ -83,6 +83,38 @@ func TestManyWrongCredentials(t *testing.T) {
 	wantRequests(t, r, 1+maxOffers+1)
 }
 
+// They have their turn later: the first ones come after those that were not tried yet.
+func TestManyWrongCredentialsInTurn(t *testing.T) {
+	for name, require := range map[string]func(*registrytest.Registry){
+		"basic": func(r *registrytest.Registry) { r.RequireBasic("u", "hush") },
+		"token": func(r *registrytest.Registry) { r.RequireToken(registrytest.TokenOptions{User: "u", Password: "hush"}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, _ := authFixture(t)
+			require(r)
+			var list []Credential
+			for i := range 40 {
+				list = append(list, Credential{"many", "u", fmt.Sprint("wrong ", i)})
+			}
+			list = append(list, Credential{"many", "u", "hush"})
+			c := newClient(t, Options{Budget: time.Minute, Stall: time.Minute, Credentials: offer(list...)})
+			for range 2 {
+				if err := getBlob(t, c, r); !errors.Is(err, ErrDenied) {
+					t.Fatalf("got %v", err)
+				}
+			}
+			if err := getBlob(t, c, r); err != nil {
+				t.Error(err)
+			}
+			list[40], list[0] = list[0], list[40] // and all again
+			r.ExpireTokens()
+			if err := getBlob(t, c, r); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // What was forgotten is not sent any more.
 func TestForget(t *testing.T) {
 	for name, require := range map[string]func(*registrytest.Registry){
@@ -302,6 +334,105 @@ func TestReadsWaitForCredentials(t *testing.T) {
 				t.Errorf("a pull has asked the sources %d times", n)
 			}
 		})
+	}
+}
+
+// endPause has reads ask again that were denied a moment ago.
+func endPause(t *testing.T, c *Client) {
+	t.Helper()
+	for _, r := range c.registries {
+		for _, h := range r.hosts {
+			for _, d := range h.auth.denials {
+				if left := time.Until(d.until); left <= 0 || left > deniedPause(d.n) {
+					t.Errorf("reads are denied for %v more, after %d refusals", left, d.n+1)
+				}
+				d.until = time.Now()
+			}
+		}
+	}
+}
+
+// However many reads wait, what is refused is offered once in each pause, and what was let in before is not sent in it. A pull does not wait: it may be why there is another
+// credential, and serves the reads then.
+func TestReadsAreDeniedTogether(t *testing.T) {
+	for name, require := range map[string]func(*registrytest.Registry, string){
+		"basic": func(r *registrytest.Registry, password string) { r.RequireBasic("u", password) },
+		"token": func(r *registrytest.Registry, password string) {
+			r.RequireToken(registrytest.TokenOptions{User: "u", Password: password})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r, read := authFixture(t)
+			r.PutManifest("team/app", "v1", "application/vnd.oci.image.manifest.v1+json", []byte("{}"))
+			var secret atomic.Value
+			secret.Store("one")
+			c := newClient(t, Options{Wait: time.Second, Stall: time.Minute, Credentials: func(ctx context.Context, p Place) iter.Seq2[Credential, error] {
+				return fixed("u", secret.Load().(string))(ctx, p)
+			}})
+			require(r, "one")
+			if err := read(c); err != nil {
+				t.Fatal(err)
+			}
+			require(r, "two")
+			logins := func() (n int) {
+				for _, q := range r.Requests() {
+					if q.Path == "/token" || strings.HasPrefix(q.Authorization, "Basic") {
+						n++
+					}
+				}
+				return n
+			}
+			for range 3 {
+				r.Reset()
+				if err := read(c); !errors.Is(err, ErrDenied) {
+					t.Fatalf("got %v", err)
+				}
+				if n := logins(); n < 1 || n > 3 { // a token is asked for with POST and GET, and by nobody
+					t.Errorf("%d logins of the first", n)
+				}
+				c.registries[r.Host()].hosts[0].auth.denials["team/app"].until = time.Now().Add(time.Hour)
+				r.Reset()
+				for range 20 {
+					if err := read(c); !errors.Is(err, ErrDenied) {
+						t.Fatalf("got %v", err)
+					}
+				}
+				if n := logins(); n > 0 {
+					t.Errorf("%d logins of the others, want none", n)
+				}
+				c.registries[r.Host()].hosts[0].auth.denials["team/app"].until = time.Now()
+			}
+			if err := read(c); !errors.Is(err, ErrDenied) {
+				t.Fatalf("got %v", err)
+			}
+			secret.Store("two")
+			if _, _, err := c.Resolve(t.Context(), string(repoOf(r))+":v1"); err != nil {
+				t.Errorf("a pull: %v", err)
+			}
+			if err := read(c); err != nil {
+				t.Errorf("a read after the pull: %v", err)
+			}
+			if n := len(c.registries[r.Host()].hosts[0].auth.denials); n > 0 {
+				t.Errorf("%d refusals are remembered", n)
+			}
+		})
+	}
+}
+
+// A registry that denies access to everybody for a moment, and asks for no credential, ends no read either.
+func TestReadsWaitForAccess(t *testing.T) {
+	t.Parallel()
+	r, read := authFixture(t)
+	c := newClient(t, Options{})
+	r.Inject(registrytest.Any, 2, registrytest.Status(403))
+	if err := read(c); err != nil {
+		t.Error(err)
+	}
+	wantRequests(t, r, 3)
+	r.Inject(registrytest.Any, 1, registrytest.Status(403))
+	if _, _, err := c.Resolve(t.Context(), string(repoOf(r))+":v1"); !errors.Is(err, ErrDenied) {
+		t.Errorf("a pull: %v", err)
 	}
 }
 
