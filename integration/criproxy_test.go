@@ -112,6 +112,9 @@ func TestCRIProxy(t *testing.T) {
 			refused()
 			pullProxied(t, registry, n, ref, img) // and again
 			sumIn(t, n, ref, seed, "/data")
+			if out := fetchLayers(t, n, ref); !strings.Contains(out, "fetched 3 layers") {
+				t.Errorf("fetch, which has no credentials but by the daemon, says %s", out)
+			}
 		})
 	}
 }

@@ -33,6 +33,7 @@ func adminSocket(root string) string { return filepath.Join(root, "admin.sock") 
 //	/metrics     in the text format of Prometheus
 //	/status      the status as JSON
 //	/check       ?ref=REF&platform=PLATFORM: what `check REF` says of an image, as JSON. No secret is in it
+//	/blob        ?ref=REF&digest=DIGEST&size=BYTES: a blob of an image, from its registry, with the daemon's credentials; whoever asks verifies it
 //	/profile     ?manifest=DIGEST of a platform manifest: the record of the image's first start, as JSON
 //	/debug/pprof profiles of the Go runtime
 //
@@ -43,6 +44,7 @@ type admin struct {
 	safe  string                                                                // safe mode, and why; "" is none
 	ask   func() status                                                         // nil for mount
 	check func(ctx context.Context, ref, platform string) (*imageReport, error) // likewise
+	blob  http.HandlerFunc                                                      // likewise
 }
 
 // public serves what everybody may see.
@@ -85,6 +87,9 @@ func (a *admin) private() *http.ServeMux {
 			}
 			json.NewEncoder(w).Encode(report)
 		})
+	}
+	if a.blob != nil {
+		mux.HandleFunc("GET /blob", a.blob)
 	}
 	mux.HandleFunc("GET /profile", func(w http.ResponseWriter, r *http.Request) {
 		if a.n.images == nil {
@@ -157,9 +162,9 @@ func publicServer(h http.Handler) *http.Server {
 
 func debugLog() *log.Logger { return slog.NewLogLogger(slog.Default().Handler(), slog.LevelDebug) }
 
-// askDaemon gets path from the process whose files are in root, and decodes its answer into v.
-func askDaemon(ctx context.Context, root, path string, v any) error {
-	c := http.Client{Timeout: time.Minute, Transport: &http.Transport{
+// getFromDaemon gets path from the process whose files are in root. The caller closes the answer.
+func getFromDaemon(ctx context.Context, root, path string) (io.ReadCloser, error) {
+	c := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", adminSocket(root))
@@ -167,22 +172,34 @@ func askDaemon(ctx context.Context, root, path string, v any) error {
 	}}
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://daemon"+path, nil)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	resp, err := c.Do(req)
 	var dial *net.OpError
 	switch {
 	case errors.As(err, &dial) && dial.Op == "dial":
-		return fmt.Errorf("no daemon answers (it takes root, and `--config` if that is not the default's): %w", dial)
+		return nil, fmt.Errorf("no daemon answers (it takes root, and `--config` if that is not the default's): %w", dial)
 	case err != nil:
-		return fmt.Errorf("ask %s: %w", adminSocket(root), errors.Unwrap(err))
+		return nil, fmt.Errorf("ask %s: %w", adminSocket(root), errors.Unwrap(err))
 	}
-	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
+		defer resp.Body.Close()
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, 4096)) // an error in an error adds nothing
-		return errors.New(strings.TrimSpace(string(b)))
+		return nil, errors.New(strings.TrimSpace(string(b)))
 	}
-	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
+	return resp.Body, nil
+}
+
+// askDaemon gets path from the process whose files are in root, and decodes its answer into v.
+func askDaemon(ctx context.Context, root, path string, v any) error {
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	body, err := getFromDaemon(ctx, root, path)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(body).Decode(v); err != nil {
 		return fmt.Errorf("ask %s: %w", adminSocket(root), err)
 	}
 	return nil

@@ -6,12 +6,17 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
 
 	client "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	"github.com/distribution/reference"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 
@@ -26,8 +31,8 @@ func newFetchCommand(configFile *string) *cobra.Command {
 		Use:   "fetch REF...",
 		Short: "Get the layers of streamed images into containerd's content store, for what exports, pushes or converts them",
 		Long: `containerd has no layers of an image that is streamed. What wants them, as "ctr images export", "ctr images push" or "ctr images convert",
-fails with "content digest sha256:...: not found" before this. It downloads those that are missing from where the image is from, with the daemon's configuration and
-the credentials that it finds itself; what kubelet has sent with a pull only the daemon has. containerd keeps them until the image is removed.`,
+fails with "content digest sha256:...: not found" before this. It downloads those that are missing from where the image is from, by the daemon, with its
+configuration and credentials, those too that came with pulls through its CRI proxy; or without them where no daemon answers. containerd keeps them until the image is removed.`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			c, err := loadConfig(*configFile)
@@ -84,12 +89,22 @@ func fetchImage(ctx context.Context, cl *client.Client, ref string, from blobs.S
 	return err
 }
 
-// fetchBlobs returns what fetches blobs with the daemon's configuration and credentials, but for those that came with pulls.
+// fetchBlobs returns what fetches blobs by the daemon, which has the credentials that came with pulls, and what it does not give with its configuration and the
+// credentials that are found here.
 func fetchBlobs(c config) blobs.Source {
 	return func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) (err error) {
 		repo, _, _, err := registryclient.ParseReference(ref)
 		if err != nil {
 			return err
+		}
+		had := int64(0)
+		from, daemonErr := getFromDaemon(ctx, c.Root, "/blob?"+url.Values{"ref": {ref}, "digest": {blob.Digest.String()}, "size": {strconv.FormatInt(blob.Size, 10)}}.Encode())
+		if daemonErr == nil {
+			had, daemonErr = io.Copy(w, from)
+			from.Close() // all is read, or its error is told
+		}
+		if daemonErr == nil || ctx.Err() != nil {
+			return daemonErr
 		}
 		logins := newSources(c, nil)
 		defer func() { err = errors.Join(err, logins.close()) }()
@@ -100,12 +115,42 @@ func fetchBlobs(c config) blobs.Source {
 			return err
 		}
 		defer func() { err = errors.Join(err, reg.Close()) }()
-		r, err := reg.ReadRange(ctx, repo, blob.Digest, 0, blob.Size, 0)
+		r, err := reg.ReadRange(ctx, repo, blob.Digest, had, blob.Size-had, 0)
 		if err != nil {
-			return err
+			return fmt.Errorf("%w (and by the daemon: %w)", err, daemonErr)
 		}
 		defer r.Close()
 		_, err = io.Copy(w, r)
 		return err
+	}
+}
+
+// serveBlob returns what answers fetchBlobs. It gives up what does not begin within patience: only containers wait for longer for a registry that is away.
+func (n *node) serveBlob(patience time.Duration) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if n.reg == nil {
+			http.Error(w, "the daemon is in safe mode", http.StatusServiceUnavailable)
+			return
+		}
+		repo, _, _, err := registryclient.ParseReference(r.FormValue("ref"))
+		size, sizeErr := strconv.ParseInt(r.FormValue("size"), 10, 64)
+		if err := errors.Join(err, sizeErr); err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		ctx, cancel := context.WithCancel(r.Context())
+		defer cancel()
+		late := time.AfterFunc(patience, cancel)
+		b, err := n.reg.ReadRange(ctx, repo, digest.Digest(r.FormValue("digest")), 0, size, 0)
+		if !late.Stop() && errors.Is(err, context.Canceled) {
+			err = fmt.Errorf("not within %v", patience)
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadGateway)
+			return
+		}
+		defer b.Close()
+		w.Header().Set("Content-Length", strconv.FormatInt(size, 10)) // so that what ends early is known to
+		io.Copy(w, b)                                                 // who has gone does not want it
 	}
 }

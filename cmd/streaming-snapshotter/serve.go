@@ -293,7 +293,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	if err != nil {
 		return err
 	}
-	a := &admin{n: n, safe: s.SafeMode, ask: func() status { return s.measure(c.Root, n, seen) }, check: n.check(c)}
+	a := &admin{n: n, safe: s.SafeMode, ask: func() status { return s.measure(c.Root, n, seen) }, check: n.check(c), blob: n.serveBlob(c.ResolveTimeout.D)}
 	stopAdmin, err := a.serve(c.Root, c.Metrics)
 	if err != nil {
 		log.Warn("nobody can ask for the status or the metrics", "error", err)
