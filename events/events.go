@@ -4,7 +4,7 @@
 // all that it takes; a kubelet's kubeconfig has them.
 //
 // The principle: an event is a courtesy. Telling of a pull never waits. At most maxQueued pulls wait for their events, and what is more is left out; each request is made once, one after the other; and
-// what has been said of a pod is said again only after a while, with how often it came meanwhile. What fails is told once, until it works again, and a namespace that takes no events keeps no other pod from its own.
+// what has been said of a pod is said again only after a while, with how often it came meanwhile. What fails is told once for each place where it does, until all works again, and a namespace that takes no events keeps no other pod from its own, nor what else fails from being told.
 package events
 
 import (
@@ -99,7 +99,7 @@ type last struct {
 	count     int
 }
 
-// New returns a Recorder for the pods of a node, with the connection of a kubeconfig. onError is told when events cannot be put on pods, and with nil when they can again; it must not block.
+// New returns a Recorder for the pods of a node, with the connection of a kubeconfig. onError is told when events cannot be put on pods, each time that something else begins to fail, and with nil when all can again; it must not block.
 func New(kubeconfig, node string, onError func(error)) *Recorder {
 	return &Recorder{
 		api: kubeapi.New(kubeconfig), node: node, onError: onError, queue: make(chan notice, maxQueued),
@@ -150,44 +150,48 @@ func (r *Recorder) Run(ctx context.Context) {
 	}
 }
 
-// tell sends what is to be told of a pull, and says when that begins to fail, and when all works again that did not.
+// tell sends what is to be told of a pull, and says what begins to fail, and when all works again that did not.
 func (r *Recorder) tell(ctx context.Context, n notice) {
 	was := len(r.failing) > 0
-	err := ended(ctx, r.send(ctx, n))
+	begins := ended(ctx, r.send(ctx, n))
 	switch {
-	case err != nil && !was:
-		r.onError(err)
-	case err == nil && was && len(r.failing) == 0:
+	case begins != nil:
+		r.onError(begins)
+	case was && len(r.failing) == 0:
 		r.onError(nil)
 	}
 }
 
-// fails notes where err is, unless it is no answer: then no place has one.
-func (r *Recorder) fails(at place, err error) (answered bool) {
+// fails notes where err is, unless it is no answer: then no place has one. begins is err, if nothing failed there before.
+func (r *Recorder) fails(at place, err error) (answered bool, begins error) {
 	var status *kubeapi.StatusError
 	if answered = errors.As(err, &status); !answered {
 		at = server
 	}
+	if _, known := r.failing[at]; !known {
+		begins = err
+	}
 	r.failing[at] = time.Now()
-	return answered
+	return answered, begins
 }
 
-// send puts the event on the pods. One that is refused is no reason to leave out the others.
-func (r *Recorder) send(ctx context.Context, n notice) error {
+// send puts the event on the pods, and returns what begins to fail. A pod that is refused is no reason to leave out the others.
+func (r *Recorder) send(ctx context.Context, n notice) (begins error) {
 	listed := len(n.pods) == 0
 	if listed {
 		var err error
 		if n.pods, err = r.find(ctx, n.image); err != nil {
-			r.fails(list, err)
-			return err
+			_, begins = r.fails(list, err)
+			return begins
 		}
 	}
 	var errs []error
 	for _, p := range n.pods[:min(len(n.pods), maxPods)] {
 		put, err := r.put(ctx, p, n)
 		if err != nil {
-			errs = append(errs, fmt.Errorf("pod %s/%s: %w", p.Namespace, p.Name, err))
-			if !r.fails(place(p.Namespace), err) {
+			answered, begins := r.fails(place(p.Namespace), fmt.Errorf("pod %s/%s: %w", p.Namespace, p.Name, err))
+			errs = append(errs, begins)
+			if !answered {
 				break
 			}
 		}

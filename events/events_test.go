@@ -152,16 +152,17 @@ func TestFailures(t *testing.T) {
 		return drain(t, r, s)
 	}
 	tell() // may list, and not create
-	if len(errs) > 0 {
-		t.Errorf("errors %q, want none that is known", errs)
+	tell()
+	if want := []string{"pod one/p: API server: status 403: it is 403"}; !slices.Equal(errs, want) {
+		t.Errorf("errors %q, want what fails now: %q", errs, want)
 	}
 	s.Put("namespaces/one/events", `{}`)
-	if got := tell(); len(got) != 1 || len(got[0].Message) != maxMessage || !slices.Equal(errs, []string{"<nil>"}) {
+	if got := tell(); len(got) != 1 || len(got[0].Message) != maxMessage || len(errs) != 2 || errs[1] != "<nil>" {
 		t.Errorf("got %+v, errors %q", got, errs)
 	}
 	s.Close()
 	r.Tell("r.example/b:v1", Event{Reason: "Streaming"})
-	if drain(t, r, s); len(errs) != 2 || !strings.Contains(errs[1], "connection refused") {
+	if drain(t, r, s); len(errs) != 3 || !strings.Contains(errs[2], "connection refused") {
 		t.Errorf("errors %q", errs)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
@@ -192,6 +193,19 @@ func TestRefusedNamespace(t *testing.T) {
 	}
 	if want := []string{"pod full/a: API server: status 403: it is 403"}; !slices.Equal(errs, want) {
 		t.Errorf("errors %q, want %q", errs, want)
+	}
+	errs = nil
+	s.Put(podsOfNode, "403") // which it hides from nobody
+	for i := range 2 {
+		told(fmt.Sprint("r.example/others:", i))
+		told(fmt.Sprint("r.example/full:", i), full)
+	}
+	if want := []string{"list pods of node node-1: API server: status 403: it is 403"}; !slices.Equal(errs, want) {
+		t.Errorf("errors %q, want %q", errs, want)
+	}
+	s.Put(podsOfNode, `{"items": [{"metadata": {"namespace": "one", "name": "b", "uid": "2"}, "spec": {"containers": [{"name": "c", "image": "r.example/others:2"}]}}]}`)
+	if told("r.example/others:2"); len(errs) != 1 {
+		t.Errorf("errors %q, want no end: the namespace fails still", errs)
 	}
 	s.Put("namespaces/full/events", `{}`)
 	if told("r.example/both:3", full, one); len(errs) != 2 || errs[1] != "<nil>" {
