@@ -42,7 +42,7 @@ type admin struct {
 	n     *node
 	ready atomic.Bool
 	safe  string                                                                // safe mode, and why; "" is none
-	ask   func() status                                                         // nil for mount
+	ask   func(age time.Duration) status                                        // files as they were no longer ago; nil for mount
 	check func(ctx context.Context, ref, platform string) (*imageReport, error) // likewise
 	blob  http.HandlerFunc                                                      // likewise
 }
@@ -64,7 +64,7 @@ func (a *admin) public() *http.ServeMux {
 	if a.ask != nil {
 		mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Type", metrics.ContentType)
-			writeMetrics(w, a.ask(), a.ready.Load() && a.safe == "")
+			writeMetrics(w, a.ask(maxAge), a.ready.Load() && a.safe == "")
 		})
 	}
 	return mux
@@ -75,7 +75,7 @@ func (a *admin) private() *http.ServeMux {
 	mux := a.public()
 	if a.ask != nil {
 		mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
-			json.NewEncoder(w).Encode(a.ask()) // who has gone does not want it
+			json.NewEncoder(w).Encode(a.ask(0)) // who has gone does not want it
 		})
 	}
 	if a.check != nil {
@@ -143,6 +143,9 @@ func (a *admin) serve(root, address string) (stop func(), err error) {
 		}
 	}, err
 }
+
+// maxAge is how old in metrics may be what takes a walk over all files of the cache, because everybody may ask for them, as often as they like.
+const maxAge = 10 * time.Second
 
 // maxPublic bounds the connections at a TCP address, which is everybody's: what is more waits in the kernel.
 const maxPublic = 64

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -14,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -189,6 +191,39 @@ func checkDashboard(t *testing.T, samples map[string]float64) {
 		if m[1] != "instance" && !have[metricPrefix+m[2]+" "+m[1]] {
 			t.Errorf("the dashboard asks for %s by %s, which it has not", m[2], m[1])
 		}
+	}
+}
+
+// Metrics, for which everybody may ask, do not walk over the cache's files each time. Whoever asks for the status has all as it is.
+func TestWalks(t *testing.T) {
+	root := t.TempDir()
+	var k walks
+	a := &admin{ask: func(age time.Duration) status {
+		return status{CacheBytes: k.get(root, &node{}, &pulls{}, age).cacheBytes}
+	}}
+	ask := func(path string) string {
+		w := httptest.NewRecorder()
+		a.private().ServeHTTP(w, httptest.NewRequest("GET", path, nil))
+		return w.Body.String()
+	}
+	bytesOf := func(text string) float64 { return parseMetrics(t, text)[metricPrefix+"cache_bytes"] }
+	before := bytesOf(ask("/metrics"))
+	if err := os.Mkdir(filepath.Join(root, "cache"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(root, "cache", "more"), make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k.at = time.Now().Add(time.Minute) // the walk was a moment ago, however long this took
+	if after := bytesOf(ask("/metrics")); before != 0 || after != before {
+		t.Errorf("%v bytes, and after a moment %v", before, after)
+	}
+	if s := ask("/status"); strings.Contains(s, `"cache_bytes":0,`) {
+		t.Errorf("status: %s", s)
+	}
+	k.last.cacheBytes, k.at = 0, time.Now().Add(-maxAge)
+	if after := bytesOf(ask("/metrics")); after < 1<<20 {
+		t.Errorf("%v bytes after a while", after)
 	}
 }
 

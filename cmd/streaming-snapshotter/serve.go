@@ -293,7 +293,9 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 	if err != nil {
 		return err
 	}
-	a := &admin{n: n, safe: s.SafeMode, ask: func() status { return s.measure(c.Root, n, seen) }, check: n.check(c), blob: n.serveBlob(c.ResolveTimeout.D)}
+	var w walks
+	a := &admin{n: n, safe: s.SafeMode, check: n.check(c), blob: n.serveBlob(c.ResolveTimeout.D)}
+	a.ask = func(age time.Duration) status { return s.measure(c.Root, n, seen, w.get(c.Root, n, seen.pulls, age)) }
 	stopAdmin, err := a.serve(c.Root, c.Metrics)
 	if err != nil {
 		log.Warn("nobody can ask for the status or the metrics", "error", err)

@@ -7,6 +7,7 @@ import (
 	"runtime"
 	"runtime/metrics"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -104,10 +105,34 @@ func (h host) String() string {
 	return s
 }
 
+// walked is what it takes a walk over the node's files to know.
+type walked struct {
+	images     []imageStatus
+	cacheBytes int64
+}
+
+// walks keeps the last walk: one is made at a time. The zero value has none.
+type walks struct {
+	mu   sync.Mutex
+	last walked
+	at   time.Time
+}
+
+// get returns what a walk over root has found that is no older than age; 0 is a new one.
+func (k *walks) get(root string, n *node, pulls *pulls, age time.Duration) walked {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if age == 0 || time.Since(k.at) >= age {
+		k.last = walked{n.imageStatus(pulls), diskUse(filepath.Join(root, "cache"))}
+		k.at = time.Now()
+	}
+	return k.last
+}
+
 // measure fills in what changes.
-func (s status) measure(root string, n *node, seen *seen) status {
+func (s status) measure(root string, n *node, seen *seen, w walked) status {
 	s.Cache, s.Background, s.Paused = n.stats(), n.background(), pausedSince(root)
-	s.Images = n.imageStatus(seen.pulls)
+	s.Images, s.CacheBytes = w.images, w.cacheBytes
 	s.StreamedCount = len(s.Images)
 	if n.mounts != nil {
 		s.FailedReads = n.mounts.FailedReads()
@@ -121,7 +146,6 @@ func (s status) measure(root string, n *node, seen *seen) status {
 	if n.reg != nil {
 		s.Registry = n.reg.Stats()
 	}
-	s.CacheBytes = diskUse(filepath.Join(root, "cache"))
 	if n.cache != nil {
 		c := n.cache.Status()
 		s.CacheLimit, s.NotCaching = c.Limit, c.NotCaching

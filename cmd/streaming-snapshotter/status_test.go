@@ -183,7 +183,7 @@ func TestStatusIsPrintable(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	daemon := http.Server{Handler: (&admin{ask: func() status { return s }}).private()}
+	daemon := http.Server{Handler: (&admin{ask: func(time.Duration) status { return s }}).private()}
 	go daemon.Serve(l) // until Close
 	defer daemon.Close()
 	for _, asJSON := range []bool{false, true} {
