@@ -178,7 +178,7 @@ func TestConfigurations(t *testing.T) {
 		{"a short token", one(Token{Name: "a", File: file("secret"), Grants: all}), "characters"},
 		{"no role", one(Token{Name: "a", SHA256: sum("x")}), "role"},
 		{"the role none", one(Token{Name: "a", SHA256: sum("x"), Grants: []Grant{{}}}), "role"},
-		{"no such role", one(Token{Name: "a", SHA256: sum("x"), Grants: []Grant{{Role: Owner + 1}}}), "role"},
+		{"no such role", one(Token{Name: "a", SHA256: sum("x"), Grants: []Grant{{Role: Reporter + 1}}}), "role"},
 		{"a name twice", Config{Tokens: append(tokens(), Token{Name: "ci", SHA256: sum("x"), Grants: all})}, "two of the name"},
 		{"a token twice", Config{Tokens: append(tokens(), Token{Name: "x", SHA256: sum(tokenOfOwner), Grants: all})}, "the same"},
 		{"an issuer without TLS", oidc(func(o *OIDC) { o.Issuer = "http://issuer.example.com" }), "https"},

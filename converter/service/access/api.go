@@ -60,7 +60,9 @@ func (g *Gate) refuse(w http.ResponseWriter, r *http.Request, err error) {
 	case errors.Is(err, ErrIssuer):
 		w.Header().Set("Retry-After", "5")
 		status, code = http.StatusServiceUnavailable, "UNAVAILABLE"
-		g.log.WarnContext(r.Context(), "OpenID Connect issuer", "error", err, "request", RequestID(r.Context()))
+		if g.failures.allow(requestOf(r.Context()).remote, g.now()) { // forged tokens come here, too: they must not fill the log
+			g.log.WarnContext(r.Context(), "OpenID Connect issuer", "error", err, "request", RequestID(r.Context()))
+		}
 		err = ErrIssuer // which of its addresses does not answer is nobody's business
 	case errors.Is(err, errNoToken):
 	case !g.denied(r, "authenticate", err.Error()):

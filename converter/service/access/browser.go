@@ -184,15 +184,15 @@ func (b *browser) form(w http.ResponseWriter, r *http.Request) {
 	b.page(w, r, http.StatusOK, next, "")
 }
 
-// token logs in with a token. Here every attempt counts, since people do not log in often.
+// token logs in with a token. Only failures count, as in refuse: behind a proxy everybody may have one address.
 func (b *browser) token(w http.ResponseWriter, r *http.Request) {
 	next := r.PostFormValue("next")
-	if !b.logins.allow(requestOf(r.Context()).remote, b.now()) {
+	id, sum := b.known(strings.TrimSpace(r.PostFormValue("token")))
+	if id == nil && !b.logins.allow(requestOf(r.Context()).remote, b.now()) {
 		w.Header().Set("Retry-After", "60")
 		b.page(w, r, http.StatusTooManyRequests, next, "There were too many attempts from this address. Try again in a minute.")
 		return
 	}
-	id, sum := b.known(strings.TrimSpace(r.PostFormValue("token")))
 	if id == nil {
 		b.denied(r, "login", "unknown token")
 		b.page(w, r, http.StatusUnauthorized, next, "This token is not known here.")

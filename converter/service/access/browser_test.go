@@ -8,6 +8,8 @@ import (
 	"net/http/cookiejar"
 	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -135,6 +137,49 @@ func TestLoginByToken(t *testing.T) {
 }
 
 // Sessions survive the process and end with their time, their token, and a logout.
+// A token is renewed by replacing its file, and taken away by removing it: for who asks with it, and who has logged in with it.
+func TestTokenFiles(t *testing.T) {
+	const first, second = "first-0123456789abcdef", "other-0123456789abcdef"
+	file := filepath.Join(t.TempDir(), "token")
+	write := func(token string) {
+		t.Helper()
+		if err := os.WriteFile(file+".new", []byte(token+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(first)
+	s := start(t, false, func(string) Config {
+		return Config{Tokens: []Token{{Name: "ci", File: file, Grants: []Grant{{Role: Writer}}}}}
+	})
+	api := s.gate.API(who)
+	asks := func(token string, want int) {
+		t.Helper()
+		if w := call(api, "GET", "/", bearer(token)...); w.Code != want {
+			t.Errorf("%s: %d, want %d", token, w.Code, want)
+		}
+	}
+	asks(first, 200)
+	s.login(first)
+	s.is("token ci [{writer  }]")
+	write(second)
+	asks(first, 401)
+	asks(second, 200)
+	s.is("")
+	s.login(second)
+	write("short")
+	asks("short", 401)
+	write(second)
+	s.is("token ci [{writer  }]")
+	if err := os.Remove(file); err != nil {
+		t.Fatal(err)
+	}
+	asks(second, 401)
+	s.is("")
+}
+
 func TestSessions(t *testing.T) {
 	key := bytes.Repeat([]byte{7}, 32)
 	config := Config{Tokens: tokens(), Key: key, Session: time.Hour}
@@ -227,9 +272,11 @@ func TestLoginAttemptsAreBounded(t *testing.T) {
 			t.Fatal(resp.Status)
 		}
 	}
-	if resp, body := s.post("/login", url.Values{"token": {tokenOfOwner}}); resp.StatusCode != 429 || !strings.Contains(body, "too many attempts") || len(resp.Cookies()) > 0 {
+	if resp, body := s.post("/login", url.Values{"token": {"wrong-0123456789abcdef"}}); resp.StatusCode != 429 || !strings.Contains(body, "too many attempts") || len(resp.Cookies()) > 0 {
 		t.Errorf("%d %s", resp.StatusCode, body)
 	}
+	s.login(tokenOfReader) // whoever else has this address
+	s.is(isCI)
 }
 
 // Another site's page cannot make a browser do anything, in whose session it may be.

@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"strings"
 	"sync"
 	"time"
@@ -29,7 +28,7 @@ const (
 type Token struct {
 	Name   string // who has it
 	SHA256 string // of the token, in hex
-	File   string // with the token, instead
+	File   string // with the token, instead; read again when it changes, and while it is not there the token is nobody's
 	Grants []Grant
 }
 
@@ -76,8 +75,18 @@ type Gate struct {
 }
 
 type knownToken struct {
-	sum [sha256.Size]byte
-	id  *Identity
+	sum  [sha256.Size]byte
+	file *tokenFile // that has the token now; nil if the configuration has sum
+	id   *Identity
+}
+
+// current returns the hash of the token that counts now, or false if there is none.
+func (t *knownToken) current() ([sha256.Size]byte, bool) {
+	if t.file == nil {
+		return t.sum, true
+	}
+	sum, err := t.file.sum()
+	return sum, err == nil
 }
 
 // New checks the configuration and reads tokens' files. It asks no network: an issuer may be down when the service starts.
@@ -142,7 +151,7 @@ func (g *Gate) takeTokens(tokens []Token) error {
 	names := map[string]bool{}
 	sums := map[[sha256.Size]byte]string{}
 	for _, t := range tokens {
-		sum, err := t.sum()
+		k, err := t.known(g.log)
 		if err != nil {
 			return fmt.Errorf("token %q: %w", t.Name, err)
 		}
@@ -151,38 +160,34 @@ func (g *Gate) takeTokens(tokens []Token) error {
 			return fmt.Errorf("token %q: must have a name of 1 to 128 printable bytes", t.Name)
 		case names[t.Name]:
 			return fmt.Errorf("token %q: there are two of the name", t.Name)
-		case sums[sum] != "":
-			return fmt.Errorf("tokens %q and %q are the same", sums[sum], t.Name)
+		case sums[k.sum] != "":
+			return fmt.Errorf("tokens %q and %q are the same", sums[k.sum], t.Name)
 		}
 		if err := checkGrants(t.Grants); err != nil {
 			return fmt.Errorf("token %q: %w", t.Name, err)
 		}
-		names[t.Name], sums[sum] = true, t.Name
-		g.tokens = append(g.tokens, knownToken{sum, &Identity{Name: t.Name, Kind: KindToken, Grants: t.Grants}})
+		names[t.Name], sums[k.sum] = true, t.Name
+		g.tokens = append(g.tokens, k)
 	}
 	return nil
 }
 
-func (t Token) sum() (sum [sha256.Size]byte, err error) {
+func (t Token) known(log *slog.Logger) (k knownToken, err error) {
+	k.id = &Identity{Name: t.Name, Kind: KindToken, Grants: t.Grants}
 	switch {
 	case (t.SHA256 == "") == (t.File == ""):
-		return sum, errors.New("must have either its SHA-256 or a file")
+		return k, errors.New("must have either its SHA-256 or a file")
 	case t.File != "":
-		b, err := os.ReadFile(t.File)
-		if err != nil {
-			return sum, err
-		}
-		token := strings.TrimSpace(string(b))
-		if len(token) < minToken || len(token) > maxToken {
-			return sum, fmt.Errorf("%s has %d characters: a token has %d to %d", t.File, len(token), minToken, maxToken)
-		}
-		return sha256.Sum256([]byte(token)), nil
+		k.file = &tokenFile{name: t.File, of: t.Name, log: log}
+		k.sum, err = k.file.sum()
+		return k, err
 	}
 	b, err := hex.DecodeString(t.SHA256)
-	if err != nil || len(b) != len(sum) {
-		return sum, fmt.Errorf("SHA-256 must be %d hexadecimal digits", 2*len(sum))
+	if err != nil || len(b) != len(k.sum) {
+		return k, fmt.Errorf("SHA-256 must be %d hexadecimal digits", 2*len(k.sum))
 	}
-	return [sha256.Size]byte(b), nil
+	k.sum = [sha256.Size]byte(b)
+	return k, nil
 }
 
 func checkGrants(grants []Grant) error {
@@ -221,7 +226,7 @@ func (g *Gate) known(token string) (*Identity, []byte) {
 
 func (g *Gate) ofSum(sum []byte) (id *Identity) {
 	for i := range g.tokens {
-		if subtle.ConstantTimeCompare(g.tokens[i].sum[:], sum) == 1 {
+		if now, ok := g.tokens[i].current(); ok && subtle.ConstantTimeCompare(now[:], sum) == 1 {
 			id = g.tokens[i].id
 		}
 	}

@@ -69,9 +69,14 @@ func (g *Gate) isProxy(a netip.Addr) bool {
 func (g *Gate) forwarded(r *http.Request, addr netip.Addr) netip.Addr {
 	hops := strings.Split(strings.Join(r.Header.Values("X-Forwarded-For"), ","), ",")
 	for _, hop := range slices.Backward(hops) {
-		next, err := netip.ParseAddr(strings.TrimSpace(hop))
+		hop = strings.TrimSpace(hop)
+		next, err := netip.ParseAddr(hop)
 		if err != nil {
-			break
+			with, err := netip.ParseAddrPort(hop) // as Azure's Application Gateway has it
+			if err != nil {
+				break
+			}
+			next = with.Addr()
 		}
 		if addr = next.Unmap().WithZone(""); !g.isProxy(addr) {
 			break

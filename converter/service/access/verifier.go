@@ -121,7 +121,7 @@ type discovery struct {
 	tries  *rate.Limiter
 	once   singleflight.Group
 	known  atomic.Pointer[provider]
-	down   atomic.Bool // the last request for keys failed
+	down   atomic.Bool // the last request for keys failed, or was not made
 }
 
 type provider struct {
@@ -176,7 +176,7 @@ func (d *discovery) with(ctx context.Context, requests *rate.Limiter, down *atom
 	return oidc.ClientContext(ctx, &c)
 }
 
-// bounded is a transport of requests to an issuer. requests and down may be nil.
+// bounded is a transport of requests to an issuer. requests and down may be nil, both.
 type bounded struct {
 	next     http.RoundTripper
 	requests *rate.Limiter
@@ -185,6 +185,7 @@ type bounded struct {
 
 func (b *bounded) RoundTrip(r *http.Request) (*http.Response, error) {
 	if b.requests != nil && !b.requests.Allow() {
+		b.down.Store(true) // a token by a new key is not invalid for that: whoever forges many cannot make it so
 		return nil, errors.New("the issuer's keys were asked for too often")
 	}
 	next := b.next
