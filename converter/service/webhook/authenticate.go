@@ -98,7 +98,7 @@ var origin = regexp.MustCompile(`^[A-Za-z0-9.-]{1,253}$`)
 
 // consent answers the handshake by which Event Grid makes sure that deliveries are wanted here (HTTP 1.1 Web Hooks for Event Delivery,
 // version 1.0.2, 4). It lets nobody in: each delivery is authenticated. Where the URL has the secret, this request has it, too.
-func (s *server) consent(w http.ResponseWriter, r *http.Request) {
+func (s *Server) consent(w http.ResponseWriter, r *http.Request) {
 	k := s.hooks[r.PathValue("name")]
 	if k == nil || k.Kind != "eventgrid" {
 		w.Header().Set("Allow", "POST")

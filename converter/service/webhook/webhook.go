@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -55,10 +56,10 @@ type Handler interface {
 const (
 	maxBody       = 1 << 20          // bytes: thousands of events
 	maxEvents     = 1000             // of a delivery
-	maxDeliveries = 64               // at once
+	maxDeliveries = 64               // of a source at once
 	minSecret     = 16               // bytes
 	retryAfter    = "10"             // seconds
-	readTime      = 10 * time.Second // of a body: who is not authenticated yet must not hold one of the places for long
+	readTime      = 10 * time.Second // of a body: with HMAC, who sends it is not authenticated yet, and must not hold a place for long
 )
 
 // hook is a source, ready for use.
@@ -67,21 +68,45 @@ type hook struct {
 	decode   decoder
 	verifier *access.Verifier // nil unless there is an Issuer
 	refusals *rate.Limiter    // that are logged
+	room     chan struct{}    // one for each delivery being handled: what one source's sender does keeps out no other
 }
 
-type server struct {
+// Server serves /hooks/NAME for each source.
+type Server struct {
 	hooks   map[string]*hook
 	handler Handler
 	log     *slog.Logger
-	room    chan struct{} // one for each delivery being handled
+	mux     *http.ServeMux
+	counts  [len(Results)]atomic.Int64
 }
 
-// New returns a handler of /hooks/NAME for each source. The log may be nil.
-func New(sources []Source, h Handler, log *slog.Logger) (http.Handler, error) {
+// What became of a delivery, as Counts has it.
+const (
+	Accepted    = iota // every event of it was noted
+	Refused            // not authenticated
+	Invalid            // not what its kind sends
+	Unavailable        // it could not be noted, and is sent again
+)
+
+// Results are the names of the above.
+var Results = [...]string{"accepted", "refused", "invalid", "unavailable"}
+
+// Counts says how many deliveries had which result.
+func (s *Server) Counts() (n [len(Results)]int64) {
+	for i := range n {
+		n[i] = s.counts[i].Load()
+	}
+	return n
+}
+
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
+// New returns the server of the sources. The log may be nil.
+func New(sources []Source, h Handler, log *slog.Logger) (*Server, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s := &server{hooks: map[string]*hook{}, handler: h, log: log, room: make(chan struct{}, maxDeliveries)}
+	s := &Server{hooks: map[string]*hook{}, handler: h, log: log, mux: http.NewServeMux()}
 	for _, source := range sources {
 		k, err := newHook(source)
 		if err != nil {
@@ -92,24 +117,27 @@ func New(sources []Source, h Handler, log *slog.Logger) (http.Handler, error) {
 		}
 		s.hooks[source.Name] = k
 	}
-	mux := http.NewServeMux()
-	mux.HandleFunc("POST /hooks/{name}", s.deliver)
-	mux.HandleFunc("OPTIONS /hooks/{name}", s.consent)
-	return mux, nil
+	s.mux.HandleFunc("POST /hooks/{name}", func(w http.ResponseWriter, r *http.Request) {
+		if result, ok := s.deliver(w, r); ok {
+			s.counts[result].Add(1)
+		}
+	})
+	s.mux.HandleFunc("OPTIONS /hooks/{name}", s.consent)
+	return s, nil
 }
 
 var sourceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
-func newHook(s Source) (*hook, error) {
-	k := &hook{Source: s, decode: decoders[s.Kind], refusals: rate.NewLimiter(rate.Every(time.Second), 10)}
+// Check returns what is wrong with a source, but for its secret, which may not be there yet.
+func (s Source) Check() error {
 	if !sourceName.MatchString(s.Name) {
-		return nil, errors.New("its name must be letters, digits, '.', '_' and '-'")
+		return errors.New("its name must be letters, digits, '.', '_' and '-'")
 	}
-	if k.decode == nil {
-		return nil, fmt.Errorf("kind %q: must be one of %s", s.Kind, strings.Join(Kinds(), ", "))
+	if decoders[s.Kind] == nil {
+		return fmt.Errorf("kind %q: must be one of %s", s.Kind, strings.Join(Kinds(), ", "))
 	}
 	if s.Registry == "" {
-		return nil, errors.New("it has no registry")
+		return errors.New("it has no registry")
 	}
 	ways := 0
 	for _, way := range []string{s.Header, s.Query, s.HMAC, s.Username, s.Issuer} {
@@ -118,43 +146,43 @@ func newHook(s Source) (*hook, error) {
 		}
 	}
 	if ways != 1 {
-		return nil, fmt.Errorf("it has %d of header, query, HMAC, user name and issuer: must have exactly one", ways)
+		return fmt.Errorf("it has %d of header, query, HMAC, user name and issuer: must have exactly one", ways)
 	}
+	if s.Issuer != "" && (s.Audience == "" || len(s.Claims) == 0) {
+		return errors.New("it must have an audience and at least one claim: the issuer makes tokens for others, too")
+	}
+	for name, value := range s.Claims {
+		if name == "" || value == "" {
+			return fmt.Errorf("claim %q must have a name and a value", name)
+		}
+	}
+	return nil
+}
+
+func newHook(s Source) (*hook, error) {
+	if err := s.Check(); err != nil {
+		return nil, err
+	}
+	k := &hook{Source: s, decode: decoders[s.Kind], refusals: rate.NewLimiter(rate.Every(time.Second), 10), room: make(chan struct{}, maxDeliveries)}
 	if s.Issuer == "" {
 		if len(s.Secret) < minSecret {
 			return nil, fmt.Errorf("its secret has %d bytes: must have %d or more", len(s.Secret), minSecret)
 		}
 		return k, nil
 	}
-	if s.Audience == "" || len(s.Claims) == 0 {
-		return nil, errors.New("it must have an audience and at least one claim: the issuer makes tokens for others, too")
-	}
-	for name, value := range s.Claims {
-		if name == "" || value == "" {
-			return nil, fmt.Errorf("claim %q must have a name and a value", name)
-		}
-	}
 	var err error
 	k.verifier, err = access.NewVerifier(s.Issuer, []string{s.Audience}, s.Client)
 	return k, err
 }
 
-// deliver answers 200 when each event was noted.
-func (s *server) deliver(w http.ResponseWriter, r *http.Request) {
+// deliver answers 200 when each event was noted. ok is false for what is no delivery of a source's.
+func (s *Server) deliver(w http.ResponseWriter, r *http.Request) (result int, ok bool) {
 	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	k := s.hooks[r.PathValue("name")]
 	if k == nil {
 		access.WriteError(w, http.StatusNotFound, "NAME_UNKNOWN", "there is no such webhook")
-		return
-	}
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTime)) // not supported in tests without a connection
-	select {
-	case s.room <- struct{}{}:
-		defer func() { <-s.room }()
-	default:
-		later(w, http.StatusServiceUnavailable, "too many deliveries at once")
-		return
+		return 0, false
 	}
 	body, err := k.read(w, r)
 	var large *http.MaxBytesError
@@ -164,14 +192,15 @@ func (s *server) deliver(w http.ResponseWriter, r *http.Request) {
 			s.log.WarnContext(r.Context(), "a webhook was refused: its authentication is wrong", "webhook", k.Name, "remote", r.RemoteAddr)
 		}
 		access.WriteError(w, http.StatusUnauthorized, "UNAUTHORIZED", err.Error())
-		return
+		return Refused, true
 	case errors.As(err, &large):
 		access.WriteError(w, http.StatusRequestEntityTooLarge, "SIZE_INVALID", "a delivery has 1 MiB at most")
-		return
+		return Invalid, true
 	case err != nil:
 		later(w, http.StatusServiceUnavailable, err.Error())
-		return
+		return Unavailable, true
 	}
+	defer k.leave()
 	d, err := k.decode(k.Source, r.Header, body)
 	if err == nil && len(d.events) > maxEvents {
 		err = fmt.Errorf("%d events: a delivery has %d at most", len(d.events), maxEvents)
@@ -179,18 +208,19 @@ func (s *server) deliver(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		s.log.WarnContext(r.Context(), "a webhook's payload is not what its kind sends", "webhook", k.Name, "kind", k.Kind, "error", err)
 		access.WriteError(w, http.StatusBadRequest, "INVALID", "this is no payload of a webhook of the kind "+k.Kind)
-		return
+		return Invalid, true
 	}
 	if err := s.note(r.Context(), k, d.events); err != nil {
 		s.log.ErrorContext(r.Context(), "a webhook's event was not noted; its sender tries again", "webhook", k.Name, "error", err)
 		later(w, http.StatusServiceUnavailable, "not every event was noted; try again")
-		return
+		return Unavailable, true
 	}
 	w.Header().Set("Content-Type", "application/json")
 	if d.answer == nil {
 		d.answer = map[string]int{"events": len(d.events)}
 	}
 	json.NewEncoder(w).Encode(d.answer)
+	return Accepted, true
 }
 
 func later(w http.ResponseWriter, status int, message string) {
@@ -199,7 +229,7 @@ func later(w http.ResponseWriter, status int, message string) {
 }
 
 // note hands on all events, those after one that failed, too: the sender repeats them all.
-func (s *server) note(ctx context.Context, k *hook, events []service.Event) error {
+func (s *Server) note(ctx context.Context, k *hook, events []service.Event) error {
 	ctx = access.With(ctx, &access.Identity{Name: k.Name, Kind: access.KindWebhook})
 	var failed error
 	for _, e := range events {
@@ -214,19 +244,32 @@ func (s *server) note(ctx context.Context, k *hook, events []service.Event) erro
 	return failed
 }
 
-// read authenticates a delivery and returns its body: errRefused for who is not the source, *http.MaxBytesError.
-func (k *hook) read(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+var errFull = errors.New("too many deliveries at once")
+
+// read authenticates a delivery, takes one of the source's places for it, and returns its body: errRefused for who is not the source,
+// *http.MaxBytesError. Without an error, the caller leaves the place. Who can be authenticated before the body is read has no place until then.
+func (k *hook) read(w http.ResponseWriter, r *http.Request) (body []byte, err error) {
+	http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTime)) // not supported in tests without a connection
 	if k.HMAC == "" {
 		if err := k.authenticate(r, nil); err != nil {
 			return nil, err
 		}
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	if err != nil {
-		return nil, err
+	select {
+	case k.room <- struct{}{}:
+	default:
+		return nil, errFull
 	}
-	if k.HMAC != "" {
-		return body, k.authenticate(r, body)
+	defer func() {
+		if err != nil {
+			k.leave()
+		}
+	}()
+	body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	if err == nil && k.HMAC != "" {
+		err = k.authenticate(r, body)
 	}
-	return body, nil
+	return body, err
 }
+
+func (k *hook) leave() { <-k.room }

@@ -52,7 +52,7 @@ func (n *noted) take() []service.Event {
 	return events
 }
 
-func handler(t *testing.T, n Handler, sources ...Source) http.Handler {
+func handler(t *testing.T, n Handler, sources ...Source) *Server {
 	t.Helper()
 	h, err := New(sources, n, nil)
 	if err != nil {
@@ -463,7 +463,8 @@ func TestDeliveriesAreBounded(t *testing.T) {
 		arrived <- struct{}{}
 		<-release
 		return nil
-	}), Source{Name: "hook", Kind: "acr", Registry: "example.com", Header: "X-Secret", Secret: []byte(secret)})
+	}), Source{Name: "hook", Kind: "acr", Registry: "example.com", Header: "X-Secret", Secret: []byte(secret)},
+		Source{Name: "other", Kind: "acr", Registry: "example.com", HMAC: "X-Signature", Secret: []byte(secret)})
 	var wait sync.WaitGroup
 	for range maxDeliveries {
 		wait.Go(func() {
@@ -476,13 +477,20 @@ func TestDeliveriesAreBounded(t *testing.T) {
 	if w := post(h, "/hooks/hook", payload(t, "acr-push"), "X-Secret", secret); w.Code != 503 || w.Header().Get("Retry-After") == "" {
 		t.Errorf("one more: %d %s", w.Code, w.Body)
 	}
-	close(release)
-	wait.Wait()
+	// While the places are taken: who is not authenticated gets none, and other sources have their own.
 	r := httptest.NewRequest("POST", "/hooks/hook", unreadable{t})
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, r)
 	if w.Code != 401 {
 		t.Errorf("not authenticated: %d", w.Code)
+	}
+	if w := post(h, "/hooks/other", payload(t, "acr-push"), "X-Signature", "00"); w.Code != 401 {
+		t.Errorf("another source: %d %s", w.Code, w.Body)
+	}
+	close(release)
+	wait.Wait()
+	if got, want := h.Counts(), [...]int64{Accepted: maxDeliveries, Refused: 2, Invalid: 0, Unavailable: 1}; got != want {
+		t.Errorf("counted %v, want %v", got, want)
 	}
 }
 
