@@ -1,8 +1,6 @@
 package main
 
 import (
-	"log/slog"
-
 	"github.com/spf13/cobra"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streamctl/serve"
@@ -28,8 +26,7 @@ func newServe() *cobra.Command {
 			if print {
 				return c.Write(cmd.OutOrStdout())
 			}
-			log := slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), &slog.HandlerOptions{Level: slog.Level(c.LogLevel)}))
-			return serve.Run(cmd.Context(), c, serve.Options{Version: version(), Stdout: cmd.OutOrStdout(), Log: log})
+			return serve.Run(cmd.Context(), c, serve.Options{Version: version(), Stdout: cmd.OutOrStdout(), Log: c.Log(cmd.ErrOrStderr())})
 		},
 	}
 	cmd.Flags().StringVar(&config, "config", "", "configuration file (default "+serve.DefaultConfig+" if it exists)")

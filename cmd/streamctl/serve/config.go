@@ -25,14 +25,15 @@ const DefaultConfig = "/etc/streamctl/serve.toml"
 // in files of their own, never in this one.
 type Config struct {
 	Listen      string         `toml:"listen" comment:"TCP address of the API, the console and the webhooks. Beyond loopback it takes tokens or OIDC, and TLS."`
-	URL         string         `toml:"url" comment:"What browsers reach the console by, as in \"https://convert.example.com\"; for OIDC. Empty for what each request says."`
+	URL         string         `toml:"url" comment:"What browsers reach the console by, as in \"https://convert.example.com\"; OIDC and behind_proxy need it. Empty for what each request says."`
 	BehindProxy bool           `toml:"behind_proxy" comment:"Whether a proxy in front has the TLS: then this may listen beyond loopback without."`
 	Proxies     []string       `toml:"trusted_proxies" comment:"Networks of proxies whose X-Forwarded-For is believed, as in \"10.0.0.0/8\"."`
 	Data        string         `toml:"data_dir" comment:"Where the embedded NATS keeps operations, settings and the queue, and where the key of sessions is. On a local disk."`
 	Temp        string         `toml:"temp_dir" comment:"Where converted layers wait for their push; empty for the system's."`
 	Default     string         `toml:"default_registry" comment:"Registry of requests that name none, as Azure's do. Empty for the first."`
-	Metrics     string         `toml:"metrics" comment:"TCP address, as in \"127.0.0.1:9468\", at which anybody gets /metrics (of Prometheus), /healthz and /readyz. Empty for none. The address above has\nthe last two for everybody, and /metrics for who may read."`
-	AuditLog    string         `toml:"audit_log" comment:"File that gets a line of JSON for each action; \"-\" is standard output, empty is none."`
+	Metrics     string         `toml:"metrics" comment:"TCP address, as in \"127.0.0.1:9468\", at which anybody gets /metrics (of Prometheus), /healthz and /readyz: counts, and no name of an image. It has no authentication\nand no TLS: beyond loopback, keep it to the network that scrapes. Empty for none. The address above has the last two for everybody, and /metrics for who may read."`
+	AuditLog    string         `toml:"audit_log" comment:"File that gets a line of JSON for each action, opened anew when it was moved away; \"-\" is standard output, empty is none."`
+	LogFormat   string         `toml:"log_format" comment:"text or json, on standard error."`
 	LogLevel    tomlfile.Level `toml:"log_level" comment:"debug, info, warn or error."`
 	SessionKey  string         `toml:"session_key_file" comment:"File with 32 bytes or more that seal the console's sessions: replicas must have the same. Empty for one that is made in data_dir."`
 	Convert     convert        `toml:"convert"`
@@ -54,8 +55,8 @@ type convert struct {
 
 type limits struct {
 	Conversions int           `toml:"conversions" comment:"At once, in this process."`
-	Memory      tomlfile.Size `toml:"memory" comment:"Bytes that all of them may use; 0 is any number."`
-	Disk        tomlfile.Size `toml:"disk" comment:"Bytes of converted layers that may wait in temp_dir; 0 is any number."`
+	Memory      tomlfile.Size `toml:"memory" comment:"Bytes that all of them, and what is verified, may hold; 0 is half of the machine's or cgroup's. Go's collector is told to keep the process\nwithin 512 MiB more, unless GOMEMLIMIT says something else."`
+	Disk        tomlfile.Size `toml:"disk" comment:"Bytes of converted layers that may wait in temp_dir; 0 is three quarters of what is free there at the start."`
 }
 
 type times struct {
@@ -63,16 +64,19 @@ type times struct {
 	Retention tomlfile.Duration `toml:"retention" comment:"How long ended operations are kept."`
 	Reconcile tomlfile.Duration `toml:"reconcile" comment:"How often registries are asked what no webhook told."`
 	Shutdown  tomlfile.Duration `toml:"shutdown" comment:"How long requests in progress may go on when the service stops. Conversions are handed back at once."`
+	Drain     tomlfile.Duration `toml:"drain" comment:"How long, before that, requests are taken on while /readyz says that the service stops: as long as load balancers need to see it. Conversions go on."`
 	Session   tomlfile.Duration `toml:"session" comment:"How long a login at the console lasts."`
 }
 
 type natsConfig struct {
-	URL         string `toml:"url" comment:"NATS servers with JetStream that replicas share, as in \"nats://nats-0:4222,nats://nats-1:4222\"; empty for one in this process."`
-	Credentials string `toml:"credentials" comment:"File of credentials for it (a .creds file); empty for none."`
-	CA          string `toml:"ca" comment:"PEM file of the certificates to trust for it; empty for the system's."`
-	Certificate string `toml:"certificate" comment:"PEM file of a client certificate for it; empty for none."`
-	Key         string `toml:"key"`
-	Replicas    int    `toml:"replicas" comment:"Servers of a cluster that keep each message: 1 or 3."`
+	URL          string `toml:"url" comment:"NATS servers with JetStream that replicas share, as in \"nats://nats-0:4222,nats://nats-1:4222\", or tls://; empty for one in this process."`
+	Username     string `toml:"username" comment:"With password_file; empty for none."`
+	PasswordFile string `toml:"password_file" comment:"Read again for each connection."`
+	Credentials  string `toml:"credentials" comment:"File of credentials (a .creds file), read again for each connection; empty for none."`
+	CA           string `toml:"ca" comment:"PEM file of the certificates to trust for it, instead of the system's; empty for those."`
+	Certificate  string `toml:"certificate" comment:"PEM file of a client certificate for it; empty for none."`
+	Key          string `toml:"key"`
+	Replicas     int    `toml:"replicas" comment:"Servers of a cluster that keep each message: 1, 3 or 5; 0 is 3 in a cluster, and else 1."`
 }
 
 type tlsFiles struct {
@@ -87,12 +91,13 @@ type registry struct {
 	CA           string  `toml:"ca" comment:"PEM file of certificates to trust beside the system's."`
 	PlainHTTP    bool    `toml:"plain_http" comment:"HTTP instead of HTTPS. Loopback and private addresses are tried with both in any case."`
 	Insecure     bool    `toml:"insecure" comment:"HTTPS without verifying the certificate."`
+	PullOnly     bool    `toml:"pull_only" comment:"Nothing can be attached to its images (a proxy's cache, say): they are shown and verified, and none is converted because it was pushed."`
 	Requests     float64 `toml:"requests_per_second" comment:"At most, of this process; 0 is any number."`
 }
 
 type token struct {
 	Name   string  `toml:"name" comment:"Who has it."`
-	File   string  `toml:"file" comment:"File with the token, or"`
+	File   string  `toml:"file" comment:"File with the token, read again when it changes (without it the token is not valid), or"`
 	SHA256 string  `toml:"sha256" comment:"the SHA-256 of the token in hex."`
 	Grants []grant `toml:"grants,inline" comment:"role: reader, writer, owner or reporter (what nodes have); registry: empty for all; repository: a name or a pattern as in \"team/*\", empty for all."`
 }
@@ -126,15 +131,14 @@ func Defaults() Config {
 		Listen:   "127.0.0.1:8480",
 		Data:     "/var/lib/streamctl",
 		AuditLog: "-",
-		LogLevel: tomlfile.Level(slog.LevelInfo),
-		Proxies:  []string{},
-		Convert:  convert{ChunkSize: 128 << 10, Profile: "static"},
-		Limits:   limits{Conversions: 2},
+		LogLevel: tomlfile.Level(slog.LevelInfo), LogFormat: "text",
+		Proxies: []string{},
+		Convert: convert{ChunkSize: 128 << 10, Profile: "static"},
+		Limits:  limits{Conversions: 2},
 		Times: times{
 			Lease: tomlfile.Duration{D: 30 * time.Second}, Retention: tomlfile.Duration{D: 30 * 24 * time.Hour}, Reconcile: tomlfile.Duration{D: 10 * time.Minute},
 			Shutdown: tomlfile.Duration{D: 10 * time.Second}, Session: tomlfile.Duration{D: 8 * time.Hour},
 		},
-		NATS: natsConfig{Replicas: 1},
 	}
 }
 
@@ -171,6 +175,15 @@ func Load(file string) (Config, error) {
 		return c, fmt.Errorf("%s: %w", name, err)
 	}
 	return c, nil
+}
+
+// Log returns a log that writes to w as c says.
+func (c Config) Log(w io.Writer) *slog.Logger {
+	o := &slog.HandlerOptions{Level: slog.Level(c.LogLevel)}
+	if c.LogFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, o))
+	}
+	return slog.New(slog.NewTextHandler(w, o))
 }
 
 // Write prints c as a configuration file, with an example, as comments, of each table that there is none of.
@@ -226,8 +239,14 @@ func (c *Config) validate() error {
 			return fmt.Errorf("trusted_proxies: %q is no network, as in \"10.0.0.0/8\"", p)
 		}
 	}
+	if c.BehindProxy && !strings.HasPrefix(c.URL, "https://") {
+		return fmt.Errorf("behind_proxy: the proxy has the TLS, so give the address that it has it at: url = \"https://...\", not %q", c.URL)
+	}
 	if !filepath.IsAbs(c.Data) {
 		return fmt.Errorf("data_dir = %q: want an absolute path", c.Data)
+	}
+	if c.LogFormat != "text" && c.LogFormat != "json" {
+		return fmt.Errorf("log_format = %q: want text or json", c.LogFormat)
 	}
 	if c.Convert.ChunkSize < 512 || c.Convert.ChunkSize > artifact.MaxChunkSize {
 		return fmt.Errorf("convert.chunk_size: want 512 to %d bytes", artifact.MaxChunkSize)
@@ -243,18 +262,32 @@ func (c *Config) validate() error {
 			return fmt.Errorf("times.%s = %q: want more than nothing", key, d.D)
 		}
 	}
-	if c.NATS.Replicas != 1 && c.NATS.Replicas != 3 && c.NATS.Replicas != 5 {
-		return fmt.Errorf("nats.replicas = %d: want 1, or on a cluster 3 or 5", c.NATS.Replicas)
+	if c.Times.Drain.D < 0 {
+		return fmt.Errorf("times.drain = %q: want nothing or more", c.Times.Drain.D)
 	}
-	if c.NATS.URL == "" && (c.NATS.Replicas != 1 || c.NATS.Credentials+c.NATS.CA+c.NATS.Certificate != "") {
-		return errors.New("nats: credentials, certificates and replicas are of external servers: give their url")
+	if err := c.NATS.validate(); err != nil {
+		return fmt.Errorf("nats%w", err)
 	}
-	for table, pair := range map[string][2]string{"tls": {c.TLS.Certificate, c.TLS.Key}, "nats": {c.NATS.Certificate, c.NATS.Key}} {
-		if (pair[0] == "") != (pair[1] == "") {
-			return fmt.Errorf("%s: certificate and key go together", table)
-		}
+	if (c.TLS.Certificate == "") != (c.TLS.Key == "") {
+		return errors.New("tls: certificate and key go together")
 	}
 	return c.validateRegistries()
+}
+
+func (n natsConfig) validate() error {
+	switch {
+	case n.URL == "" && n != (natsConfig{}):
+		return errors.New(": every other key is of external servers: give their url")
+	case strings.Contains(n.URL, "@"):
+		return errors.New(".url has a user: names and passwords are in username and password_file")
+	case n.Replicas != 0 && n.Replicas != 1 && n.Replicas != 3 && n.Replicas != 5:
+		return fmt.Errorf(".replicas = %d: want 0, 1, or on a cluster 3 or 5", n.Replicas)
+	case (n.Certificate == "") != (n.Key == ""):
+		return errors.New(": certificate and key go together")
+	case (n.Username == "") != (n.PasswordFile == ""):
+		return errors.New(": username and password_file go together")
+	}
+	return nil
 }
 
 func (c *Config) validateRegistries() error {
@@ -278,6 +311,12 @@ func (c *Config) validateRegistries() error {
 	for _, w := range c.Webhooks {
 		if !names[w.Registry] {
 			return fmt.Errorf("webhook %s: registry = %q is none of the registries", w.Name, w.Registry)
+		}
+		if err := w.source().Check(); err != nil {
+			return fmt.Errorf("webhook %s: %w", w.Name, err)
+		}
+		if (w.SecretFile == "") != (w.Issuer != "") {
+			return fmt.Errorf("webhook %s: want a secret_file, or an issuer without one", w.Name)
 		}
 	}
 	return nil

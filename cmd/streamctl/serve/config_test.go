@@ -113,6 +113,16 @@ func TestConfigErrors(t *testing.T) {
 		"no conversions":     {"[limits]\nconversions = 0\n", "limits.conversions"},
 		"two replicas":       {"[nats]\nurl = 'nats://h:4222'\nreplicas = 2\n", "nats.replicas"},
 		"embedded replicas":  {"[nats]\nreplicas = 3\n", "give their url"},
+		"user in the URL":    {"[nats]\nurl = 'nats://me:secret@h:4222'\n", "nats.url has a user"},
+		"half of NATS":       {"[nats]\nurl = 'nats://h:4222'\nusername = 'me'\n", "nats: username and password_file go together"},
+		"no URL of NATS":     {"[nats]\npassword_file = '/p'\nusername = 'me'\n", "give their url"},
+		"half of TLS":        {"[nats]\nurl = 'nats://h:4222'\nkey = '/k'\n", "nats: certificate and key go together"},
+		"no URL":             {"behind_proxy = true\n", "url = \"https://...\""},
+		"clear URL":          {"behind_proxy = true\nurl = 'http://convert.example.com'\n", "url = \"https://...\""},
+		"log format":         {"log_format = 'xml'\n", "want text or json"},
+		"webhook's kind":     {registry + "[[webhook]]\nname = 'h'\nkind = 'quay'\nregistry = 'r.example'\n", "webhook h: kind \"quay\""},
+		"open webhook":       {registry + "[[webhook]]\nname = 'h'\nkind = 'acr'\nregistry = 'r.example'\n", "webhook h: it has 0 of"},
+		"webhook's secret":   {registry + "[[webhook]]\nname = 'h'\nkind = 'acr'\nregistry = 'r.example'\nheader = 'X'\n", "webhook h: want a secret_file"},
 		"half a certificate": {"[tls]\ncertificate = '/c'\n", "tls: certificate and key go together"},
 		"registry's path":    {"[[registry]]\nname = 'r.example/team'\n", "want a host"},
 		"registry twice":     {registry + registry, "is there twice"},
@@ -130,5 +140,26 @@ func TestConfigErrors(t *testing.T) {
 	}
 	if _, err := Load(filepath.Join(t.TempDir(), "none")); err == nil {
 		t.Error("a configuration file that was named and is not there is no error")
+	}
+}
+
+// TestConfigsOfDocs: what docs/service.md shows of configurations is one.
+func TestConfigsOfDocs(t *testing.T) {
+	b, err := os.ReadFile("../../../docs/service.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	for _, block := range regexp.MustCompile(`(?m)(^    .*\n|^\n)+`).FindAllString(string(b), -1) {
+		if !strings.Contains(block, " = ") {
+			continue
+		}
+		n++
+		if _, err := load(t, strings.ReplaceAll(block, "\n    ", "\n")); err != nil {
+			t.Errorf("%v in\n%s", err, block)
+		}
+	}
+	if n < 3 {
+		t.Errorf("%d configurations", n)
 	}
 }

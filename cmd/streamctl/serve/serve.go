@@ -1,8 +1,9 @@
 // Package serve is `streamctl serve`: the conversion service's configuration, and its parts plugged together in one process.
 //
 // The parts know each other by small interfaces alone: package service does the work, access says who may ask for it, rest, webhook and
-// console are the ways to ask. What is here listens, and orders the start and the end: work is taken once clients are answered, and when the
-// process is to end, it stops listening, hands its conversions back to the other processes, and lets go of NATS last.
+// console are the ways to ask. What is here listens, and orders the start and the end: it says that it lives before there is anything that it
+// could do, waits for NATS, and works; and when the process is to end, it says so, stops listening, hands its conversions back to the other
+// processes, and lets go of NATS last.
 package serve
 
 import (
@@ -21,12 +22,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go/jetstream"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/access"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/webhook"
 )
 
 // Options are what the configuration does not say.
@@ -48,52 +51,67 @@ func Run(ctx context.Context, c Config, o Options) (err error) {
 		return err
 	}
 	defer audit.Close()
-	gate, err := newGate(c, audit, o.Log)
-	if err != nil {
+	p := &process{c: c, o: o, health: &health{version: o.Version}, closing: make(chan struct{}), closeNATS: func() error { return nil }}
+	if p.gate, err = newGate(c, audit, o.Log); err != nil {
 		return err
 	}
-	l, err := listen(c, gate.Authenticated())
-	if err != nil {
+	if p.hooks, err = sources(c); err != nil {
 		return err
 	}
-	defer l.Close() // the server has closed it, if there was one
-	conn, closeNATS, err := connect(ctx, c, o.Log)
-	if err != nil {
+	if err := p.c.Limits.settle(c.Temp); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, closeNATS()) }()
-	sc, err := serviceConfig(c, o)
-	if err != nil {
+	if p.service, err = serviceConfig(p.c, o); err != nil {
 		return err
 	}
-	sc.Conn = conn
-	svc, err := service.New(ctx, sc)
-	if err != nil {
-		return err
+	if c.BehindProxy && len(c.Proxies) == 0 {
+		o.Log.Warn("behind_proxy without trusted_proxies: everybody has the proxy's address, in the audit log and where failed logins are counted")
 	}
-	return serve(ctx, c, o, gate, svc, l)
+	return p.run(ctx)
 }
 
-// serve answers on l and works until ctx ends or one of both fails.
-func serve(ctx context.Context, c Config, o Options, gate *access.Gate, svc *service.Service, l net.Listener) error {
-	h := &health{svc: svc, version: o.Version}
-	closing := make(chan struct{})
-	handler, err := newHandler(c, gate, svc, h, closing, o)
+// process is the service from its start to its end.
+type process struct {
+	c       Config
+	o       Options
+	gate    *access.Gate
+	hooks   []webhook.Source
+	service service.Config
+	health  *health
+	front   front
+	closing chan struct{} // closed when streams of events are to end
+
+	closeNATS func() error
+}
+
+// run answers from the start, so that whoever asks for its health hears that it waits for NATS, and works until ctx ends or a part fails.
+func (p *process) run(ctx context.Context) error {
+	l, err := listen(p.c, p.gate.Authenticated())
 	if err != nil {
 		return err
 	}
-	servers := []*http.Server{newServer(handler, o.Log)}
 	listeners := []net.Listener{l}
-	if c.Metrics != "" {
-		m, err := net.Listen("tcp", c.Metrics)
+	defer func() {
+		for _, l := range listeners {
+			l.Close() // the server has closed it, if there was one
+		}
+	}()
+	mux := http.NewServeMux()
+	mux.Handle("/", &p.front)
+	for _, path := range []string{"/healthz", "/readyz"} {
+		mux.Handle(path, p.health.public(false))
+	}
+	servers := []*http.Server{newServer(mux, p.o.Log)}
+	if p.c.Metrics != "" {
+		m, err := net.Listen("tcp", p.c.Metrics)
 		if err != nil {
 			return err
 		}
-		defer m.Close()
-		servers, listeners = append(servers, newServer(h.public(true), o.Log)), append(listeners, m)
+		servers, listeners = append(servers, newServer(p.health.public(true), p.o.Log)), append(listeners, m)
 	}
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() error { return svc.Run(ctx) })
+	working, stop := context.WithCancel(context.WithoutCancel(ctx)) // longer than ctx, by the time to drain
+	defer stop()
+	g, working := errgroup.WithContext(working)
 	for i, s := range servers {
 		g.Go(func() error {
 			if err := s.Serve(listeners[i]); !errors.Is(err, http.ErrServerClosed) {
@@ -103,14 +121,16 @@ func serve(ctx context.Context, c Config, o Options, gate *access.Gate, svc *ser
 		})
 	}
 	g.Go(func() error {
-		<-ctx.Done()
-		h.stopping.Store(true)
-		o.Log.Info("stopping: conversions are handed back")
-		if err := notify("STOPPING=1"); err != nil {
-			o.Log.Warn("systemd could not be told of the stop", "error", err)
+		select {
+		case <-ctx.Done():
+			p.drain(working)
+		case <-working.Done():
 		}
-		close(closing) // ends streams of events, which would go on
-		hurry, cancel := context.WithTimeout(context.WithoutCancel(ctx), c.Times.Shutdown.D)
+		p.health.stopping.Store(true)
+		p.o.Log.Info("stopping: conversions are handed back")
+		close(p.closing) // ends streams of events, which would go on
+		stop()
+		hurry, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.c.Times.Shutdown.D)
 		defer cancel()
 		for _, s := range servers {
 			if s.Shutdown(hurry) != nil {
@@ -119,12 +139,102 @@ func serve(ctx context.Context, c Config, o Options, gate *access.Gate, svc *ser
 		}
 		return nil
 	})
-	g.Go(func() error { return whenReady(ctx, svc, c, o, l.Addr()) })
-	return g.Wait()
+	g.Go(func() error {
+		err := p.work(working, l.Addr())
+		if err != nil && ctx.Err() != nil && p.health.svc.Load() == nil {
+			return nil // it was not there yet when it was to end
+		}
+		return err
+	})
+	return errors.Join(g.Wait(), p.closeNATS())
+}
+
+// drain waits until load balancers have seen that this process stops, which answers as before meanwhile.
+func (p *process) drain(working context.Context) {
+	p.health.stopping.Store(true)
+	if err := notify("STOPPING=1"); err != nil {
+		p.o.Log.Warn("systemd could not be told of the stop", "error", err)
+	}
+	if p.health.svc.Load() == nil || p.c.Times.Drain.D == 0 {
+		return
+	}
+	p.o.Log.Info("stopping: requests are answered until load balancers know", "drain", p.c.Times.Drain.D)
+	select {
+	case <-time.After(p.c.Times.Drain.D):
+	case <-working.Done():
+	}
+}
+
+// work connects to NATS and does the service's work, until ctx ends.
+func (p *process) work(ctx context.Context, addr net.Addr) error {
+	conn, err := connect(ctx, p.c, p.o.Log, p.waiting)
+	if err != nil {
+		return err
+	}
+	p.closeNATS, p.service.Conn = conn.close, conn.Conn
+	svc, err := p.newService(ctx)
+	if err != nil {
+		return err
+	}
+	handler, hooks, err := p.handler(svc)
+	if err != nil {
+		return err
+	}
+	p.health.open(svc, hooks)
+	p.front.open(handler)
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return svc.Run(ctx) })
+	g.Go(func() error { return p.whenReady(ctx, svc, addr) })
+	g.Go(func() error {
+		select {
+		case <-conn.closed:
+			return conn.refused()
+		case <-ctx.Done():
+			return nil
+		}
+	})
+	err = g.Wait()
+	if err != nil && conn.IsClosed() {
+		return conn.refused() // what the service says of it is no more than that it is closed
+	}
+	return err
+}
+
+// waiting tells who waits for the start that there is nothing to be done until NATS is there.
+func (p *process) waiting() {
+	if err := notify("READY=1\nSTATUS=waiting for NATS"); err != nil {
+		p.o.Log.Warn("systemd could not be told of the start", "error", err)
+	}
+}
+
+// newService makes the service's streams and buckets. A cluster that starts, too, cannot do it yet: it is waited for.
+func (p *process) newService(ctx context.Context) (*service.Service, error) {
+	if p.service.Replicas == 0 && p.service.Conn.ConnectedClusterName() != "" {
+		p.service.Replicas = 3
+	}
+	said := ""
+	for {
+		svc, err := service.New(ctx, p.service)
+		switch {
+		case err == nil || ctx.Err() != nil || p.c.NATS.URL == "" || !errors.Is(err, service.ErrUnavailable):
+			return svc, err
+		case errors.Is(err, jetstream.ErrJetStreamNotEnabled) || errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount) || p.service.Conn.IsClosed():
+			return nil, fmt.Errorf("NATS at %s: %w", p.c.NATS.URL, err)
+		case err.Error() != said:
+			said = err.Error()
+			p.waiting()
+			p.o.Log.Warn("NATS does not take the service's streams yet, and is asked again", "url", p.c.NATS.URL, "nats.replicas", p.service.Replicas, "error", err)
+		}
+		select {
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
 }
 
 // whenReady tells who waits for the start that it has succeeded.
-func whenReady(ctx context.Context, svc *service.Service, c Config, o Options, addr net.Addr) error {
+func (p *process) whenReady(ctx context.Context, svc *service.Service, addr net.Addr) error {
 	t := time.NewTicker(50 * time.Millisecond)
 	defer t.Stop()
 	for svc.Ready(ctx) != nil {
@@ -135,19 +245,20 @@ func whenReady(ctx context.Context, svc *service.Service, c Config, o Options, a
 		}
 	}
 	var names []string
-	for _, r := range c.Registries {
+	for _, r := range p.c.Registries {
 		names = append(names, r.Name)
 	}
-	o.Log.Info("serving", "address", addr.String(), "tls", c.TLS.Certificate != "", "registries", names, "version", o.Version)
+	p.o.Log.Info("serving", "address", addr.String(), "tls", p.c.TLS.Certificate != "", "registries", names, "version", p.o.Version,
+		"memory", int64(p.c.Limits.Memory), "disk", int64(p.c.Limits.Disk))
 	scheme := "http"
-	if c.TLS.Certificate != "" {
+	if p.c.TLS.Certificate != "" {
 		scheme = "https"
 	}
 	if err := notify("READY=1\nSTATUS=serving at " + scheme + "://" + addr.String()); err != nil {
-		o.Log.Warn("the start succeeded, and systemd could not be told", "error", err)
+		p.o.Log.Warn("the start succeeded, and systemd could not be told", "error", err)
 	}
-	if o.Ready != nil {
-		o.Ready(addr)
+	if p.o.Ready != nil {
+		p.o.Ready(addr)
 	}
 	return nil
 }
@@ -167,7 +278,9 @@ func serviceConfig(c Config, o Options) (service.Config, error) {
 		if err != nil {
 			return sc, fmt.Errorf("registry %s: %w", r.Name, err)
 		}
-		sc.Registries = append(sc.Registries, service.NewRegistry(r.Name, ro, r.Requests))
+		made := service.NewRegistry(r.Name, ro, r.Requests)
+		made.PullOnly = r.PullOnly
+		sc.Registries = append(sc.Registries, made)
 	}
 	return sc, nil
 }
@@ -241,18 +354,3 @@ func sessionKey(c Config) ([]byte, error) {
 	rand.Read(key) // never fails
 	return key, os.WriteFile(name, key, 0o600)
 }
-
-// openAudit opens the audit log for lines at its end.
-func openAudit(name string, stdout io.Writer) (io.WriteCloser, error) {
-	switch name {
-	case "":
-		return nopCloser{io.Discard}, nil
-	case "-":
-		return nopCloser{stdout}, nil
-	}
-	return os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-}
-
-type nopCloser struct{ io.Writer }
-
-func (nopCloser) Close() error { return nil }

@@ -8,52 +8,68 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/webhook"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 )
 
-// process is a service that runs in the test.
-type process struct {
-	addr string
-	stop func() error
+// served is a service that runs in the test.
+type served struct {
+	addr  string
+	ready chan net.Addr
+	ended chan error // has how it ended
+	end   func()     // begins that
 }
 
-func start(t *testing.T, text string) (*process, error) {
+func start(t *testing.T, text string) (*served, error) {
 	t.Helper()
 	c, err := load(t, strings.ReplaceAll("data_dir = 'DATA'\naudit_log = ''\n"+text, "DATA", t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
 	}
+	p := begin(t, c)
+	return p, p.await()
+}
+
+// begin runs a service that may not be ready for long.
+func begin(t *testing.T, c Config) *served {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	ready, ended := make(chan net.Addr, 1), make(chan error, 1)
+	p := &served{ready: make(chan net.Addr, 1), ended: make(chan error, 1), end: cancel}
 	go func() {
-		ended <- Run(ctx, c, Options{Version: "test", Stdout: io.Discard, Log: slog.New(slog.DiscardHandler), Ready: func(a net.Addr) { ready <- a }})
+		p.ended <- Run(ctx, c, Options{Version: "test", Stdout: io.Discard, Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Ready: func(a net.Addr) { p.ready <- a }})
 	}()
-	p := &process{}
-	p.stop = func() error {
-		cancel()
-		err := <-ended
-		ended <- err
+	t.Cleanup(func() { p.stop() })
+	return p
+}
+
+// await waits until the service is ready, or has ended.
+func (p *served) await() error {
+	select {
+	case a := <-p.ready:
+		p.addr = a.String()
+		return nil
+	case err := <-p.ended:
+		p.ended <- err
 		return err
 	}
-	t.Cleanup(func() { p.stop() })
-	select {
-	case a := <-ready:
-		p.addr = a.String()
-		return p, nil
-	case err := <-ended:
-		ended <- err
-		return nil, err
-	}
+}
+
+func (p *served) stop() error {
+	p.end()
+	err := <-p.ended
+	p.ended <- err
+	return err
 }
 
 func get(t *testing.T, c *http.Client, url, token string) (int, string) {
@@ -120,7 +136,7 @@ func TestServe(t *testing.T) {
 	}{
 		{"/healthz", "", 200, "ok\n"}, {"/readyz", "", 200, "ok\n"}, {"/metrics", "", 401, ""}, {"/metrics", secret, 200, "streaming_service_ready 1\n"},
 		{"/v1/registries", "", 401, ""}, {"/v1/registries", "wrong-wrong-wrong-wrong", 401, ""}, {"/v1/registries", secret, 200, "127.0.0.1:1"},
-		{"/hooks/none", secret, 404, ""}, {"/", "", 200, "<form"}, // who is not known is sent to the page to log in
+		{"/hooks/none", secret, 405, ""}, {"/", "", 200, "<form"}, // who is not known is sent to the page to log in
 	} {
 		if status, body := get(t, c, url+x.path, x.token); status != x.status || !strings.Contains(body, x.body) {
 			t.Errorf("GET %s with %q: %d, %s; want %d, %s", x.path, x.token, status, body, x.status, x.body)
@@ -145,15 +161,189 @@ func want(t *testing.T, socket *net.UnixConn, text string) {
 	}
 }
 
+// TestDrain: while load balancers may still send requests, they are answered, and /readyz says that no more should come.
+func TestDrain(t *testing.T) {
+	t.Parallel()
+	p, err := start(t, "listen = '127.0.0.1:0'\n[times]\ndrain = '5s'\n[[registry]]\nname = '127.0.0.1:1'\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.end()
+	if body := asked(t, "http://"+p.addr+"/readyz", 503); !strings.Contains(body, "stopping") {
+		t.Error(body)
+	}
+	if status, body := get(t, http.DefaultClient, "http://"+p.addr+"/v1/registries", ""); status != 200 {
+		t.Errorf("%d %s", status, body)
+	}
+	if err := p.stop(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestRenewedCertificate: who renews the certificate replaces the files, at any moment in between the one before is served.
+func TestRenewedCertificate(t *testing.T) {
+	dir := t.TempDir()
+	cert, err := node.MakeCertificate(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other, err := node.MakeCertificate(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := start(t, fmt.Sprintf("listen = '127.0.0.1:0'\n[tls]\ncertificate = %q\nkey = %q\n[[registry]]\nname = '127.0.0.1:1'\n", cert.CertFile, cert.KeyFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := func() string {
+		t.Helper()
+		c, err := tls.Dial("tcp", p.addr, &tls.Config{InsecureSkipVerify: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		return string(c.ConnectionState().PeerCertificates[0].Raw)
+	}
+	first := served()
+	for _, pair := range [][2]string{{other.CertFile, cert.CertFile}, {other.KeyFile, cert.KeyFile}} {
+		if served() != first {
+			t.Error("another certificate before both files are there")
+		}
+		if err := os.Rename(pair[0], pair[1]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if served() == first {
+		t.Error("the old certificate is served")
+	}
+}
+
+// TestAuditFileMovedAway: the next line begins another file, as with logrotate.
+func TestAuditFileMovedAway(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "audit")
+	a, err := openAudit(name, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	for n, line := range []string{"one\n", "two\n"} {
+		if n > 0 {
+			if err := os.Rename(name, name+".1"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 2 {
+			if _, err := io.WriteString(a, line); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for file, want := range map[string]string{name + ".1": "one\none\n", name: "two\ntwo\n"} {
+		if b, err := os.ReadFile(file); err != nil || string(b) != want {
+			t.Errorf("%s has %q, %v; want %q", file, b, err, want)
+		}
+	}
+}
+
+// TestLogFormat: structured as JSON, or as text.
+func TestLogFormat(t *testing.T) {
+	for format, want := range map[string]string{"json": `"level":"WARN","msg":"x","n":1}`, "text": "level=WARN msg=x n=1"} {
+		c, err := load(t, "log_level = 'warn'\nlog_format = '"+format+"'\n")
+		if err != nil {
+			t.Fatal(err)
+		}
+		var b bytes.Buffer
+		log := c.Log(&b)
+		log.Info("not")
+		log.Warn("x", "n", 1)
+		if !strings.HasSuffix(b.String(), want+"\n") || strings.Count(b.String(), "\n") != 1 {
+			t.Errorf("%s: %s", format, &b)
+		}
+	}
+}
+
+// TestPullOnly: what the configuration says of a registry the service knows.
+func TestPullOnly(t *testing.T) {
+	c, err := load(t, "[[registry]]\nname = 'a.example'\n[[registry]]\nname = 'b.example'\npull_only = true\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	sc, err := serviceConfig(c, Options{})
+	if err != nil || sc.Registries[0].PullOnly || !sc.Registries[1].PullOnly {
+		t.Errorf("%+v, %v", sc.Registries, err)
+	}
+}
+
+// TestMemoryThere: the smallest limit of the process's cgroups, of both versions, and in a container, where they are elsewhere.
+func TestMemoryThere(t *testing.T) {
+	const none = "9223372036854771712\n"
+	machine, err := memoryThere("/does/not/exist", "/does/not/exist")
+	if err != nil || machine < 1<<20 {
+		t.Fatal(machine, err)
+	}
+	for _, c := range []struct {
+		name, list string
+		files      map[string]string
+		want       int64
+	}{
+		{"version 2", "0::/a/b\n", map[string]string{"a/b/memory.max": "max\n", "a/memory.max": "4096\n"}, 4096},
+		{"the smaller one", "0::/a/b\n", map[string]string{"a/b/memory.max": "2048\n", "a/memory.max": "4096\n"}, 2048},
+		{"version 2 in a container", "0::/\n", map[string]string{"memory.max": "8192\n"}, 8192},
+		{"version 1", "5:cpu,cpuacct:/c\n4:memory:/a\n", map[string]string{"memory/a/memory.limit_in_bytes": "4096\n", "memory/memory.limit_in_bytes": none}, 4096},
+		{"version 1 in a container", "4:memory:/kubepods/x\n", map[string]string{"memory/memory.limit_in_bytes": "8192\n"}, 8192},
+		{"none", "0::/a\n", map[string]string{"a/memory.max": "max\n"}, machine},
+		{"more than there is", "4:memory:/\n", map[string]string{"memory/memory.limit_in_bytes": none}, machine},
+	} {
+		dir := t.TempDir()
+		c.files["list"] = c.list
+		for name, text := range c.files {
+			file := filepath.Join(dir, name)
+			if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got, err := memoryThere(filepath.Join(dir, "list"), dir); err != nil || got != c.want {
+			t.Errorf("%s: %d, %v; want %d", c.name, got, err, c.want)
+		}
+	}
+}
+
+// TestLimitsSettle: what the configuration does not say has a bound all the same.
+func TestLimitsSettle(t *testing.T) {
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(math.MaxInt64))
+	var l limits
+	if err := l.settle(t.TempDir()); err != nil {
+		t.Fatal(err)
+	}
+	if got := debug.SetMemoryLimit(-1); l.Memory <= 0 || l.Disk <= 0 || got > int64(l.Memory)+BesideMemory {
+		t.Errorf("%+v, and Go's limit is %d", l, got)
+	}
+	said := limits{Memory: 1 << 20, Disk: 1 << 20}
+	if err := said.settle("/does/not/exist"); err != nil || said.Memory != 1<<20 || said.Disk != 1<<20 {
+		t.Errorf("%+v, %v", said, err)
+	}
+	if got := debug.SetMemoryLimit(-1); got != 1<<20+BesideMemory {
+		t.Errorf("Go's limit is %d", got)
+	}
+	t.Setenv("GOMEMLIMIT", "1GiB")
+	debug.SetMemoryLimit(12345678)
+	if err := said.settle(""); err != nil || debug.SetMemoryLimit(-1) != 12345678 {
+		t.Errorf("GOMEMLIMIT does not count: %v", err)
+	}
+}
+
 // TestRefusals: what cannot be served says what to do.
 func TestRefusals(t *testing.T) {
 	const registry = "\n[[registry]]\nname = '127.0.0.1:1'\n"
 	for text, want := range map[string]string{
 		"":                                  "[[registry]]",
 		"listen = '0.0.0.0:0'\n" + registry: "without authentication",
-		"listen = '127.0.0.1:0'\n[[webhook]]\nname = 'h'\nkind = 'distribution'\nregistry = '127.0.0.1:1'\n" + registry: "h",
-		"listen = '127.0.0.1:0'\n" + registry + "username = 'me'\npassword_file = '/does/not/exist'\n":                  "/does/not/exist",
-		"listen = '127.0.0.1:0'\n" + registry + "ca = '/dev/null'\n":                                                    "no certificate in PEM",
+		"listen = '127.0.0.1:0'\n[[webhook]]\nname = 'h'\nkind = 'distribution'\nregistry = '127.0.0.1:1'\nheader = 'X'\nsecret_file = '/does/not/exist'\n" + registry: "webhook h",
+		"listen = '127.0.0.1:0'\n" + registry + "username = 'me'\npassword_file = '/does/not/exist'\n":                                                                 "/does/not/exist",
+		"listen = '127.0.0.1:0'\n" + registry + "ca = '/dev/null'\n":                                                                                                   "no certificate in PEM",
 	} {
 		if p, err := start(t, text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("served %v with\n%s\n%v, want an error with %q", p, text, err, want)
@@ -178,21 +368,15 @@ func TestSessionKey(t *testing.T) {
 	}
 }
 
-func TestRedacted(t *testing.T) {
-	if got, want := redacted("nats://me:secret@a:4222,tls://b:4222,c"), "nats://a:4222,tls://b:4222,c"; got != want {
-		t.Errorf("%s, want %s", got, want)
-	}
-}
-
-// TestMetricsDocumented: docs/operations.md has every metric.
+// TestMetricsDocumented: docs/service.md has every metric.
 func TestMetricsDocumented(t *testing.T) {
-	doc, err := os.ReadFile("../../../docs/operations.md")
+	doc, err := os.ReadFile("../../../docs/service.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, m := range metricsOf(service.Stats{}, true, "v") {
+	for _, m := range metricsOf(service.Stats{}, [len(webhook.Results)]int64{}, true, "v") {
 		if !regexp.MustCompile("`" + m.Name + "(\\{|`)").Match(doc) {
-			t.Errorf("docs/operations.md has no %s", m.Name)
+			t.Errorf("docs/service.md has no %s", m.Name)
 		}
 	}
 }

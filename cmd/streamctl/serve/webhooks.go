@@ -2,13 +2,11 @@ package serve
 
 import (
 	"fmt"
-	"log/slog"
 	"net/http"
 	"os"
 	"strings"
 	"time"
 
-	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/webhook"
 )
 
@@ -33,25 +31,18 @@ func exampleWebhook() webhookFrom {
 	return webhookFrom{Name: "registry", Kind: "distribution", Registry: "registry.example.com", SecretFile: "/etc/streamctl/hook.secret", Header: "Authorization", Claims: map[string]string{}}
 }
 
-// newHooks serves /hooks/NAME.
-func newHooks(c Config, svc *service.Service, log *slog.Logger) (http.Handler, error) {
-	if len(c.Webhooks) == 0 {
-		return http.NotFoundHandler(), nil
+// source is what package webhook calls it, without the secret and the client.
+func (w webhookFrom) source() webhook.Source {
+	return webhook.Source{
+		Name: w.Name, Kind: w.Kind, Registry: w.Registry, RepositoryKey: w.RepositoryKey, Header: w.Header, Query: w.Query, HMAC: w.HMAC, Username: w.Username,
+		Issuer: w.Issuer, Audience: w.Audience, Claims: w.Claims,
 	}
-	list, err := sources(c)
-	if err != nil {
-		return nil, err
-	}
-	return webhook.New(list, svc, log)
 }
 
 // sources makes the webhooks of the configuration.
 func sources(c Config) (list []webhook.Source, err error) {
 	for _, w := range c.Webhooks {
-		s := webhook.Source{
-			Name: w.Name, Kind: w.Kind, Registry: w.Registry, RepositoryKey: w.RepositoryKey, Header: w.Header, Query: w.Query, HMAC: w.HMAC, Username: w.Username,
-			Issuer: w.Issuer, Audience: w.Audience, Claims: w.Claims,
-		}
+		s := w.source()
 		if w.SecretFile != "" {
 			b, err := os.ReadFile(w.SecretFile)
 			if err != nil {
