@@ -2,21 +2,17 @@ package integration_test
 
 import (
 	"archive/tar"
-	"bufio"
 	"context"
 	crand "crypto/rand"
 	"encoding/json"
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -26,111 +22,11 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/client"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/lagproxy"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
 )
-
-// replica is a process of the conversion service, or the NATS server, that can be killed and started again.
-type replica struct {
-	t    *testing.T
-	name string // of the process, as operations have it
-	args []string
-
-	mu   sync.Mutex
-	cmd  *exec.Cmd
-	addr string
-}
-
-// replicaProgram builds integration/replica.
-var replicaProgram = sync.OnceValues(func() (string, error) {
-	root, err := node.Root()
-	if err != nil {
-		return "", err
-	}
-	program := filepath.Join(os.TempDir(), "replica")
-	c := exec.Command("go", "build", "-o", program, "./integration/replica")
-	c.Dir = root
-	if out, err := c.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("%w\n%s", err, out)
-	}
-	return program, nil
-})
-
-func startReplica(t *testing.T, args ...string) *replica {
-	t.Helper()
-	r := &replica{t: t, name: fmt.Sprintf("%x", rand.Uint64()), args: args}
-	r.start()
-	t.Cleanup(func() {
-		r.cmd.Process.Signal(syscall.SIGTERM)
-		if err := r.cmd.Wait(); err != nil {
-			t.Errorf("replica %q: %v", args, err)
-		}
-	})
-	return r
-}
-
-// start starts the process and reads its address.
-func (r *replica) start() {
-	r.t.Helper()
-	program, err := replicaProgram()
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	c := exec.Command(program, append(slices.Clone(r.args), "-name", r.name)...)
-	c.Stderr = r.t.Output()
-	out, err := c.StdoutPipe()
-	if err == nil {
-		err = c.Start()
-	}
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	line, err := bufio.NewReader(out).ReadString('\n')
-	if err != nil {
-		r.t.Fatalf("replica %q: %v", r.args, err)
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.cmd, r.addr = c, strings.TrimSpace(line)
-}
-
-// restart kills the process, by SIGKILL, and starts another one.
-func (r *replica) restart() {
-	r.t.Helper()
-	r.cmd.Process.Kill()
-	r.cmd.Wait()
-	r.start()
-}
-
-func (r *replica) address() string {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.addr
-}
-
-// call asks the replica.
-func (r *replica) call(ctx context.Context, method, path string, answer any) error {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
-	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, method, "http://"+r.address()+path, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		return err
-	}
-	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err
-	}
-	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s %s: %s: %s", method, path, resp.Status, body)
-	}
-	return json.Unmarshal(body, answer)
-}
 
 // serviceRegistry runs docker-registry in dir, behind a link, until the test ends, and returns its host.
 func serviceRegistry(t *testing.T, dir string, link lagproxy.Link) string {
@@ -204,60 +100,68 @@ func artifactsAt(ctx context.Context, i service.Image) (int, error) {
 	return len(list), nil
 }
 
-// TestServiceKilled kills processes of the conversion service while they convert images: each image gets one operation, that succeeds, and
-// one artifact, that is good whenever it is looked at.
+// TestServiceKilled kills processes of the conversion service, and the NATS servers that they share, while they convert images: each image
+// gets one operation, that succeeds, and one artifact, that is good whenever it is looked at.
 func TestServiceKilled(t *testing.T) {
-	replicas, images, kills := 2, 6, 3
-	if os.Getenv("FULL") != "" {
-		replicas, images, kills = 3, 30, 20
+	for _, c := range []struct{ servers, replicas, images, kills int }{{1, 2, 6, 4}, {1, 3, 30, 24}, {3, 3, 12, 12}} {
+		full := c.replicas > 2
+		if full != (os.Getenv("FULL") != "") {
+			continue
+		}
+		t.Run(fmt.Sprintf("%d servers", c.servers), func(t *testing.T) {
+			dir := tempDir(t)
+			host := serviceRegistry(t, dir, lagproxy.Link{})
+			k := &killer{t: t, servers: startNATS(t, c.servers)}
+			for range c.replicas {
+				k.replicas = append(k.replicas, startService(t, host, fmt.Sprintf("[times]\nlease = '5s'\n[nats]\nurl = %q\n", urls(k.servers))))
+			}
+			for n := range c.images {
+				size := 2_000_000 + rand.Int64N(4_000_000)
+				k.images = append(k.images, pushRandom(t, host, fmt.Sprintf("team/app%d", n), size, size/2, 1000))
+			}
+			ctx, stop := context.WithCancel(t.Context())
+			var looking sync.WaitGroup
+			looking.Go(func() { k.look(ctx) })
+			for _, i := range k.images {
+				k.submit(i)
+			}
+			for n := range c.kills {
+				if n%4 == 1 {
+					k.servers[rand.IntN(len(k.servers))].restart()
+				} else {
+					k.kill()
+				}
+			}
+			within(t, 10*time.Minute, "all operations end", func() bool {
+				return !slices.ContainsFunc(k.operations(), func(op service.Operation) bool { return !op.State.Ended() })
+			})
+			stop()
+			looking.Wait()
+			k.check(dir)
+		})
 	}
-	dir := tempDir(t)
-	host := serviceRegistry(t, dir, lagproxy.Link{})
-	queue := startReplica(t, "nats", "-dir", tempDir(t))
-	k := &killer{t: t}
-	for range replicas {
-		k.replicas = append(k.replicas, startReplica(t, "serve", "-nats", queue.address(), "-registry", host))
-	}
-	for n := range images {
-		size := 2_000_000 + rand.Int64N(4_000_000)
-		k.images = append(k.images, pushRandom(t, host, fmt.Sprintf("team/app%d", n), size, size/2, 1000))
-	}
-	ctx, stop := context.WithCancel(t.Context())
-	var looking sync.WaitGroup
-	looking.Go(func() { k.look(ctx) })
-	for _, i := range k.images {
-		k.submit(i)
-	}
-	for range kills {
-		k.kill()
-	}
-	within(t, 10*time.Minute, "all operations end", func() bool {
-		return !slices.ContainsFunc(k.operations(), func(op service.Operation) bool { return !op.State.Ended() })
-	})
-	stop()
-	looking.Wait()
-	k.check(dir)
 }
 
 // killer has the processes of the service, and the images that they are asked to convert.
 type killer struct {
 	t        *testing.T
-	replicas []*replica
+	servers  []*daemon
+	replicas []*serviceDaemon
 	images   []service.Image
 }
 
 // any asks the replicas, beginning with one at random, until one answers: others may have been killed.
-func (k *killer) any(method, path string, answer any) {
+func (k *killer) any(ask func(*client.Client) error) {
 	k.t.Helper()
 	first := rand.IntN(len(k.replicas))
-	var err error
 	within(k.t, time.Minute, "a replica answers", func() bool {
 		for n := range k.replicas {
-			if err = k.replicas[(first+n)%len(k.replicas)].call(k.t.Context(), method, path, answer); err == nil {
+			err := ask(k.replicas[(first+n)%len(k.replicas)].client)
+			if err == nil {
 				return true
 			}
+			k.t.Log(err)
 		}
-		k.t.Log(err)
 		return false
 	})
 }
@@ -265,18 +169,24 @@ func (k *killer) any(method, path string, answer any) {
 // submit asks for a conversion twice, as a client does that did not hear the answer.
 func (k *killer) submit(i service.Image) {
 	k.t.Helper()
-	var first, second service.Operation
-	path := "/acr/v1/" + i.Repository + "/_streaming/" + i.Digest.String()
-	k.any(http.MethodPost, path, &first)
-	k.any(http.MethodPost, path, &second)
-	if first.ID == "" || first.ID != second.ID {
-		k.t.Errorf("operations %s and %s of %s", first.ID, second.ID, i)
+	var ops [2]service.Operation
+	for n := range ops {
+		k.any(func(c *client.Client) (err error) {
+			ops[n], _, err = c.Submit(k.t.Context(), service.Request{Image: i})
+			return err
+		})
+	}
+	if ops[0].ID == "" || ops[0].ID != ops[1].ID {
+		k.t.Errorf("operations %s and %s of %s", ops[0].ID, ops[1].ID, i)
 	}
 }
 
 func (k *killer) operations() (list []service.Operation) {
 	k.t.Helper()
-	k.any(http.MethodGet, "/v1/operations", &list)
+	k.any(func(c *client.Client) (err error) {
+		list, err = c.Operations(k.t.Context(), service.Filter{Limit: 1000})
+		return err
+	})
 	return list
 }
 
@@ -289,7 +199,7 @@ func (k *killer) kill() {
 			r := k.replicas[n]
 			var mine []service.Operation
 			for _, op := range ops {
-				if op.State == service.Running && op.Worker == r.name {
+				if op.State == service.Running && strings.HasPrefix(op.Worker, r.name+"-") {
 					mine = append(mine, op)
 				}
 			}
@@ -299,7 +209,7 @@ func (k *killer) kill() {
 				return true
 			}
 		}
-		return false
+		return !slices.ContainsFunc(ops, func(op service.Operation) bool { return !op.State.Ended() })
 	})
 }
 
@@ -352,11 +262,20 @@ func TestServiceLarge(t *testing.T) {
 		layer, link = 256<<20, lagproxy.Link{}
 	}
 	host := serviceRegistry(t, tempDir(t), link)
-	r := startReplica(t, "serve", "-dir", tempDir(t), "-registry", host)
+	r := startService(t, host, "[nats]\n")
 	i := pushRandom(t, host, "team/large", layer, layer, layer, layer)
-	call := func(method, path string) (op service.Operation) {
+	submit := func() service.Operation {
 		t.Helper()
-		if err := r.call(t.Context(), method, "/acr/v1/team/large/"+path, &op); err != nil {
+		op, existed, err := r.client.Submit(t.Context(), service.Request{Image: i})
+		if err != nil || existed {
+			t.Fatal(show(op), existed, err)
+		}
+		return op
+	}
+	answer := func(id string) service.Operation {
+		t.Helper()
+		op, err := r.client.Operation(t.Context(), id)
+		if err != nil {
 			t.Fatal(err)
 		}
 		return op
@@ -366,7 +285,7 @@ func TestServiceLarge(t *testing.T) {
 		t.Helper()
 		var told service.Operation
 		within(t, 5*time.Minute, what, func() bool {
-			op = call(http.MethodGet, "_operations/"+id)
+			op = answer(id)
 			gap := op.Progress.Updated.Sub(told.Progress.Updated)
 			if full && op.State == service.Running && op.Attempt == told.Attempt && !told.Progress.Updated.IsZero() && gap > time.Second {
 				t.Errorf("%v after the last progress: %s", gap, show(op))
@@ -385,10 +304,12 @@ func TestServiceLarge(t *testing.T) {
 	}
 	ended := func(op service.Operation) bool { return op.State.Ended() }
 
-	first := call(http.MethodPost, "_streaming/"+i.Digest.String())
+	first := submit()
 	until(first.ID, "a quarter", part(4))
 	asked := time.Now()
-	call(http.MethodPost, "_operations/"+first.ID+":cancel")
+	if _, err := r.client.Cancel(t.Context(), first.ID, ""); err != nil {
+		t.Fatal(err)
+	}
 	first = until(first.ID, "the end", ended)
 	took := first.End.Sub(asked)
 	if n, err := artifactsAt(t.Context(), i); first.State != service.Canceled || n != 0 || err != nil || full && took > 2*time.Second {
@@ -396,10 +317,10 @@ func TestServiceLarge(t *testing.T) {
 	}
 	t.Logf("cancelled after %v", took)
 
-	second := call(http.MethodPost, "_streaming/"+i.Digest.String())
+	second := submit()
 	until(second.ID, "the half", part(2))
 	r.restart()
-	if op := call(http.MethodGet, "_operations/"+second.ID); op.ID != second.ID {
+	if op := answer(second.ID); op.ID != second.ID {
 		t.Error(show(op))
 	}
 	second = until(second.ID, "the end", ended)
