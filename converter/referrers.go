@@ -72,6 +72,16 @@ func subjectsOf(ctx context.Context, p Place, ref string, want []ocispec.Platfor
 	return subjects, nil
 }
 
+// Manifests returns the digest of what ref names and, if that is an index, those of its manifests.
+func Manifests(ctx context.Context, p Place, ref string) ([]digest.Digest, error) {
+	all, err := subjectsOf(ctx, p, ref, nil)
+	var list []digest.Digest
+	for _, f := range all {
+		list = append(list, f.desc.Digest)
+	}
+	return list, err
+}
+
 // artifactsNamed returns the artifacts of the image that ref names, or the artifact that it names itself. None is
 // ErrNotFound.
 func artifactsNamed(ctx context.Context, p Place, ref string, want []ocispec.Platform) ([]attached, error) {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -267,7 +268,7 @@ func (a *attempt) note(ctx context.Context, o outcome) {
 	defer cancel()
 	op := a.rec.Operation
 	op.Artifacts = artifacts(o.created, a.rec.Made)
-	if err := a.s.auto.converted(ctx, op); err != nil {
+	if err := a.s.auto.converted(ctx, op, !strings.HasPrefix(op.By, pushTo)); err != nil {
 		a.s.c.Log.Warn("artifacts may stay when their image is deleted", "operation", op.ID, "image", op.Image.String(), "error", err)
 	}
 }

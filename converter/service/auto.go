@@ -29,6 +29,7 @@ type Catalog func(ctx context.Context) ([]string, error)
 // operations is what auto needs of the queue.
 type operations interface {
 	Submit(ctx context.Context, r Request) (op Operation, existed bool, err error)
+	Operations(ctx context.Context, f Filter) ([]Operation, error)
 	Last(ctx context.Context, i Image) (Operation, error)
 	Cancel(ctx context.Context, id, by string) (Operation, error)
 	Watch(ctx context.Context, id string) (<-chan Operation, error)
@@ -369,15 +370,18 @@ func (a *auto) lookAt(ctx context.Context, r repository, h hint) (again bool) {
 			a.log.Warn(what, "repository", r.String(), "error", err)
 		}
 	}
+	v, err := a.visit(ctx, r)
+	if err != nil {
+		warn("look at a repository", err)
+		return true
+	}
 	for _, dgst := range h.gone {
-		_, err := a.cascade(ctx, r, dgst, true)
+		err := v.cascade(ctx, dgst)
 		warn("look for a deleted image", err)
 		again = again || err != nil
 	}
-	v, err := a.visit(ctx, r)
-	if err != nil || !v.settings.Active {
-		warn("look at what was pushed", err)
-		return again || err != nil
+	if !v.settings.Active {
+		return again
 	}
 	var listed []string
 	if h.list {

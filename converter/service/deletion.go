@@ -1,7 +1,6 @@
 package service
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -22,6 +21,7 @@ type madeFor struct {
 	Image
 	Artifacts []Artifact `json:"artifacts"`
 	Asked     bool       `json:"asked,omitempty"` // somebody asked for them, so that the rule how many are kept does not bind them
+	Gone      time.Time  `json:"gone,omitzero"`   // since when the registry says that it has no such image
 
 	rev uint64
 }
@@ -51,110 +51,282 @@ func (a *auto) madeIn(ctx context.Context, r repository) (map[digest.Digest]made
 	return all, err
 }
 
-// noteMade adds to what is known of an image's artifacts. Those of other platforms stay.
-func (a *auto) noteMade(ctx context.Context, m madeFor) error {
-	if len(m.Artifacts) == 0 {
-		return nil
-	}
+// noteMade adds to what is known of an image's artifacts, and returns it. Those of other platforms stay.
+func (a *auto) noteMade(ctx context.Context, m madeFor) (madeFor, error) {
 	for {
 		next, err := a.getMade(ctx, m.Image)
 		if err != nil {
-			return err
+			return next, err
 		}
 		next.Asked = next.Asked || m.Asked
 		next.Artifacts = slices.DeleteFunc(next.Artifacts, func(old Artifact) bool {
 			return slices.ContainsFunc(m.Artifacts, func(n Artifact) bool { return n.Subject == old.Subject })
 		})
 		next.Artifacts = append(next.Artifacts, m.Artifacts...)
-		if _, err = setJSON(ctx, a.made, madeKey(m.Image), next, next.rev); !errors.Is(err, errContested) {
-			return err
+		rev, err := setJSON(ctx, a.made, madeKey(m.Image), next, next.rev)
+		if next.rev = rev; !errors.Is(err, errContested) {
+			return next, err
 		}
 	}
 }
 
-// converted notes what an operation has attached. The image may have been deleted while it was converted: registries attach to what is not there, too, and
-// then it goes at once.
-func (a *auto) converted(ctx context.Context, op Operation) error {
-	m := madeFor{Image: op.Image, Artifacts: op.Artifacts, Asked: !strings.HasPrefix(op.By, pushTo)}
-	if err := a.noteMade(ctx, m); err != nil {
+// converted notes what an operation has attached. The image may have been deleted while it was converted: registries attach to what is not there, too.
+func (a *auto) converted(ctx context.Context, op Operation, asked bool) error {
+	if len(op.Artifacts) == 0 {
+		return nil
+	}
+	m, err := a.noteMade(ctx, madeFor{Image: op.Image, Artifacts: op.Artifacts, Asked: asked})
+	if err != nil {
 		return err
 	}
-	_, err := a.cascade(ctx, repository{op.Registry, op.Repository}, op.Digest, false)
+	_, p, err := a.reach(op.Registry, op.Repository)
+	if err != nil {
+		return err
+	}
+	gone, err := isGone(ctx, p, op.Digest)
+	if err != nil {
+		return err
+	}
+	_, err = a.noteGone(ctx, m, gone)
 	return err
 }
 
-// cascade deletes the artifacts and profiles of an image that is gone, and forgets it; of one that is there it does nothing. With stop, an operation that
-// converts it is cancelled first.
+// noteGone notes since when an image is gone, or that it is there. What another process notes at the same time stays.
+func (a *auto) noteGone(ctx context.Context, m madeFor, gone bool) (madeFor, error) {
+	switch {
+	case gone != m.Gone.IsZero():
+		return m, nil
+	case gone:
+		m.Gone = now()
+	case len(m.Artifacts) == 0: // it was noted for that alone
+		return madeFor{Image: m.Image}, removeKey(ctx, a.made, madeKey(m.Image), m.rev)
+	default:
+		m.Gone = time.Time{}
+	}
+	return m, a.setMade(ctx, &m)
+}
+
+// setMade writes m if it is what it was when it was read, and leaves what another process has written.
+func (a *auto) setMade(ctx context.Context, m *madeFor) error {
+	rev, err := setJSON(ctx, a.made, madeKey(m.Image), m, m.rev)
+	if errors.Is(err, errContested) {
+		return nil
+	}
+	m.rev = rev
+	return err
+}
+
+// cascade deletes the artifacts and profiles of an image that is gone, and forgets it; of one that is there it does nothing. An operation that converts it
+// is cancelled before.
 //
 // Only the registry's word that there is no such manifest counts, and only if it has the artifact: one whose storage is away, or that hides what the
-// credentials may not see any more, has neither.
-func (a *auto) cascade(ctx context.Context, r repository, dgst digest.Digest, stop bool) (deleted []digest.Digest, err error) {
-	_, p, err := a.reach(r.registry, r.name)
-	if err != nil {
-		return nil, err
+// credentials may not see any more, has neither. And it must say so again notYet later: copies of a registry, and caches before it, get what was pushed at
+// different times, so that one of them may have the artifact and not the image.
+func (v *visit) cascade(ctx context.Context, dgst digest.Digest) error {
+	a, image := v.a, v.r.image(dgst)
+	m := v.made[dgst]
+	m.Image = image
+	op, err := a.ops.Last(ctx, image)
+	if err != nil && !errors.Is(err, ErrNotFound) {
+		return err
 	}
-	if gone, err := isGone(ctx, p, dgst); !gone {
-		return nil, err
-	}
-	if stop {
-		if err := a.cancel(ctx, r.image(dgst), "deletion of the image"); err != nil {
-			return nil, err
+	ongoing := err == nil && !op.State.Ended()
+	if v.tags == nil { // those of an inactive repository
+		if v.tags, err = a.tagsOf(ctx, v.r); err != nil {
+			return err
 		}
 	}
-	all, err := a.madeIn(ctx, r)
+	tagged := false
+	for _, t := range v.tags {
+		tagged = tagged || t.Digest == dgst
+	}
+	if m.rev == 0 && !ongoing && !tagged {
+		return nil // nobody knows it
+	}
+	gone, err := isGone(ctx, v.p, dgst)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	tags, err := a.tagsOf(ctx, r)
-	if err != nil {
-		return nil, err
+	if !gone {
+		return v.note(ctx, m, false)
 	}
-	used := map[digest.Digest]bool{}
-	for _, t := range tags {
-		used[t.Digest] = used[t.Digest] || t.Digest != dgst && t.Missing.IsZero()
+	subjects := m.unshared(v.made, nil)
+	has := false
+	if m.rev != 0 {
+		if has, err = hasArtifacts(ctx, v.p, subjects); err != nil {
+			return err
+		}
 	}
-	subjects := all[dgst].unshared(all, used)
-	has, err := hasArtifacts(ctx, p, subjects)
-	if err != nil {
-		return nil, err
-	}
-	if !has {
+	switch {
+	case !has && !ongoing:
 		// Nothing is left, which the registry may have seen to itself, or it answers nothing.
-		if _, err := p.Tags(ctx); err != nil {
-			return nil, nil
+		if _, err := v.p.Tags(ctx); err != nil {
+			return nil
 		}
-	} else if gone, err := isGone(ctx, p, dgst); !gone { // it may have been pushed again
-		return nil, err
+		return v.forget(ctx, m)
+	case m.Gone.IsZero():
+		return v.note(ctx, m, true)
+	case time.Since(m.Gone) < notYet:
+		return nil
 	}
+	if err := a.cancel(ctx, image, "deletion of the image"); err != nil {
+		return err
+	}
+	return v.takeArtifacts(ctx, m, subjects)
+}
+
+// takeArtifacts deletes the artifacts and profiles of what only an image has that is gone.
+func (v *visit) takeArtifacts(ctx context.Context, m madeFor, subjects []digest.Digest) error {
+	stay, err := v.inUse(ctx, m.Digest, subjects)
+	if err != nil {
+		return err
+	}
+	if gone, err := isGone(ctx, v.p, m.Digest); !gone { // it may have been pushed again
+		return err
+	}
+	var deleted []digest.Digest
 	for _, s := range subjects {
-		more, err := converter.DeleteReferrers(ctx, p, s)
+		if slices.Contains(stay, s) {
+			continue
+		}
+		more, err := converter.DeleteReferrers(ctx, v.p, s)
 		deleted = append(deleted, more...)
 		if err == nil {
-			err = a.forgetStarts(ctx, r, s)
+			err = v.a.forgetStarts(ctx, v.r, s)
 		}
 		if err != nil {
-			return deleted, placeError(err)
+			return placeError(err)
 		}
 	}
 	if len(deleted) > 0 {
-		a.log.Info("artifacts deleted with their image", "image", r.image(dgst).String(), "deleted", len(deleted))
+		v.a.log.Info("artifacts deleted with their image", "image", m.Image.String(), "deleted", len(deleted))
 	}
-	return deleted, a.forget(ctx, r, all[dgst], dgst, tags)
+	// What stays goes with the last image that has it, of which nothing else may be known.
+	m.Artifacts = slices.DeleteFunc(m.Artifacts, func(made Artifact) bool { return !slices.Contains(stay, made.Subject) })
+	if len(m.Artifacts) == 0 {
+		return v.forget(ctx, m)
+	}
+	if err := v.a.setMade(ctx, &m); err != nil {
+		return err
+	}
+	v.made[m.Digest] = m
+	return v.forgetTags(ctx, m.Digest)
 }
 
-// forget forgets an image and the tags that named it, so that it is new when it is pushed again.
-func (a *auto) forget(ctx context.Context, r repository, m madeFor, dgst digest.Digest, tags map[string]*seenTag) error {
-	for _, t := range tags {
-		if t.Digest == dgst && t.State != stateDue {
-			if err := removeKey(ctx, a.seen, r.tagKey(t.Tag), t.rev); err != nil {
-				return err
+// inUse returns those of an image's subjects that are there and that another image has. Without knowing what all tags name, that is all that are there.
+func (v *visit) inUse(ctx context.Context, image digest.Digest, subjects []digest.Digest) (there []digest.Digest, err error) {
+	for _, s := range subjects {
+		if s == image {
+			continue
+		}
+		gone, err := isGone(ctx, v.p, s)
+		if err != nil {
+			return nil, err
+		}
+		if !gone {
+			there = append(there, s)
+		}
+	}
+	if len(there) == 0 {
+		return nil, nil
+	}
+	tagged, all, err := v.manifests(ctx)
+	if err != nil || !all {
+		return there, err
+	}
+	return slices.DeleteFunc(there, func(s digest.Digest) bool { return !tagged[s] }), nil
+}
+
+// manifests returns the images that tags name, with all manifests of those that are indexes. It is false if there are too many tags to ask for.
+func (v *visit) manifests(ctx context.Context) (tagged map[digest.Digest]bool, all bool, err error) {
+	if v.tagged != nil {
+		return v.tagged, true, nil
+	}
+	listed, err := v.list(ctx)
+	if err != nil || len(listed) > visitChecks {
+		return nil, false, err
+	}
+	var ask []*seenTag
+	for _, name := range listed {
+		if v.named[name] == "" {
+			ask = append(ask, &seenTag{Tag: name})
+		}
+	}
+	err = v.each(ctx, ask, func(ctx context.Context, t *seenTag) error {
+		d, err := v.p.Resolve(ctx, t.Tag)
+		if errors.Is(err, converter.ErrNotFound) {
+			return nil // deleted since it was listed
+		}
+		if err != nil {
+			return placeError(err)
+		}
+		v.mu.Lock()
+		v.named[t.Tag] = d.Digest
+		v.mu.Unlock()
+		return nil
+	})
+	if err != nil {
+		return nil, false, err
+	}
+	tagged = map[digest.Digest]bool{}
+	for _, name := range listed {
+		if dgst := v.named[name]; dgst != "" && !tagged[dgst] {
+			if err := v.addManifests(ctx, tagged, dgst); err != nil {
+				return nil, false, err
 			}
 		}
 	}
-	if m.rev == 0 {
-		return nil
+	v.tagged = tagged
+	return tagged, true, nil
+}
+
+// addManifests adds an image and, of an index, its manifests.
+func (v *visit) addManifests(ctx context.Context, to map[digest.Digest]bool, dgst digest.Digest) error {
+	image := v.r.image(dgst)
+	list, ok := v.a.members.get(image)
+	if !ok {
+		var err error
+		if list, err = converter.Manifests(ctx, v.p, dgst.String()); err != nil && !errors.Is(err, converter.ErrNotFound) {
+			return placeError(err)
+		}
+		if err == nil {
+			v.a.members.put(image, list)
+		}
 	}
-	return removeKey(ctx, a.made, madeKey(m.Image), m.rev)
+	to[dgst] = true
+	for _, d := range list {
+		to[d] = true
+	}
+	return nil
+}
+
+// note is noteGone for the visit.
+func (v *visit) note(ctx context.Context, m madeFor, gone bool) (err error) {
+	if m, err = v.a.noteGone(ctx, m, gone); m.rev != 0 {
+		v.made[m.Digest] = m
+	}
+	return err
+}
+
+// forget forgets an image and the tags that named it, so that it is new when it is pushed again.
+func (v *visit) forget(ctx context.Context, m madeFor) error {
+	if err := v.forgetTags(ctx, m.Digest); err != nil || m.rev == 0 {
+		return err
+	}
+	delete(v.made, m.Digest)
+	return removeKey(ctx, v.a.made, madeKey(m.Image), m.rev)
+}
+
+func (v *visit) forgetTags(ctx context.Context, dgst digest.Digest) error {
+	for name, t := range v.tags {
+		if t.Digest == dgst && t.State != stateDue && t.rev != 0 {
+			if err := removeKey(ctx, v.a.seen, v.r.tagKey(name), t.rev); err != nil {
+				return err
+			}
+			delete(v.tags, name)
+		}
+	}
+	return nil
 }
 
 // unshared returns the manifests that the image's artifacts refer to, and the image itself, but for those that artifacts of another image refer to, or that
@@ -211,78 +383,30 @@ func hasArtifacts(ctx context.Context, p converter.Place, subjects []digest.Dige
 
 // reconcileImages looks for images that were deleted, of those with artifacts.
 func (v *visit) reconcileImages(ctx context.Context) error {
-	var check []digest.Digest
-	for dgst := range v.made {
-		if !v.alive[dgst] {
+	alive := map[digest.Digest]bool{}
+	for _, dgst := range v.named {
+		alive[dgst] = true
+	}
+	var first, check []digest.Digest
+	for dgst, m := range v.made {
+		switch {
+		case !m.Gone.IsZero():
+			first = append(first, dgst)
+		case !alive[dgst]:
 			check = append(check, dgst)
 		}
 	}
 	slices.Sort(check)
 	var errs []error
-	for _, dgst := range window(check, visitChecks) {
+	for _, dgst := range window(append(first, window(check, visitChecks)...), 2*visitChecks) {
 		if len(errs) == visitFails || ctx.Err() != nil {
 			break
 		}
-		if _, err := v.a.cascade(ctx, v.r, dgst, true); err != nil {
+		if err := v.cascade(ctx, dgst); err != nil {
 			errs = append(errs, fmt.Errorf("image %s: %w", dgst, err))
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// keep deletes the artifacts of pushed images that are not among those of the newest tags, if the rules say so. Images that somebody asked for keep theirs.
-func (v *visit) keep(ctx context.Context) error {
-	n := v.settings.Rules.Keep
-	if n == 0 {
-		return nil
-	}
-	var tags []*seenTag
-	listed := 0
-	for _, t := range v.tags {
-		switch {
-		case t.State == stateDue:
-			return nil // nobody knows yet what is the newest
-		case t.Missing.IsZero():
-			listed++
-		case time.Since(t.Missing) > gone:
-			continue
-		}
-		tags = append(tags, t)
-	}
-	if listed == 0 {
-		return nil // a list without any is the registry's mistake, or the images go too, and their artifacts with them
-	}
-	slices.SortFunc(tags, func(x, y *seenTag) int { return cmp.Or(y.Pushed.Compare(x.Pushed), cmp.Compare(y.Tag, x.Tag)) })
-	kept := map[digest.Digest]bool{}
-	listed = 0
-	for i, t := range tags { // the newest ones, whether those that the list lacks are there or not
-		if t.Missing.IsZero() {
-			listed++
-		}
-		if i >= n && (listed > n || !t.Missing.IsZero()) {
-			continue
-		}
-		if t.Digest == "" {
-			return nil // it was not looked at yet
-		}
-		kept[t.Digest] = true
-	}
-	for dgst, m := range v.made {
-		if m.Asked || kept[dgst] {
-			continue
-		}
-		for _, s := range m.unshared(v.made, kept) {
-			if _, err := converter.DeleteReferrers(ctx, v.p, s); err != nil {
-				return placeError(err)
-			}
-		}
-		if err := removeKey(ctx, v.a.made, madeKey(m.Image), m.rev); err != nil {
-			return err
-		}
-		delete(v.made, dgst)
-		v.a.log.Info("artifacts deleted: there are newer tags than are kept", "image", m.Image.String(), "keep", n)
-	}
-	return nil
 }
 
 // cancel cancels the operation that converts an image, if there is one.

@@ -54,6 +54,26 @@ func subjects(op Operation) (list []digest.Digest) {
 	return list
 }
 
+// later makes it later by how long an image that is gone may come back.
+func (w *world) later() {
+	w.t.Helper()
+	for _, name := range []string{"app", "other"} {
+		all, err := w.madeIn(w.t.Context(), repository{w.host, name})
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		for _, m := range all {
+			if m.Gone.IsZero() {
+				continue
+			}
+			m.Gone = m.Gone.Add(-notYet)
+			if err := w.setMade(w.t.Context(), &m); err != nil {
+				w.t.Fatal(err)
+			}
+		}
+	}
+}
+
 // TestDeletedImage: when an image is deleted, its artifacts and profiles go with it, told by an event or found by reconcile, in repositories that are active
 // or not. What another image needs stays.
 func TestDeletedImage(t *testing.T) {
@@ -81,12 +101,18 @@ func TestDeletedImage(t *testing.T) {
 				gone := func(i Image, tag string) {
 					t.Helper()
 					w.deleted(i, tag)
+					had := len(w.attached(i, subjects(ops[i])...))
 					if told {
 						w.told(Deleted, i, "")
 						w.settled()
 					} else {
 						w.reconciled()
 					}
+					if got := w.attached(i, subjects(ops[i])...); len(got) != had {
+						t.Errorf("at once: referrers %+v", got)
+					}
+					w.later()
+					w.reconciled()
 				}
 				gone(both, "v1")
 				if got := w.attached(alone); len(got) != 2 {
@@ -132,6 +158,8 @@ func TestPushedAgain(t *testing.T) {
 		w.deleted(i, "v1")
 		w.told(Deleted, i, "")
 		w.settled()
+		w.later()
+		w.reconciled()
 		if got := w.attached(i); len(got) != 0 {
 			t.Fatalf("referrers %+v", got)
 		}
@@ -142,6 +170,95 @@ func TestPushedAgain(t *testing.T) {
 			return err == nil && op.ID != first.ID && op.State == Succeeded
 		})
 		if got := w.attached(i); len(got) != 1 {
+			t.Errorf("referrers %+v", got)
+		}
+	})
+}
+
+// TestCopiesDiffer: a registry whose copies have different things loses no artifacts: the image is there the next time.
+func TestCopiesDiffer(t *testing.T) {
+	w := newWorld(t)
+	w.activate("app", true)
+	i := w.push("app", "v1", image(t, "amd64", 1000))
+	w.told(Pushed, i, "v1")
+	w.converted(i)
+	w.settled()
+	for range 2 {
+		back := w.reg.Inject(func(req *http.Request) bool { return strings.HasSuffix(req.URL.Path, "/manifests/"+i.Digest.String()) }, -1, registrytest.Status(http.StatusNotFound))
+		w.told(Deleted, i, "v1")
+		w.settled()
+		w.reconciled()
+		back()
+		w.reconciled()
+		w.later()
+	}
+	w.settled()
+	w.reconciled()
+	w.asked(i)
+	if got := w.attached(i); len(got) != 1 {
+		t.Errorf("referrers %+v", got)
+	}
+}
+
+// TestComesAndGoes: an image that is found anew again and again is not converted without end.
+func TestComesAndGoes(t *testing.T) {
+	w := newWorld(t)
+	w.activate("app", true)
+	img := image(t, "amd64", 1000)
+	for n := range maxTries + 3 {
+		i := w.push("app", "v1", img)
+		w.reconciled()
+		ops, err := w.Operations(t.Context(), Filter{})
+		if want := min(n+1, maxTries+1); err != nil || len(ops) != want {
+			t.Fatalf("%d operations, %v, want %d", len(ops), err, want)
+		}
+		w.ended(i)
+		w.deleted(i, "v1")
+		w.reconciled()
+		w.later()
+		w.reconciled()
+	}
+}
+
+// TestSharedPlatform: an image that is deleted, or is not among those that are kept, leaves the artifacts of what another one has, of which the service knows
+// nothing. They go with that.
+func TestSharedPlatform(t *testing.T) {
+	onRegistries(t, func(t *testing.T, w *world) {
+		amd, arm := image(t, "amd64", 1000), image(t, "arm64", 2000)
+		first := w.push("app", "v1", index(amd, arm))
+		op := w.profiled(first)
+		other := w.push("app", "v2", index(image(t, "amd64", 3000), arm))
+		w.deleted(first, "v1")
+		for range 2 {
+			w.reconciled()
+			w.later()
+		}
+		if got := w.attached(first, subjects(op)...); len(got) != 2 {
+			t.Errorf("referrers %+v", got)
+		}
+		w.deleted(other, "v2")
+		w.reconciled()
+		if got := w.attached(first, subjects(op)...); len(got) != 0 {
+			t.Errorf("with the other one gone, too, there are %+v", got)
+		}
+		if all, err := w.madeIn(t.Context(), repository{w.host, "app"}); err != nil || len(all) != 0 {
+			t.Errorf("still known are %+v, %v", all, err)
+		}
+	})
+	t.Run("kept", func(t *testing.T) {
+		w := newWorld(t)
+		w.activate("app", true)
+		arm := image(t, "arm64", 2000)
+		first := w.push("app", "v1", index(image(t, "amd64", 1000), arm))
+		w.told(Pushed, first, "v1")
+		op := w.converted(first)
+		w.activate("app", true, func(s *Settings) { s.Rules = Rules{Keep: 1, MinSize: 100 << 20} })
+		other := w.push("app", "v2", index(image(t, "amd64", 3000), arm))
+		w.told(Pushed, other, "v2")
+		w.settled()
+		w.reconciled()
+		w.asked(first)
+		if got := w.attached(first, subjects(op)...); len(got) != 1 {
 			t.Errorf("referrers %+v", got)
 		}
 	})
@@ -172,6 +289,8 @@ func TestOutageIsNoDeletion(t *testing.T) {
 		"the image alone fails": {subject, registrytest.Status(http.StatusForbidden)},
 	} {
 		remove := w.reg.Inject(fault.match, -1, fault.fault)
+		w.reconciled()
+		w.later()
 		w.reconciled()
 		w.told(Deleted, i, "")
 		w.until("a look at it", func() bool {
@@ -207,35 +326,43 @@ func TestOutageIsNoDeletion(t *testing.T) {
 
 // TestDeletionMeetsConversion: of an image that is deleted while it is converted nothing is attached in the end.
 func TestDeletionMeetsConversion(t *testing.T) {
-	for name, told := range map[string]bool{"told": true, "not told": false} {
+	for name, hanging := range map[string]bool{"it attaches": false, "it hangs": true} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			w.activate("app", true)
 			img := image(t, "amd64", 1000)
 			i := w.push("app", "v1", img)
 			match := attaches // too late to fail
-			if told {
+			if hanging {
 				match = reads(layers(t, img)[0])
 			}
 			e := &env{t: t, registry: w.reg}
 			h := e.hold(match)
 			w.told(Pushed, i, "v1")
 			h.wait(t)
+			w.settled()
 			w.deleted(i, "v1")
-			if told {
-				w.told(Deleted, i, "")
-				w.until("the cancellation", func() bool {
-					op, err := w.Last(t.Context(), i)
-					return err == nil && op.Cancel
-				})
+			w.told(Deleted, i, "")
+			w.settled()
+			if op, err := w.Last(t.Context(), i); err != nil || op.Cancel {
+				t.Errorf("at once: operation %+v, %v", op, err)
+			}
+			if hanging {
+				w.later()
+				w.reconciled()
 			}
 			h.release()
 			op := w.ended(i)
-			if told && op.State != Canceled {
+			if hanging != (op.State == Canceled) {
 				t.Errorf("operation %+v", op)
 			}
+			w.later()
+			w.reconciled()
 			if got := w.attached(i); len(got) != 0 {
 				t.Errorf("%v: referrers %+v", op.State, got)
+			}
+			if all, err := w.madeIn(t.Context(), repository{w.host, "app"}); err != nil || len(all) != 0 {
+				t.Errorf("still known are %+v, %v", all, err)
 			}
 		})
 	}

@@ -215,7 +215,7 @@ func (v *visit) reconcile(ctx context.Context) error {
 func (v *visit) check(ctx context.Context, listed []string) (again []*seenTag, err error) {
 	var known []*seenTag
 	for _, name := range listed {
-		if t := v.tags[name]; t != nil && t.State != stateDue && !v.looked[name] {
+		if t := v.tags[name]; t != nil && t.State != stateDue && v.named[name] == "" {
 			known = append(known, t)
 		}
 	}
@@ -252,7 +252,7 @@ func (v *visit) check(ctx context.Context, listed []string) (again []*seenTag, e
 		}
 		v.mu.Lock()
 		defer v.mu.Unlock()
-		v.alive[d.Digest] = true
+		v.named[t.Tag] = d.Digest
 		switch {
 		case t.Digest != "" && t.Digest != d.Digest:
 			t.State, t.Pushed, t.Source, t.By, t.Tries = stateDue, time.Now().UTC(), "", "", 0

@@ -51,6 +51,7 @@ func (m *memo[K, V]) put(k K, v V) {
 // viewer looks at images, and remembers what does not change.
 type viewer struct {
 	descriptions memo[Image, converter.Description]
+	members      memo[Image, []digest.Digest] // of an index, its manifests
 	maps         memo[string, converter.StartMap]
 	mapping      chan struct{} // a token for each map being made: they take memory
 }

@@ -26,11 +26,12 @@ const (
 )
 
 const (
-	notYet   = 10 * time.Minute    // how long a tag that was pushed may not be readable: registries are distributed
-	gone     = 24 * time.Hour      // how long a tag must be missing in lists before images lose their artifacts for it
-	forget   = 30 * 24 * time.Hour // how long a tag that is gone is remembered: that a list lacks it may be the list's mistake
-	maxTries = 3                   // how often an image whose operation failed is asked for again
-	pushTo   = "push to "          // begins Operation.By of what was converted because it was pushed
+	notYet      = 10 * time.Minute    // how long a tag that was pushed, or an image, may not be readable: registries are distributed
+	longMissing = 24 * time.Hour      // how long a tag must be missing in lists before images lose their artifacts for it
+	forget      = 30 * 24 * time.Hour // how long a tag that is gone is remembered: that a list lacks it may be the list's mistake
+	oftenTime   = 24 * time.Hour      // in which an image that is found anew is asked for maxTries times more
+	maxTries    = 3                   // how often an image whose operation failed is asked for again
+	pushTo      = "push to "          // begins Operation.By of what was converted because it was pushed
 )
 
 // visit is a look at a repository.
@@ -43,14 +44,14 @@ type visit struct {
 	made     map[digest.Digest]madeFor // read before the tags: what is made for a tag is not in it before the tag is
 	tags     map[string]*seenTag
 
-	mu     sync.Mutex             // guards tags, too, while several are looked at
-	alive  map[digest.Digest]bool // images that tags name
-	looked map[string]bool        // tags
+	mu     sync.Mutex               // guards tags, too, while several are looked at
+	named  map[string]digest.Digest // what tags name that were asked for
+	tagged map[digest.Digest]bool   // see manifests
 }
 
 // visit begins a look at a repository. Of an inactive one the tags are not read.
 func (a *auto) visit(ctx context.Context, r repository) (*visit, error) {
-	v := &visit{a: a, r: r, alive: map[digest.Digest]bool{}, looked: map[string]bool{}}
+	v := &visit{a: a, r: r, named: map[string]digest.Digest{}}
 	list, _, err := a.readSettings(ctx, r.registry)
 	if err != nil {
 		return nil, err
@@ -208,7 +209,7 @@ func (v *visit) examine(ctx context.Context, t *seenTag) (*candidate, error) {
 	}
 	c := &candidate{t: t, image: v.r.image(d.Digest)}
 	v.mu.Lock()
-	v.alive[d.Digest], v.looked[t.Tag] = true, true
+	v.named[t.Tag] = d.Digest
 	v.mu.Unlock()
 	if d.Digest == t.Digest {
 		return c, nil
@@ -250,6 +251,9 @@ func (v *visit) decide(ctx context.Context, c candidate) (again bool, err error)
 	if c.desc != nil {
 		request, wanted := v.request(c)
 		if wanted {
+			if often, err := v.a.often(ctx, c.t, c.image); often || err != nil {
+				return true, err
+			}
 			op, _, err := v.a.ops.Submit(ctx, request)
 			var refused *converter.Error
 			switch {
@@ -274,6 +278,22 @@ func (v *visit) decide(ctx context.Context, c candidate) (again bool, err error)
 		return true, nil // pushed again meanwhile, or another process looked at it, too
 	}
 	return err != nil, err
+}
+
+// often says that an image was asked for again and again because it was found anew, and no event told of a push: a registry whose copies differ may have it
+// come and go. Then it is left alone for a while.
+func (a *auto) often(ctx context.Context, t *seenTag, i Image) (bool, error) {
+	if t.Source != "" {
+		return false, nil
+	}
+	if _, err := a.ops.Last(ctx, i); err != nil {
+		if errors.Is(err, ErrNotFound) {
+			err = nil
+		}
+		return false, err
+	}
+	list, err := a.ops.Operations(ctx, Filter{Registry: i.Registry, Repository: i.Repository, Digest: i.Digest, Limit: maxTries + 1})
+	return len(list) > maxTries && time.Since(list[maxTries].Asked) < oftenTime, err
 }
 
 // request says what of an image is to be converted; false if nothing is.
@@ -342,5 +362,6 @@ func (a *auto) found(ctx context.Context, p converter.Place, c candidate) error 
 		}
 	}
 	known.Asked = true // by whoever made them
-	return a.noteMade(ctx, known)
+	_, err = a.noteMade(ctx, known)
+	return err
 }
