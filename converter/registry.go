@@ -1,6 +1,7 @@
 package converter
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -28,6 +30,7 @@ type RegistryOptions struct {
 	UserAgent string
 	Keychain  authn.Keychain    // nil is docker's config.json with its credential helpers, anonymous where that says nothing
 	Transport http.RoundTripper // nil is go-containerregistry's; Insecure applies to an *http.Transport
+	Stall     time.Duration     // how long a registry may say nothing before a request of it has failed; 0 is a minute
 	Limiter   *rate.Limiter     // of requests, those for tokens too: places that share it share the rate; nil is none
 }
 
@@ -67,13 +70,9 @@ func openRegistry(image string, o RegistryOptions) (Place, string, error) {
 		r.base = remote.DefaultTransport
 	}
 	if t, ok := r.base.(*http.Transport); ok && o.Insecure {
-		t = t.Clone()
-		if t.TLSClientConfig == nil {
-			t.TLSClientConfig = &tls.Config{}
-		}
-		t.TLSClientConfig.InsecureSkipVerify = true
-		r.base = t
+		r.base = insecure(t)
 	}
+	r.base = patient{r.base, cmp.Or(o.Stall, defaultStall)}
 	if o.Limiter != nil {
 		r.base = limited{r.base, o.Limiter}
 	}
@@ -91,6 +90,28 @@ func openRegistry(image string, o RegistryOptions) (Place, string, error) {
 		return nil, "", err
 	}
 	return r, ref.Identifier(), nil
+}
+
+// insecure returns t without the verification of certificates.
+func insecure(t *http.Transport) *http.Transport {
+	t = t.Clone()
+	if t.TLSClientConfig == nil {
+		t.TLSClientConfig = &tls.Config{}
+	}
+	t.TLSClientConfig.InsecureSkipVerify = true
+	return t
+}
+
+// Shared returns o with a transport for all places that are opened with it, so that they share connections.
+func (o RegistryOptions) Shared() RegistryOptions {
+	base := o.Transport
+	if base == nil {
+		base = remote.DefaultTransport
+	}
+	if t, ok := base.(*http.Transport); ok && o.Insecure {
+		o.Transport, o.Insecure = insecure(t), false
+	}
+	return o
 }
 
 // limited waits for its turn before each request.

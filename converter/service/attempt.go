@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go/jetstream"
@@ -26,16 +25,20 @@ var (
 	errHandBack = errors.New("this process ends")
 )
 
+// errWider: more was asked for while it was converted.
+var errWider = errors.New("more was asked for meanwhile")
+
 // attempt is an operation in the hands of this process. Its fields belong to the goroutine of run, which alone writes the record.
 type attempt struct {
-	s    *Service
-	msg  jetstream.Msg // nil if it is not at hand
-	rec  record        // as it is in NATS, as far as known
-	rev  uint64
-	held time.Time // when the last write was begun that showed that the operation is ours
-	lost bool      // it is not any more: nothing may be written
-	stop context.CancelCauseFunc
-	asks chan ask
+	s     *Service
+	msg   jetstream.Msg // nil if it is not at hand
+	rec   record        // as it is in NATS, as far as known
+	rev   uint64
+	doing scope     // what is being converted
+	held  time.Time // when the last write was begun that showed that the operation is ours
+	lost  bool      // it is not any more: nothing may be written
+	stop  context.CancelCauseFunc
+	asks  chan ask
 }
 
 // ask asks run whether the operation is ours; m, unless nil, is to be noted first.
@@ -66,23 +69,30 @@ func (a *attempt) run(ctx context.Context) {
 	if unfollow, ok := a.s.view.follow(a.rec.ID, &watcher{changed: func(e entry, _ Operation) { offer(changes, e) }, ended: func() {}}); ok {
 		defer unfollow()
 	}
-	track := &tracker{}
-	finished := make(chan outcome, 1)
-	if rec := a.rec; rec.Cancel || rec.Deaths >= maxDeaths { // finish knows which
-		finished <- outcome{err: fmt.Errorf("%d processes died over it, or were not heard of any more", rec.Deaths)}
-	} else {
-		go func() {
-			o := a.convert(work, rec.Operation, track)
-			o.cause = context.Cause(work)
-			finished <- o
-		}()
-	}
-	a.tend(ctx, end, track, changes, finished)
+	a.tend(ctx, work, end, changes)
 	log.Info("conversion ends", "status", a.rec.State, "seconds", time.Since(began).Seconds(), "message", a.rec.Message, "lost", a.lost)
 }
 
+// begin converts what the record says now.
+func (a *attempt) begin(ctx context.Context, finished chan<- outcome) *tracker {
+	rec, track := a.rec, &tracker{}
+	a.doing = rec.scope()
+	if rec.Cancel || rec.Deaths >= maxDeaths { // finish knows which
+		finished <- outcome{err: fmt.Errorf("%d processes died over it, or were not heard of any more", rec.Deaths)}
+		return track
+	}
+	go func() {
+		o := a.convert(ctx, rec.Operation, track)
+		o.cause = context.Cause(ctx)
+		finished <- o
+	}()
+	return track
+}
+
 // tend looks after the record and the message until the conversion has finished, and then writes how.
-func (a *attempt) tend(ctx context.Context, end <-chan struct{}, track *tracker, changes <-chan entry, finished <-chan outcome) {
+func (a *attempt) tend(ctx, work context.Context, end <-chan struct{}, changes <-chan entry) {
+	finished := make(chan outcome, 1)
+	track := a.begin(work, finished)
 	progress := time.NewTicker(progressTime)
 	defer progress.Stop()
 	beat := time.NewTicker(a.s.c.Lease / 3)
@@ -109,8 +119,10 @@ func (a *attempt) tend(ctx context.Context, end <-chan struct{}, track *tracker,
 			end = nil
 			a.stop(errHandBack)
 		case o := <-finished:
-			a.finish(ctx, o, track)
-			return
+			if !a.finish(ctx, o, track) {
+				return
+			}
+			track = a.begin(work, finished)
 		}
 	}
 }
@@ -218,18 +230,18 @@ func (a *attempt) lose() {
 func (a *attempt) persist(ctx context.Context, change func(*record) error) error {
 	for {
 		err := a.write(ctx, change)
-		if err == nil || a.lost || errors.Is(err, errCanceled) || !sleep(ctx, min(retryTime, a.s.c.Lease/10)) {
+		if err == nil || a.lost || errors.Is(err, errCanceled) || errors.Is(err, errWider) || !sleep(ctx, min(retryTime, a.s.c.Lease/10)) {
 			return err
 		}
 	}
 }
 
-// finish writes what has become of the conversion.
-func (a *attempt) finish(ctx context.Context, o outcome, track *tracker) {
+// finish writes what has become of the conversion. It says whether there is more to convert.
+func (a *attempt) finish(ctx context.Context, o outcome, track *tracker) (more bool) {
 	err := errCanceled
 	switch {
 	case a.lost:
-		return
+		return false
 	case a.rec.Cancel:
 	case o.err == nil:
 		err = a.succeed(ctx, o, track)
@@ -241,17 +253,21 @@ func (a *attempt) finish(ctx context.Context, o outcome, track *tracker) {
 	if errors.Is(err, errCanceled) { // asked for meanwhile, perhaps
 		err = a.cancel(ctx)
 	}
-	if err != nil { // its message comes again, to this process or to another
+	if more = errors.Is(err, errWider); err != nil && !more { // its message comes again, to this process or to another
 		a.s.c.Log.Warn("what has become of an operation cannot be written", "operation", a.rec.ID, "error", err)
 	}
+	return more
 }
 
-// conclude writes a state that is the last, unless a cancellation was asked for before.
+// conclude writes a state that is the last, unless a cancellation, or more, was asked for before.
 func (a *attempt) conclude(ctx context.Context, change func(*record)) error {
 	err := a.persist(ctx, func(r *record) error {
 		r.End = now()
 		if change(r); r.Cancel && r.State != Canceled {
 			return errCanceled
+		}
+		if r.State != Canceled && r.scope() != a.doing {
+			return errWider
 		}
 		return nil
 	})
@@ -268,7 +284,7 @@ func (a *attempt) note(ctx context.Context, o outcome) {
 	defer cancel()
 	op := a.rec.Operation
 	op.Artifacts = artifacts(o.created, a.rec.Made)
-	if err := a.s.auto.converted(ctx, op, !strings.HasPrefix(op.By, pushTo)); err != nil {
+	if err := a.s.auto.converted(ctx, op, a.doing.wanted); err != nil {
 		a.s.c.Log.Warn("artifacts may stay when their image is deleted", "operation", op.ID, "image", op.Image.String(), "error", err)
 	}
 }

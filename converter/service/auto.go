@@ -40,7 +40,7 @@ type operations interface {
 //	streaming-settings   REGISTRY             what SetSettings was told, all of a registry
 //	streaming-seen       REPOSITORY           what is known of a repository that is or was active (base)
 //	                     REPOSITORY.TAG       a tag of it: what it named when it was last looked at (seenTag)
-//	                     reconcile            who reconciles (lease)
+//	                     reconcile-REGISTRY   who reconciles it (lease)
 //	streaming-artifacts  REPOSITORY.DIGEST    an image with the artifacts that were attached for it (madeFor)
 //	streaming-starts     REPOSITORY.DIGEST    what nodes report of starts (fleet)
 //
@@ -113,7 +113,13 @@ func newAuto(ctx context.Context, c Config, ops operations, bucket func(ctx cont
 func (a *auto) run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { a.follow(ctx); return nil })
-	g.Go(func() error { a.resume(ctx); a.reconcile(ctx); return nil })
+	g.Go(func() error {
+		a.resume(ctx)
+		for _, registry := range a.names {
+			g.Go(func() error { a.reconcile(ctx, registry); return nil })
+		}
+		return nil
+	})
 	return g.Wait()
 }
 
@@ -214,16 +220,31 @@ func (a *auto) Handle(ctx context.Context, e Event) error {
 	if t.State == stateDone && t.Digest == e.Digest && e.Digest != "" {
 		return nil // told before
 	}
-	if t.State == stateBefore {
-		t.Digest = "" // pushed again: it counts as new
+	if t.rev == 0 && !a.hasRoom(r) {
+		a.hint(r, hint{list: true})
+		return nil
 	}
-	t.State, t.Pushed, t.Missing, t.Source, t.By, t.Tries = stateDue, time.Now().UTC(), time.Time{}, e.Source, e.By, 0
+	t.Anew = t.Anew || t.State == stateBefore // pushed again, it counts as new
+	t.due(time.Now().UTC())
+	t.Source, t.By = e.Source, e.By
 	// Whatever another process writes now: that the tag is due must not be lost.
 	if err := a.putTag(ctx, r, t); err != nil {
 		return err
 	}
-	a.hint(r, hint{})
+	news := hint{}
+	if t.rev == 0 {
+		news.noted = 1
+	}
+	a.hint(r, news)
 	return nil
+}
+
+// hasRoom says whether a tag that is not known may be noted: those that are told of and are not there are forgotten after a while only.
+func (a *auto) hasRoom(r repository) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	h := a.hints[r]
+	return h == nil || h.noted < maxNoted
 }
 
 func (a *auto) handleDeleted(ctx context.Context, r repository, e Event) error {
@@ -243,6 +264,7 @@ func (a *auto) handleDeleted(ctx context.Context, r repository, e Event) error {
 
 // hint says what of a repository is to be looked at: tags that are due in any case.
 type hint struct {
+	noted   int             // tags that were not known before
 	list    bool            // the tags are listed, too, and new ones are due
 	gone    []digest.Digest // images that may have been deleted
 	after   time.Time       // not before
@@ -256,8 +278,9 @@ const (
 	firstWait = time.Second
 	lastWait  = time.Minute
 	listWait  = 2 * time.Second // for the rest of a push of many manifests
-	looks     = 8               // repositories looked at at once
+	looks     = 8               // repositories of a registry looked at at once
 	maxLooks  = 10              // in vain, then it is left to reconcile
+	maxNoted  = visitLooks      // tags that are not known, and images that may be gone, between two looks: reconcile finds the rest
 )
 
 func (a *auto) hint(r repository, news hint) {
@@ -272,8 +295,9 @@ func (a *auto) hint(r repository, news hint) {
 		h.after, h.tries = time.Time{}, 0
 	}
 	h.list = h.list || news.list
+	h.noted += news.noted
 	for _, d := range news.gone {
-		if !slices.Contains(h.gone, d) {
+		if len(h.gone) < maxNoted && !slices.Contains(h.gone, d) {
 			h.gone = append(h.gone, d)
 		}
 	}
@@ -288,13 +312,7 @@ func (a *auto) hint(r repository, news hint) {
 func (a *auto) follow(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	slots := make(chan struct{}, looks)
 	for {
-		select {
-		case slots <- struct{}{}:
-		case <-ctx.Done():
-			return
-		}
 		r, h, ok := a.nextHint(ctx)
 		if !ok {
 			return
@@ -302,7 +320,6 @@ func (a *auto) follow(ctx context.Context) {
 		wg.Go(func() {
 			again := a.lookAt(ctx, r, h)
 			a.hintDone(r, h, again)
-			<-slots
 		})
 	}
 }
@@ -313,8 +330,14 @@ func (a *auto) nextHint(ctx context.Context) (repository, hint, bool) {
 		now := time.Now()
 		wait := time.Hour
 		a.mu.Lock()
+		running := map[string]int{} // by registry: one that does not answer is in no other's way
 		for r, h := range a.hints {
 			if h.running {
+				running[r.registry]++
+			}
+		}
+		for r, h := range a.hints {
+			if h.running || running[r.registry] >= looks {
 				continue
 			}
 			if d := h.after.Sub(now); d > 0 {
@@ -322,7 +345,7 @@ func (a *auto) nextHint(ctx context.Context) (repository, hint, bool) {
 				continue
 			}
 			taken := *h
-			h.running, h.again, h.list, h.gone = true, false, false, nil
+			h.running, h.again, h.list, h.gone, h.noted = true, false, false, nil, 0
 			a.mu.Unlock()
 			return r, taken, true
 		}
@@ -365,8 +388,16 @@ func (a *auto) hintDone(r repository, taken hint, again bool) {
 
 // lookAt looks at what of a repository is due. It says whether something is left.
 func (a *auto) lookAt(ctx context.Context, r repository, h hint) (again bool) {
+	stopped := ctx.Done()
+	ctx, cancel := context.WithTimeout(ctx, visitTime)
+	defer cancel()
 	warn := func(what string, err error) {
-		if err != nil && ctx.Err() == nil {
+		select {
+		case <-stopped:
+			return
+		default:
+		}
+		if err != nil {
 			a.log.Warn(what, "repository", r.String(), "error", err)
 		}
 	}

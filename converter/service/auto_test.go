@@ -1,6 +1,7 @@
 package service
 
 import (
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -69,7 +70,7 @@ func (w *world) config() Config {
 // reconciled makes a pass over all repositories.
 func (w *world) reconciled() {
 	w.t.Helper()
-	if err := w.auto.pass(w.t.Context()); err != nil {
+	if err := w.auto.pass(w.t.Context(), w.host); err != nil {
 		w.t.Fatal(err)
 	}
 }
@@ -454,6 +455,124 @@ func TestKeep(t *testing.T) {
 	}
 }
 
+// TestKeepBelievesNobody: events that tell of a push that was none make no tag a newer one, and what a pass finds at once is in the order of its making.
+func TestKeepBelievesNobody(t *testing.T) {
+	w := newWorld(t)
+	w.activate("app", true, func(s *Settings) { s.Rules.Keep = 2 })
+	var list []Image
+	for i, tag := range []string{"v8", "v9", "v10"} {
+		list = append(list, w.push("app", tag, created(t, i+1, int64(1000*(i+1)))))
+	}
+	w.reconciled()
+	w.converted(list[1])
+	w.converted(list[2])
+	w.asked(list[1], list[2])
+	for _, e := range []Event{{Tag: "v8"}, {Tag: "v8", Digest: list[2].Digest}, {Tag: "v8", Digest: list[0].Digest}, {Tag: "v9"}} {
+		e.Registry, e.Repository = w.host, "app"
+		if err := w.Handle(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.settled()
+	w.reconciled()
+	newest := w.push("app", "v11", created(t, 1, 9000))
+	w.told(Pushed, newest, "v11")
+	w.converted(newest)
+	w.settled()
+	w.reconciled()
+	w.asked(list[1], list[2], newest)
+	for i, want := range map[Image]int{list[1]: 0, list[2]: 1, newest: 1} {
+		if got := w.attached(i); len(got) != want {
+			t.Errorf("%s has %d referrers, want %d", i, len(got), want)
+		}
+	}
+}
+
+// TestToldOfNothing: tags that are told of and are not there cost a bounded number of requests, and are in no real one's way, nor in that of keep.
+func TestToldOfNothing(t *testing.T) {
+	w := newWorld(t)
+	w.activate("app", true, func(s *Settings) { s.Rules.Keep = 1 })
+	r := repository{w.host, "app"}
+	old := w.push("app", "v1", image(t, "amd64", 1000))
+	w.told(Pushed, old, "v1")
+	w.converted(old)
+	w.settled()
+	real := w.push("app", "v2", image(t, "amd64", 2000))
+	note := func(tag string, pushed time.Time) {
+		t.Helper()
+		if err := w.putTag(t.Context(), r, seenTag{Tag: tag, State: stateDue, Pushed: pushed, Source: "test"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	note("v2", now())
+	for i := range 2 * visitUnlisted {
+		note(fmt.Sprintf("nothing%d", i), now())
+	}
+	w.reg.Reset()
+	w.reconciled()
+	if n, _ := w.reg.Count(func(q registrytest.Request) bool { return strings.Contains(q.Path, "/manifests/nothing") }); n > 2*visitUnlisted {
+		t.Errorf("%d requests for tags that are not there, want %d", n, 2*visitUnlisted)
+	}
+	w.converted(real)
+	w.reconciled()
+	if got := w.attached(old); len(got) != 0 {
+		t.Errorf("of the older tag there are %+v", got)
+	}
+
+	// So many that they are not noted.
+	w.auto.mu.Lock()
+	w.auto.hints[r] = &hint{noted: maxNoted, after: time.Now().Add(time.Hour)}
+	w.auto.mu.Unlock()
+	for _, e := range []Event{{Tag: "unknown"}, {Tag: "v2"}} {
+		e.Registry, e.Repository = w.host, "app"
+		if err := w.Handle(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if tags, err := w.tagsOf(t.Context(), r); err != nil || tags["unknown"] != nil || tags["v2"] == nil {
+		t.Errorf("noted: %+v, %v", tags["unknown"], err)
+	}
+}
+
+// TestSilentRegistry: a registry that accepts requests and does not answer keeps nobody from looking after the others.
+func TestSilentRegistry(t *testing.T) {
+	silent := registrytest.Start(t, registrytest.Options{})
+	silent.Inject(registrytest.Any, -1, registrytest.Stall(-1))
+	w := newWorld(t)
+	w.stop()
+	c := w.config()
+	c.Registries = append([]Registry{NewRegistry(silent.Host(), converter.RegistryOptions{}, 0)}, c.Registries...)
+	c.Reconcile = 10 * time.Millisecond
+	for _, host := range []string{w.host, silent.Host()} { // its own registry does not let it be switched on now
+		raw, err := json.Marshal([]storedSettings{{Settings: Settings{Registry: host, Repository: "*", Active: true}, Catalogued: true}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := w.settings.Put(t.Context(), hashKey(host), raw); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.process = run(t, c)
+	for i := range 2 * looks {
+		if err := w.Handle(t.Context(), Event{Registry: silent.Host(), Repository: fmt.Sprintf("app%d", i), Tag: "v1"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.until("all looks that there are", func() bool { n, _ := silent.Count(); return n > looks })
+	w.converted(w.push("found", "v1", image(t, "amd64", 1000)))
+	w.stop()
+	c.Reconcile = time.Hour
+	w.process = run(t, c)
+	told := w.push("told", "v1", image(t, "amd64", 2000))
+	for i := range 2 * looks {
+		if err := w.Handle(t.Context(), Event{Registry: silent.Host(), Repository: fmt.Sprintf("app%d", i), Tag: "v2"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	w.told(Pushed, told, "v1")
+	w.converted(told)
+}
+
 // TestMovedMeanwhile: a tag that is pushed to again while it is looked at is looked at again.
 func TestMovedMeanwhile(t *testing.T) {
 	w := newWorld(t)
@@ -621,7 +740,7 @@ func TestOneReconciles(t *testing.T) {
 	for _, p := range []process{w.process, other} { // the first pass of each, of which one was made
 		w.until("the first pass", func() bool {
 			var l lease
-			rev, err := getJSON(t.Context(), p.seen, leaseKey, &l)
+			rev, err := getJSON(t.Context(), p.seen, leaseKey(w.host), &l)
 			return err == nil && rev > 0 && !l.Until.After(time.Now())
 		})
 	}
@@ -633,17 +752,17 @@ func TestOneReconciles(t *testing.T) {
 		n, _ := w.reg.Count(func(q registrytest.Request) bool { return strings.HasSuffix(q.Path, "/tags/list") })
 		return n
 	}
-	if wait, err := other.tryPass(t.Context()); err != nil || wait <= 0 || lists() != 0 {
+	if wait, err := other.tryPass(t.Context(), w.host); err != nil || wait <= 0 || lists() != 0 {
 		t.Errorf("before it is time: wait %v, %v, %d lists", wait, err, lists())
 	}
 	// An hour later.
 	var l lease
-	rev, err := getJSON(t.Context(), w.seen, leaseKey, &l)
+	rev, err := getJSON(t.Context(), w.seen, leaseKey(w.host), &l)
 	if err != nil {
 		t.Fatal(err)
 	}
 	l.Began = l.Began.Add(-2 * time.Hour)
-	if _, err := setJSON(t.Context(), w.seen, leaseKey, l, rev); err != nil {
+	if _, err := setJSON(t.Context(), w.seen, leaseKey(w.host), l, rev); err != nil {
 		t.Fatal(err)
 	}
 	reached, release := make(chan struct{}), make(chan struct{})
@@ -656,18 +775,18 @@ func TestOneReconciles(t *testing.T) {
 	})
 	done := make(chan error)
 	go func() {
-		_, err := w.tryPass(t.Context())
+		_, err := w.tryPass(t.Context(), w.host)
 		done <- err
 	}()
 	<-reached
-	if wait, err := other.tryPass(t.Context()); err != nil || wait <= 0 || lists() != 1 {
+	if wait, err := other.tryPass(t.Context(), w.host); err != nil || wait <= 0 || lists() != 1 {
 		t.Errorf("while the other does it: wait %v, %v, %d lists", wait, err, lists())
 	}
 	close(release)
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
-	if wait, err := other.tryPass(t.Context()); err != nil || wait <= 0 || lists() != 1 {
+	if wait, err := other.tryPass(t.Context(), w.host); err != nil || wait <= 0 || lists() != 1 {
 		t.Errorf("after it: wait %v, %v, %d lists", wait, err, lists())
 	}
 }

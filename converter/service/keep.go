@@ -1,7 +1,6 @@
 package service
 
 import (
-	"cmp"
 	"context"
 	"slices"
 	"time"
@@ -21,6 +20,8 @@ func (v *visit) keep(ctx context.Context) error {
 	listed := 0
 	for _, t := range v.tags {
 		switch {
+		case t.State == stateDue && !v.listed[t.Tag]:
+			continue // an event told of it, and it is not there
 		case t.State == stateDue:
 			return nil // nobody knows yet what is the newest
 		case t.Missing.IsZero():
@@ -33,7 +34,7 @@ func (v *visit) keep(ctx context.Context) error {
 	if listed == 0 {
 		return nil // a list without any is the registry's mistake, or the images go too, and their artifacts with them
 	}
-	slices.SortFunc(tags, func(x, y *seenTag) int { return cmp.Or(y.Pushed.Compare(x.Pushed), cmp.Compare(y.Tag, x.Tag)) })
+	slices.SortFunc(tags, newestFirst)
 	kept := map[digest.Digest]bool{}
 	listed = 0
 	for i, t := range tags { // the newest ones, whether those that the list lacks are there or not

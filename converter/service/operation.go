@@ -11,6 +11,7 @@ package service
 
 import (
 	"errors"
+	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -49,6 +50,9 @@ type Request struct {
 	Force     bool     // convert what has an artifact, too
 	By        string   // who asks: an identity's name, or "push to TAG" with the source of the event
 }
+
+// pushed says that nobody asked, and a push was the reason.
+func (r Request) pushed() bool { return strings.HasPrefix(r.By, pushTo) }
 
 // Operation is a conversion that was asked for. Times are UTC, and zero as long as they are not known.
 type Operation struct {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -13,7 +14,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 )
 
-// lease says who reconciles. It is no lock: two that reconcile at once do the same twice, and nothing wrong.
+// lease says who reconciles a registry. It is no lock: two that reconcile at once do the same twice, and nothing wrong.
 type lease struct {
 	Holder string    `json:"holder"`
 	Began  time.Time `json:"began"`
@@ -21,17 +22,20 @@ type lease struct {
 }
 
 const (
-	leaseKey  = "reconcile"
 	leaseTime = 30 * time.Second
-	minPause  = time.Second // between two looks at the lease
+	minPause  = time.Second      // between two looks at the lease
+	visitTime = 15 * time.Minute // for one repository, whatever its registry does
 )
 
-// reconcile passes over all repositories every interval, in one process at a time, until ctx ends.
-func (a *auto) reconcile(ctx context.Context) {
+func leaseKey(registry string) string { return "reconcile-" + hashKey(registry) }
+
+// reconcile passes over all repositories of a registry every interval, in one process at a time, until ctx ends. Each registry has its own passes: one that
+// does not answer is in no other's way.
+func (a *auto) reconcile(ctx context.Context, registry string) {
 	for {
-		wait, err := a.tryPass(ctx)
+		wait, err := a.tryPass(ctx, registry)
 		if err != nil && ctx.Err() == nil {
-			a.log.Warn("reconcile", "error", err)
+			a.log.Warn("reconcile", "registry", registry, "error", err)
 		}
 		t := time.NewTimer(max(wait, min(minPause, a.interval)))
 		select {
@@ -44,9 +48,10 @@ func (a *auto) reconcile(ctx context.Context) {
 }
 
 // tryPass makes a pass if it is time for one and no other process makes one, and says when to try again.
-func (a *auto) tryPass(ctx context.Context) (wait time.Duration, err error) {
+func (a *auto) tryPass(ctx context.Context, registry string) (wait time.Duration, err error) {
+	key := leaseKey(registry)
 	var l lease
-	rev, err := getJSON(ctx, a.seen, leaseKey, &l)
+	rev, err := getJSON(ctx, a.seen, key, &l)
 	if err != nil {
 		return min(leaseTime, a.interval), err
 	}
@@ -58,7 +63,7 @@ func (a *auto) tryPass(ctx context.Context) (wait time.Duration, err error) {
 		return d, nil
 	}
 	l = lease{Holder: a.name, Began: now.UTC(), Until: now.Add(leaseTime).UTC()}
-	if rev, err = setJSON(ctx, a.seen, leaseKey, l, rev); err != nil {
+	if rev, err = setJSON(ctx, a.seen, key, l, rev); err != nil {
 		if errors.Is(err, errContested) {
 			err = nil
 		}
@@ -69,16 +74,16 @@ func (a *auto) tryPass(ctx context.Context) (wait time.Duration, err error) {
 	go func() {
 		defer close(released)
 		defer cancel()
-		a.holdLease(held, l, rev)
+		a.holdLease(held, key, l, rev)
 	}()
-	err = a.pass(held)
+	err = a.pass(held, registry)
 	cancel()
 	<-released
 	return max(time.Until(l.Began.Add(a.interval)), 0), err
 }
 
 // holdLease renews the lease until ctx ends, and gives it back then. It returns before if it is lost.
-func (a *auto) holdLease(ctx context.Context, l lease, rev uint64) {
+func (a *auto) holdLease(ctx context.Context, key string, l lease, rev uint64) {
 	tick := time.NewTicker(leaseTime / 3)
 	defer tick.Stop()
 	for {
@@ -88,11 +93,11 @@ func (a *auto) holdLease(ctx context.Context, l lease, rev uint64) {
 			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
 			l.Until = time.Now().UTC()
-			_, _ = setJSON(end, a.seen, leaseKey, l, rev)
+			_, _ = setJSON(end, a.seen, key, l, rev)
 			return
 		case <-tick.C:
 			l.Until = time.Now().Add(leaseTime).UTC()
-			next, err := setJSON(ctx, a.seen, leaseKey, l, rev)
+			next, err := setJSON(ctx, a.seen, key, l, rev)
 			if err != nil {
 				return
 			}
@@ -101,12 +106,13 @@ func (a *auto) holdLease(ctx context.Context, l lease, rev uint64) {
 	}
 }
 
-// pass looks at every repository that is active, or in which something was made. Of a registry that fails again and again the rest waits for the next pass.
-func (a *auto) pass(ctx context.Context) error {
+// pass looks at every repository of a registry that is active, or in which something was made, others first each time. If several in a row fail, the rest waits
+// for the next pass.
+func (a *auto) pass(ctx context.Context, registry string) error {
 	made := map[repository]bool{}
 	err := eachKey(ctx, a.made, "*.*", func(e jetstream.KeyValueEntry) error {
 		var m madeFor
-		if json.Unmarshal(e.Value(), &m) == nil {
+		if json.Unmarshal(e.Value(), &m) == nil && m.Registry == registry {
 			made[repository{m.Registry, m.Repository}] = true
 		}
 		return nil
@@ -114,43 +120,44 @@ func (a *auto) pass(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for _, registry := range a.names {
-		list, _, err := a.readSettings(ctx, registry)
-		if err != nil {
-			return err
+	list, _, err := a.readSettings(ctx, registry)
+	if err != nil {
+		return err
+	}
+	var repositories []repository
+	if slices.ContainsFunc(list, func(s storedSettings) bool { return s.Active }) {
+		known, cancel := context.WithTimeout(ctx, visitTime)
+		if repositories, _, err = a.known(known, registry, list); err != nil {
+			a.log.Warn("reconcile: list repositories", "registry", registry, "error", err)
 		}
-		var repositories []repository
-		if slices.ContainsFunc(list, func(s storedSettings) bool { return s.Active }) {
-			if repositories, _, err = a.known(ctx, registry, list); err != nil {
-				a.log.Warn("reconcile: list repositories", "registry", registry, "error", err)
-			}
-			repositories = slices.DeleteFunc(repositories, func(r repository) bool { return !countingFor(list, r).Active })
+		cancel()
+		repositories = slices.DeleteFunc(repositories, func(r repository) bool { return !countingFor(list, r).Active })
+	}
+	for _, r := range repositories {
+		delete(made, r)
+	}
+	repositories = slices.AppendSeq(repositories, maps.Keys(made))
+	fails := 0
+	for _, r := range window(repositories, len(repositories)) {
+		err := a.reconcileRepository(ctx, r)
+		if ctx.Err() != nil {
+			return ctx.Err()
 		}
-		for r := range made {
-			if r.registry == registry && !slices.Contains(repositories, r) {
-				repositories = append(repositories, r)
-			}
+		if err == nil {
+			fails = 0
+			continue
 		}
-		fails := 0
-		for _, r := range repositories {
-			err := a.reconcileRepository(ctx, r)
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			if err == nil {
-				fails = 0
-				continue
-			}
-			a.log.Warn("reconcile", "repository", r.String(), "error", err)
-			if fails++; fails == visitFails {
-				break
-			}
+		a.log.Warn("reconcile", "repository", r.String(), "error", err)
+		if fails++; fails == visitFails {
+			break
 		}
 	}
 	return nil
 }
 
 func (a *auto) reconcileRepository(ctx context.Context, r repository) error {
+	ctx, cancel := context.WithTimeout(ctx, visitTime)
+	defer cancel()
 	v, err := a.visit(ctx, r)
 	if err != nil {
 		return err
@@ -255,7 +262,8 @@ func (v *visit) check(ctx context.Context, listed []string) (again []*seenTag, e
 		v.named[t.Tag] = d.Digest
 		switch {
 		case t.Digest != "" && t.Digest != d.Digest:
-			t.State, t.Pushed, t.Source, t.By, t.Tries = stateDue, time.Now().UTC(), "", "", 0
+			t.due(v.began)
+			t.Source, t.By = "", ""
 			again = append(again, t)
 			return nil
 		case t.Digest == d.Digest && t.Missing.IsZero():
@@ -270,13 +278,13 @@ func (v *visit) check(ctx context.Context, listed []string) (again []*seenTag, e
 	return again, err
 }
 
-// window returns n of list, others each time.
+// window returns n of list, all if it has no more, others first each time.
 func window[T any](list []T, n int) []T {
-	if len(list) <= n {
-		return list
+	if len(list) == 0 {
+		return nil
 	}
 	from := rand.IntN(len(list))
-	return slices.Concat(list[from:], list[:from])[:n]
+	return slices.Concat(list[from:], list[:from])[:min(n, len(list))]
 }
 
 // noteMissing notes which tags the registry does not list any more, and forgets them later. (What was deleted for certain is forgotten at once, see cascade.)

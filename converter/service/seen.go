@@ -86,6 +86,9 @@ type seenTag struct {
 	State     string        `json:"state"`
 	Digest    digest.Digest `json:"digest,omitempty"` // that it named when it was last looked at; "" if it never was
 	Pushed    time.Time     `json:"pushed,omitzero"`  // when that was told or found; of what was there before it is the image's creation, or zero
+	Was       time.Time     `json:"was,omitzero"`     // of what is due: Pushed, as it was before that was told
+	Anew      bool          `json:"anew,omitempty"`   // of what is due: it was there before, and is to be converted although it names what it did
+	Created   time.Time     `json:"created,omitzero"` // the image's creation
 	Missing   time.Time     `json:"missing,omitzero"` // since when the registry does not list it
 	Source    string        `json:"source,omitempty"` // of the event that told it
 	By        string        `json:"by,omitempty"`     // who pushed
@@ -93,6 +96,19 @@ type seenTag struct {
 	Tries     int           `json:"tries,omitempty"` // how often the image was asked for again because its operation failed
 
 	rev uint64 // 0 if it is not in the bucket
+}
+
+// due makes t one that is to be looked at, because it was pushed at that time, as somebody says.
+func (t *seenTag) due(pushed time.Time) {
+	if t.State != stateDue {
+		t.Was = t.Pushed
+	}
+	t.State, t.Pushed, t.Missing, t.Tries = stateDue, pushed, time.Time{}, 0
+}
+
+// newestFirst orders tags by when they were pushed. What was found at the same time is in the order of its making.
+func newestFirst(x, y *seenTag) int {
+	return cmp.Or(y.Pushed.Compare(x.Pushed), y.Created.Compare(x.Created), cmp.Compare(y.Tag, x.Tag))
 }
 
 func (r repository) tagKey(tag string) string { return r.key() + "." + hashKey(tag) }

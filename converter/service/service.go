@@ -50,15 +50,32 @@ func NewRegistry(host string, o converter.RegistryOptions, requests float64) Reg
 	if requests > 0 {
 		o.Limiter = rate.NewLimiter(rate.Limit(requests), max(1, int(requests)))
 	}
+	o = o.Shared()
+	var places memo[string, opened]
 	return Registry{
 		Name: host,
 		Open: func(repository string) (converter.Place, error) {
+			if p, ok := places.get(repository); ok && time.Since(p.at) < openTime {
+				return p.Place, nil
+			}
 			p, _, err := converter.Open(host+"/"+repository, converter.OpenOptions{Registry: o})
+			if err == nil {
+				places.put(repository, opened{p, time.Now()})
+			}
 			return p, err
 		},
 		Catalog: func(ctx context.Context) ([]string, error) { return converter.Catalog(ctx, host, o) },
 	}
 }
+
+// opened is a place with the tokens that it was given, and since when.
+type opened struct {
+	converter.Place
+	at time.Time
+}
+
+// openTime is how long a place is used: then credentials are looked up anew, and whether the registry has the referrers API.
+const openTime = 5 * time.Minute
 
 // Limits bound what a process uses.
 type Limits struct {

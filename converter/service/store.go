@@ -40,6 +40,7 @@ const (
 type record struct {
 	Operation
 	Deaths int    `json:"deaths,omitempty"` // attempts whose process was not heard of any more
+	Wanted bool   `json:"wanted,omitempty"` // somebody asked for it, whether it was pushed or not
 	Made   []made `json:"made,omitempty"`   // attached by it, or about to be, and not there before: what a cancellation takes away
 }
 

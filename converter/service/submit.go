@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
@@ -15,8 +16,8 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 )
 
-// Submit asks for a conversion. The image's operation that has not ended is returned instead if there is one, whatever else that was
-// asked for: existed says so. Nothing is queued for what one look at the registry shows: an image that has all its artifacts
+// Submit asks for a conversion. If the image has an operation that has not ended, that is returned, and does what r asks for, too: existed says so.
+// Nothing is queued for what one look at the registry shows: an image that has all its artifacts
 // (ErrExists, unless r.Force), one that is not there (ErrNotFound), one that cannot be converted (a *converter.Error).
 func (s *Service) Submit(ctx context.Context, r Request) (op Operation, existed bool, err error) {
 	place, platforms, err := s.check(r)
@@ -32,10 +33,19 @@ func (s *Service) Submit(ctx context.Context, r Request) (op Operation, existed 
 		if ongoing && last.Cancel && s.ends(ctx, last.ID) {
 			continue
 		}
+		if ongoing && !last.Cancel {
+			if op, err = s.join(ctx, last.ID, place, r, platforms); !errors.Is(err, errContested) {
+				return op, err == nil, err
+			}
+			continue
+		}
 		if ongoing || err != nil {
 			return last, ongoing, err
 		}
 		if err := plan(ctx, place, r, platforms); err != nil {
+			if errors.Is(err, ErrExists) {
+				err = errors.Join(err, s.auto.claim(ctx, r))
+			}
 			return op, false, err
 		}
 		rec := newRecord(r)
@@ -49,6 +59,55 @@ func (s *Service) Submit(ctx context.Context, r Request) (op Operation, existed 
 		return op, false, err
 	}
 	return op, false, unavailable("ask for a conversion of "+r.Image.String(), errContested)
+}
+
+// join has an operation that has not ended do what r asks for, too. That it has ended, or is to be cancelled, is errContested.
+func (s *Service) join(ctx context.Context, id string, place converter.Place, r Request, platforms []ocispec.Platform) (Operation, error) {
+	rec, rev, err := s.get(ctx, idPrefix+id)
+	if err != nil {
+		return Operation{}, err
+	}
+	if rev == 0 || rec.State.Ended() || rec.Cancel {
+		return Operation{}, errContested
+	}
+	before := rec.scope()
+	rec.widen(r)
+	if after := rec.scope(); after != before {
+		if after.platforms != before.platforms || after.force != before.force {
+			if err := plan(ctx, place, r, platforms); err != nil {
+				return Operation{}, err
+			}
+		}
+		if _, err := s.put(ctx, idPrefix+id, rec, rev); err != nil {
+			return Operation{}, err
+		}
+	}
+	op, _ := s.view.get(id)
+	return op, nil
+}
+
+// scope is what an operation is to do, and for whom.
+type scope struct {
+	platforms string
+	force     bool
+	wanted    bool
+}
+
+func (r *record) scope() scope { return scope{strings.Join(r.Platforms, ","), r.Force, r.Wanted} }
+
+// widen adds what q asks for to what r does.
+func (r *record) widen(q Request) {
+	r.Force = r.Force || q.Force
+	r.Wanted = r.Wanted || !q.pushed()
+	if len(q.Platforms) == 0 || len(r.Platforms) == 0 {
+		r.Platforms = nil
+		return
+	}
+	for _, p := range q.Platforms {
+		if !slices.Contains(r.Platforms, p) {
+			r.Platforms = append(slices.Clip(r.Platforms), p)
+		}
+	}
 }
 
 // cancelTime is how long Submit waits for the end of a cancelled operation: who asks again wants another one.
@@ -74,7 +133,7 @@ func newRecord(r Request) record {
 	return record{Operation: Operation{
 		ID: uuid.NewString(), Image: r.Image, Tag: r.Tag, Platforms: r.Platforms, Force: r.Force, By: r.By,
 		State: NotStarted, Asked: now(),
-	}}
+	}, Wanted: !r.pushed()}
 }
 
 // check looks at a request without asking anybody.

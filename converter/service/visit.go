@@ -1,7 +1,6 @@
 package service
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -19,10 +18,11 @@ import (
 
 // Bounds on what one visit of a repository asks its registry. What is left over is for the next one.
 const (
-	visitLooks  = 500 // tags that are new, each a HEAD, its manifests and a config
-	visitChecks = 500 // tags that are known, and images with artifacts, each a HEAD
-	visitAtOnce = 4   // requests: what is converted and who looks at the console have their share of the registry's rate
-	visitFails  = 3   // errors after which a registry is left alone
+	visitLooks    = 500 // tags that are new, each a HEAD, its manifests and a config
+	visitChecks   = 500 // tags that are known, and images with artifacts, each a HEAD
+	visitAtOnce   = 4   // requests: what is converted and who looks at the console have their share of the registry's rate
+	visitUnlisted = 100 // tags that are due, and that the registry does not list, each a HEAD and a GET
+	visitFails    = 3   // errors after which a registry is left alone
 )
 
 const (
@@ -41,17 +41,19 @@ type visit struct {
 	p        converter.Place
 	settings storedSettings
 	base     base
+	began    time.Time
 	made     map[digest.Digest]madeFor // read before the tags: what is made for a tag is not in it before the tag is
 	tags     map[string]*seenTag
 
 	mu     sync.Mutex               // guards tags, too, while several are looked at
+	listed map[string]bool          // tags; nil until they are listed
 	named  map[string]digest.Digest // what tags name that were asked for
 	tagged map[digest.Digest]bool   // see manifests
 }
 
 // visit begins a look at a repository. Of an inactive one the tags are not read.
 func (a *auto) visit(ctx context.Context, r repository) (*visit, error) {
-	v := &visit{a: a, r: r, named: map[string]digest.Digest{}}
+	v := &visit{a: a, r: r, began: now(), named: map[string]digest.Digest{}}
 	list, _, err := a.readSettings(ctx, r.registry)
 	if err != nil {
 		return nil, err
@@ -93,11 +95,12 @@ func (a *auto) visit(ctx context.Context, r repository) (*visit, error) {
 // list lists the tags; none of a repository that does not exist.
 func (v *visit) list(ctx context.Context) ([]string, error) {
 	tags, err := v.p.Tags(ctx)
-	if errors.Is(err, converter.ErrNotFound) {
-		return nil, nil
-	}
-	if err != nil {
+	if err != nil && !errors.Is(err, converter.ErrNotFound) {
 		return nil, placeError(err)
+	}
+	v.listed = make(map[string]bool, len(tags))
+	for _, name := range tags {
+		v.listed[name] = true
 	}
 	v.a.mu.Lock()
 	v.a.tagCounts[v.r] = len(tags)
@@ -115,9 +118,11 @@ func (v *visit) due(ctx context.Context, listed []string) (left bool, err error)
 		t := v.tags[name]
 		switch {
 		case t == nil:
-			t = &seenTag{Tag: name, State: stateDue, Pushed: time.Now().UTC()}
+			t = &seenTag{Tag: name}
+			t.due(v.began)
 		case v.stale(t) && t.State != stateDue:
-			t.State, t.Digest, t.Tries, t.Missing = stateDue, "", 0, time.Time{}
+			t.due(v.began)
+			t.Digest = ""
 		default:
 			continue
 		}
@@ -131,7 +136,44 @@ func (v *visit) due(ctx context.Context, listed []string) (left bool, err error)
 			work = append(work, t)
 		}
 	}
-	return v.look(ctx, work)
+	work, left, err = v.credible(ctx, work)
+	if err != nil {
+		return true, err
+	}
+	more, err := v.look(ctx, work)
+	return left || more, err
+}
+
+// credible bounds what is looked at because an event told of it: of many tags, those that the registry lists, and some others, which it may list later. It
+// says whether something is left out.
+func (v *visit) credible(ctx context.Context, work []*seenTag) (list []*seenTag, left bool, err error) {
+	if len(work) <= visitUnlisted {
+		return work, false, nil
+	}
+	if v.listed == nil {
+		if _, err := v.list(ctx); err != nil {
+			return nil, true, err
+		}
+	}
+	slices.SortFunc(work, func(x, y *seenTag) int { return newestFirst(y, x) }) // those that waited longest first
+	unlisted := 0
+	for _, t := range work {
+		switch {
+		case v.listed[t.Tag]:
+		case unlisted < visitUnlisted:
+			unlisted++
+		case len(v.listed) > 0 && time.Since(t.Pushed) > notYet:
+			if err := v.absent(ctx, t); err != nil {
+				return nil, true, err
+			}
+			continue
+		default:
+			left = true
+			continue
+		}
+		list = append(list, t)
+	}
+	return list, left, nil
 }
 
 // candidate is a tag that was looked at.
@@ -143,7 +185,7 @@ type candidate struct {
 
 // look looks at tags, which are due, and asks for what is to be converted, the newest first. It says whether something is left to look at.
 func (v *visit) look(ctx context.Context, work []*seenTag) (left bool, err error) {
-	slices.SortFunc(work, func(x, y *seenTag) int { return cmp.Or(y.Pushed.Compare(x.Pushed), cmp.Compare(y.Tag, x.Tag)) })
+	slices.SortFunc(work, newestFirst)
 	if len(work) > visitLooks {
 		work, left = work[:visitLooks], true
 	}
@@ -159,7 +201,7 @@ func (v *visit) look(ctx context.Context, work []*seenTag) (left bool, err error
 		}
 		return err
 	})
-	slices.SortFunc(candidates, func(x, y candidate) int { return cmp.Or(y.t.Pushed.Compare(x.t.Pushed), cmp.Compare(y.t.Tag, x.t.Tag)) })
+	slices.SortFunc(candidates, func(x, y candidate) int { return newestFirst(x.t, y.t) })
 	errs := []error{err}
 	for _, c := range candidates {
 		again, err := v.decide(ctx, c)
@@ -211,8 +253,11 @@ func (v *visit) examine(ctx context.Context, t *seenTag) (*candidate, error) {
 	v.mu.Lock()
 	v.named[t.Tag] = d.Digest
 	v.mu.Unlock()
-	if d.Digest == t.Digest {
-		return c, nil
+	if d.Digest == t.Digest { // whoever told that it was pushed to, it was not
+		t.Pushed = t.Was
+		if !t.Anew {
+			return c, nil
+		}
 	}
 	desc, err := v.a.describe(ctx, v.p, c.image)
 	if errors.Is(err, converter.ErrNotFound) {
@@ -222,10 +267,11 @@ func (v *visit) examine(ctx context.Context, t *seenTag) (*candidate, error) {
 		return nil, placeError(err)
 	}
 	c.desc = &desc
+	if t.Created = desc.Created.UTC(); t.Created.After(v.began) {
+		t.Created = v.began
+	}
 	if t.Pushed.IsZero() {
-		if t.Pushed = desc.Created.UTC(); t.Pushed.After(time.Now()) {
-			t.Pushed = time.Now().UTC()
-		}
+		t.Pushed = t.Created
 	}
 	return c, nil
 }
@@ -272,7 +318,7 @@ func (v *visit) decide(ctx context.Context, c candidate) (again bool, err error)
 			}
 		}
 	}
-	t.State, t.Digest, t.Missing = stateDone, c.image.Digest, time.Time{}
+	t.State, t.Digest, t.Missing, t.Was, t.Anew = stateDone, c.image.Digest, time.Time{}, time.Time{}, false
 	err = v.a.setTag(ctx, v.r, t)
 	if errors.Is(err, errContested) {
 		return true, nil // pushed again meanwhile, or another process looked at it, too
@@ -334,10 +380,11 @@ func (v *visit) request(c candidate) (Request, bool) {
 	return r, wanted
 }
 
-// newer is how many tags were pushed after t.
+// newer is how many tags are newer than t, of those that are known to be there.
 func (v *visit) newer(t *seenTag) (n int) {
 	for _, o := range v.tags {
-		if o.Missing.IsZero() && o.Pushed.After(t.Pushed) {
+		there := o.State != stateDue && o.Missing.IsZero() || v.named[o.Tag] != ""
+		if there && newestFirst(o, t) < 0 {
 			n++
 		}
 	}
