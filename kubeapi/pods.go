@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"time"
 )
 
 // maxPods bounds those of a node, of which Kubernetes recommends 110: in memory an empty one takes a hundred times its bytes in the answer.
@@ -32,16 +33,26 @@ type Pod struct {
 	Status struct {
 		Phase                                                                string
 		ContainerStatuses, InitContainerStatuses, EphemeralContainerStatuses []ContainerStatus
+		Conditions                                                           []struct {
+			Type, Status       string
+			LastTransitionTime time.Time
+		}
 	}
 }
 
 // Container is one of a pod, of whatever kind.
-type Container struct{ Name, Image string }
+type Container struct {
+	Name, Image                  string
+	ReadinessProbe, StartupProbe *struct{}
+}
 
 // ContainerStatus says what became of one.
 type ContainerStatus struct {
 	Name             string
-	State, LastState struct{ Running, Terminated *struct{} }
+	State, LastState struct {
+		Running    *struct{ StartedAt time.Time }
+		Terminated *struct{}
+	}
 }
 
 // Pods lists the pods of a node, out of the server's memory: one that was bound a moment ago may be missing. More than maxPods are an error.
@@ -127,4 +138,26 @@ func (p *Pod) WaitsFor(wanted func(image string) bool) bool {
 		}
 	}
 	return false
+}
+
+// Ready returns since when the pod is ready, if a container of it with an image that is wanted has started since then and has a probe that says when it is ready. Known is false if there is no such container; a zero
+// time is a pod that is not ready. Kubernetes knows times to the second.
+func (p *Pod) Ready(wanted func(image string) bool, since time.Time) (at time.Time, known bool) {
+	for _, c := range p.Spec.Containers {
+		i := slices.IndexFunc(p.Status.ContainerStatuses, func(s ContainerStatus) bool { return s.Name == c.Name })
+		if i < 0 || c.ReadinessProbe == nil && c.StartupProbe == nil || !wanted(c.Image) {
+			continue
+		}
+		s := p.Status.ContainerStatuses[i].State
+		known = known || s.Running != nil && !s.Running.StartedAt.Before(since.Truncate(time.Second))
+	}
+	if !known {
+		return at, false
+	}
+	for _, c := range p.Status.Conditions {
+		if c.Type == "Ready" && c.Status == "True" {
+			at = c.LastTransitionTime
+		}
+	}
+	return at, true
 }

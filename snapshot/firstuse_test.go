@@ -54,6 +54,10 @@ func TestFirstUses(t *testing.T) {
 		_, err := os.Stat(record)
 		return err == nil
 	})
+	one := n.firstStart(img)
+	if one.Source != "" || one.Profile != "" || one.Misses == 0 || one.Missed == 0 || one.Bytes < one.Missed {
+		t.Errorf("the start was %+v", one)
+	}
 	wantFiles(t, target, map[string]string{"cold0": files["cold0"]}) // the start is over
 	n.unmount(target)
 	n.restart()
@@ -76,6 +80,56 @@ func TestFirstUses(t *testing.T) {
 	if s := second.chunks.Stats(); s.Misses != 0 {
 		t.Errorf("%d misses on the second node", s.Misses)
 	}
+	if two := second.firstStart(img); two.Source != artifact.ProfileLearned || two.Profile == "" || two.Misses != 0 || two.Missed != 0 || two.Bytes == 0 {
+		t.Errorf("the start was %+v", two)
+	}
+	if len(n.starts) > 0 {
+		t.Errorf("a start that is no first one was told of: %+v", <-n.starts)
+	}
+}
+
+// firstStart waits for what is told of the first start of img.
+func (n *testNode) firstStart(img testImage) stream.Start {
+	n.t.Helper()
+	select {
+	case s := <-n.starts:
+		if s.Manifest != img.manifest || s.Mounted.IsZero() || s.Took <= 0 || s.Took > time.Since(s.Mounted) {
+			n.t.Errorf("the start was %+v", s)
+		}
+		return s
+	case <-time.After(time.Minute):
+		n.t.Fatal("no start was told of within a minute")
+		panic("unreachable")
+	}
+}
+
+// A start is over when its image is removed; one that the daemon's end cuts short is told to nobody.
+func TestStartOfRemoved(t *testing.T) {
+	n := newTestNode(t)
+	n.stop()
+	n.quiet = time.Hour
+	n.start()
+	img, files := pushHot(n)
+	cutShort, _ := pushHotTo(n, "other")
+	var ids []string
+	for _, i := range []testImage{img, cutShort} {
+		id, _, err := n.images.Find(testContext(), i.ref, i.manifest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids = append(ids, id)
+	}
+	n.wantMounted(ids[0], map[string]string{"hot0": files["hot0"]})
+	n.wantMounted(ids[1], map[string]string{"hot1": files["hot1"]})
+	if err := n.images.Forget(ids[0]); err != nil {
+		t.Fatal(err)
+	}
+	n.firstStart(img)
+	n.stop()
+	if len(n.starts) > 0 {
+		t.Errorf("also told of: %+v", <-n.starts)
+	}
+	n.start()
 }
 
 // A daemon that ends in the middle of a first start keeps what it has seen; a record that is damaged is said to be.

@@ -54,6 +54,8 @@ type testNode struct {
 	limit             int64         // of cache.Options
 	noReadAhead       bool
 	onForget          func()
+
+	starts chan stream.Start // that were told of
 }
 
 // logBuffer counts the lines that operators would see.
@@ -77,7 +79,7 @@ func (l *logBuffer) lines() int {
 func newTestNode(t testing.TB) *testNode { return newTestNodeMode(t, fs.ModeFile) }
 
 func newTestNodeMode(t testing.TB, mode fs.Mode) *testNode {
-	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}, retryAfter: time.Nanosecond, quiet: time.Second, budget: 2 * time.Second}
+	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}, retryAfter: time.Nanosecond, quiet: time.Second, budget: 2 * time.Second, starts: make(chan stream.Start, 1000)}
 	n.start()
 	t.Cleanup(func() { n.stop() })
 	return n
@@ -119,6 +121,7 @@ func (n *testNode) start() {
 		},
 	})
 	check(err)
+	n.images.OnStart = func(s stream.Start) { n.starts <- s }
 	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)), nil)
 	check(err)
 	n.stop = func() {

@@ -17,6 +17,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/report"
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/tomlfile"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
@@ -50,6 +51,9 @@ type config struct {
 	CRIKey         string            `toml:"cri_credentials_key" comment:"File of the key with which the credentials of images that are streamed are kept in root over restarts of the daemon. On a tmpfs, so that a reboot\nends them. Empty keeps them in memory only: after a restart images are read with other credentials, or have to be pulled again."`
 	Metrics        string            `toml:"metrics" comment:"TCP address, as in \"127.0.0.1:9465\", at which anybody gets /metrics (of Prometheus), /healthz and /readyz. Empty for none:\nthe socket admin.sock in root has them, too."`
 	OTLPEndpoint   string            `toml:"otlp_endpoint" comment:"Where traces of pulls go, as in \"http://127.0.0.1:4318\": an OpenTelemetry collector, by HTTP. Empty for what OTEL_EXPORTER_OTLP_ENDPOINT says, and no\ntraces without that; the other OTEL_ variables hold with either."`
+	Report         string            `toml:"report" comment:"URL of the conversion service, as in \"https://streaming.example.com\", that is to be told how long the first starts of streamed images took on this node. What is told\nnames images and this node by a random number, and no host or pod. Empty for none."`
+	ReportToken    string            `toml:"report_token_file" comment:"File with a token for it, of the role reporter. Empty for none."`
+	ReportCA       string            `toml:"report_ca_file" comment:"PEM file of certificates that are trusted for it, beside the system's. Empty for none."`
 	LogLevel       tomlfile.Level    `toml:"log_level" comment:"debug, info, warn or error."`
 }
 
@@ -111,7 +115,8 @@ func (c *config) validate() error {
 		key, path string
 		optional  bool
 	}{{"root", c.Root, false}, {"address", c.Address, false}, {"cri_proxy", c.CRIProxy, true}, {"cri_containerd", c.Containerd, false}, {"cri_credentials_key", c.CRIKey, true},
-		{"credential_provider_config", c.Plugins, true}, {"credential_provider_bin_dir", c.PluginDir, true}, {"kubeconfig", c.Kubeconfig, true}, {"events_kubeconfig", c.Events, true}} {
+		{"credential_provider_config", c.Plugins, true}, {"credential_provider_bin_dir", c.PluginDir, true}, {"kubeconfig", c.Kubeconfig, true}, {"events_kubeconfig", c.Events, true},
+		{"report_token_file", c.ReportToken, true}, {"report_ca_file", c.ReportCA, true}} {
 		if !filepath.IsAbs(p.path) && (p.path != "" || !p.optional) {
 			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
 		}
@@ -127,6 +132,11 @@ func (c *config) validate() error {
 	}
 	if u, err := url.Parse(c.OTLPEndpoint); c.OTLPEndpoint != "" && (err != nil || u.Scheme != "http" && u.Scheme != "https" || u.Host == "") {
 		return fmt.Errorf("otlp_endpoint = %q: want the URL of a collector, as in \"http://127.0.0.1:4318\"", c.OTLPEndpoint)
+	}
+	if c.Report != "" {
+		if err := report.CheckServer(c.Report, c.ReportToken != ""); err != nil {
+			return fmt.Errorf("report = %w", err)
+		}
 	}
 	if c.ResolveTimeout.D <= 0 {
 		return fmt.Errorf("resolve_timeout = %q: want more than nothing", c.ResolveTimeout.D)

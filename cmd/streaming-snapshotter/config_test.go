@@ -49,6 +49,8 @@ func TestConfigErrors(t *testing.T) {
 		"relative root":         {"root = 'var'\n", "root"},
 		"relative plugins":      {"credential_provider_config = 'config.yaml'\n", "want an absolute path"},
 		"relative kubeconfig":   {"events_kubeconfig = 'kubeconfig'\n", "want an absolute path"},
+		"report":                {"report = 'streaming.example.com'\n", "want the URL of a conversion service"},
+		"report's token":        {"report = 'http://streaming.example.com'\nreport_token_file = '/token'\n", "want https"},
 		"collector":             {"otlp_endpoint = '127.0.0.1:4318'\n", "want the URL of a collector"},
 		"relative proxy":        {"cri_proxy = 'p.sock'\n", "cri_proxy"},
 		"proxy to itself":       {"cri_proxy = '/r/c.sock'\ncri_containerd = '/r/../r/c.sock'\n", "want a socket of its own"},

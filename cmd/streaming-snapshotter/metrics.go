@@ -42,6 +42,10 @@ func metricsOf(s status, ready bool) []metrics.Metric {
 	if b := s.Background; b != nil {
 		background = [2]int64{b.Done, b.Total}
 	}
+	reports := [2]int64{}
+	if r := s.Report; r != nil {
+		reports = [2]int64{r.Told, r.Dropped}
+	}
 	return []metrics.Metric{
 		{Name: "build_info", Kind: "gauge", Help: "The daemon's version.", Samples: []metrics.Sample{{Label: "version", Value: s.Version, N: 1}}},
 		metrics.Gauge("ready", "1 while containerd is answered, and not in safe mode.", metrics.Flag(ready)),
@@ -50,6 +54,8 @@ func metricsOf(s status, ready bool) []metrics.Metric {
 		metrics.Counter("pulls_streamed", "Pulls that were streamed.", s.Streamed),
 		metrics.By("counter", "pulls_normal_total", "Pulls that were not streamed, by reason.", "reason", reasons, func(i int) int64 { return s.Normal[codes[i]] }),
 		s.PullTimes.metric("pull_seconds", "From a pull's first call to its snapshots, of pulls that were streamed."),
+		s.StartTimes.metric("start_seconds", "From an image's first mount until nothing more was read for its container's start, of first starts."),
+		metrics.By("counter", "reports_total", "Starts that the conversion service was to be told of, by what came of it.", "state", []string{"told", "dropped"}, func(i int) int64 { return reports[i] }),
 		metrics.Gauge("images", "Streamed images on this node.", float64(s.StreamedCount)),
 		metrics.Gauge("images_mounted", "Streamed images that are mounted.", float64(s.MountedCount)),
 		metrics.Gauge("images_bytes", "Bytes of the tars of all streamed images.", float64(size)),
@@ -86,8 +92,8 @@ type times struct {
 	Sum    float64                 `json:"sum"`
 }
 
-// timesBounds are for pulls: one takes a few round trips.
-var timesBounds = [...]float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15}
+// timesBounds are for pulls, of which one takes a few round trips, and for starts.
+var timesBounds = [...]float64{0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 15, 30, 60, 120, 300}
 
 func (t *times) add(seconds float64) {
 	for i, b := range timesBounds {

@@ -18,11 +18,12 @@ import (
 type seen struct {
 	problems *problems // a log handler
 	pulls    *pulls
+	starts   *firstStarts
 }
 
 // newSeen returns one whose problems go on to h.
 func newSeen(h slog.Handler) *seen {
-	return &seen{&problems{Handler: h, last: &lastLines{}}, &pulls{refs: map[string]string{}}}
+	return &seen{problems: &problems{Handler: h, last: &lastLines{}}, pulls: &pulls{refs: map[string]string{}}}
 }
 
 // pulls counts pulls, and remembers those that were not streamed.
@@ -38,7 +39,8 @@ type pullCounts struct {
 	Streamed int64                 `json:"streamed_pulls"`
 	Normal   map[reason.Code]int64 `json:"normal_pulls,omitempty"` // by reason
 
-	PullTimes times `json:"pull_times"` // of those that were streamed, seconds
+	PullTimes  times `json:"pull_times"`  // of those that were streamed, seconds
+	StartTimes times `json:"start_times"` // of first starts of images, from the mount until nothing more was read, seconds
 }
 
 // normalPull is a pull that was not streamed.
@@ -76,6 +78,13 @@ func (p *pulls) note(pull snapshot.Pull) {
 	p.counts.Normal[code]++
 	p.normal = append(p.normal, normalPull{pull.Image, pull.Manifest.String(), code, pull.Err.Error(), pull.At.UTC().Format(time.RFC3339)})
 	p.normal = p.normal[max(0, len(p.normal)-maxNormalPulls):]
+}
+
+// noteStart counts a first start.
+func (p *pulls) noteStart(took time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.counts.StartTimes.add(took.Seconds())
 }
 
 // list returns copies of the counts and the pulls that were not streamed.

@@ -214,6 +214,9 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	}
 	pods, stopEvents := serveEvents(c)
 	defer stopEvents()
+	var stopReports func()
+	seen.starts, stopReports = followStarts(c, seen.pulls, pods)
+	defer stopReports()
 	cri := openCRI(c)
 	stopCRI, err := serveCRI(ctx, c, allPulls{cri, pods}, st)
 	if err != nil {
@@ -229,6 +232,7 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	var sn *snapshot.Snapshotter
 	onPull := func(p snapshot.Pull) {
 		seen.pulls.note(p)
+		seen.starts.note(p)
 		pods.tell(p, n)
 	}
 	ready := false
@@ -236,7 +240,7 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 		if safe != "" {
 			n, sn, err = startSafe(c, safe, keep, cri, log, onPull)
 		} else {
-			n, sn, err = startNormal(c, keep, cri, log, onPull)
+			n, sn, err = startNormal(c, keep, cri, log, onPull, seen.starts.started)
 		}
 	}
 	if err == nil {
@@ -263,11 +267,12 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 }
 
 // startNormal opens everything.
-func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
+func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull), onStart func(stream.Start)) (*node, *snapshot.Snapshotter, error) {
 	n, err := attempt(func() (*node, error) { return newNode(c, unlessPaused(c.Root, c.allow), keep, false, cri) })
 	if err != nil {
 		return nil, nil, err
 	}
+	n.images.OnStart = onStart
 	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return newSnapshotter(c, n.images, log, onPull) })
 	return n, sn, err
 }

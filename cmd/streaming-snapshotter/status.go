@@ -11,6 +11,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/report"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
@@ -42,8 +43,9 @@ type status struct {
 	pullCounts
 	NotStreamed []normalPull         `json:"not_streamed"` // the last ones, the newest at the end
 	Images      []imageStatus        `json:"images"`
-	FailedReads int64                `json:"failed_reads"` // that ended in an I/O error, since the start
-	Registry    registryclient.Stats `json:"registry"`     // since the start
+	FailedReads int64                `json:"failed_reads"`     // that ended in an I/O error, since the start
+	Registry    registryclient.Stats `json:"registry"`         // since the start
+	Report      *report.Status       `json:"report,omitempty"` // to the conversion service, if there is one
 }
 
 // imageStatus is how a streamed image is.
@@ -160,6 +162,9 @@ func (s status) measure(root string, n *node, seen *seen, w walked) status {
 	s.Heap = int64(heap[0].Value.Uint64())
 	s.Problems = seen.problems.list()
 	s.pullCounts, s.NotStreamed = seen.pulls.list()
+	if seen.starts != nil {
+		s.Report = seen.starts.reports.Status()
+	}
 	return s
 }
 

@@ -86,8 +86,8 @@ func (u *firstUses) profile(d *device) *artifact.Profile {
 	return p
 }
 
-// recordFirstUses begins the record of img, which is being mounted, unless there is one. The caller holds img.mu.
-func (s *Store) recordFirstUses(img *image) {
+// recordFirstUses begins the record of img, which is mounted since then, unless there is one. The caller holds img.mu.
+func (s *Store) recordFirstUses(img *image, mounted time.Time) {
 	if img.started() || img.dev.uses.Load() != nil {
 		return
 	}
@@ -96,19 +96,21 @@ func (s *Store) recordFirstUses(img *image) {
 		return
 	}
 	u := &firstUses{seen: make(map[artifact.HotChunk]bool), last: time.Now()}
+	finish := img.beginStart(use.device, mounted)
 	use.uses.Store(u)
 	s.mu.Lock()
 	closed := s.closed
 	if !closed {
 		s.running.Go(func() {
 			saved := 0 // chunks
-			s.waitFirstUses(img, u, func() {
+			how := s.waitFirstUses(img, u, func() {
 				if p := u.profile(use.device); len(p.Chunks) > saved {
 					saved = len(p.Chunks)
 					s.saveFirstUses(img, p, firstUsePart)
 				}
 			})
 			use.uses.Store(nil)
+			finish(u, how)
 			if p := u.profile(use.device); len(p.Chunks) > 0 {
 				s.saveFirstUses(img, p, firstUseName)
 				os.Remove(filepath.Join(s.imageDir(img.id), firstUsePart))
@@ -132,26 +134,26 @@ func (img *image) started() bool {
 }
 
 // waitFirstUses waits until the start of img is over. It calls save meanwhile.
-func (s *Store) waitFirstUses(img *image, u *firstUses, save func()) {
+func (s *Store) waitFirstUses(img *image, u *firstUses, save func()) end {
 	tick := time.NewTicker(min(s.o.StartQuiet/8, firstUseSave))
 	defer tick.Stop()
-	end := time.After(firstUseMax)
+	late := time.After(firstUseMax)
 	for {
 		select {
 		case <-s.closing:
-			return
-		case <-end:
-			return
+			return cut
+		case <-late:
+			return going
 		case <-tick.C:
 		}
 		u.mu.Lock()
-		over := len(u.chunks) > 0 && time.Since(u.last) > s.o.StartQuiet
+		quiet := len(u.chunks) > 0 && time.Since(u.last) > s.o.StartQuiet
 		u.mu.Unlock()
 		s.mu.Lock()
 		gone := s.images[img.id] != img
 		s.mu.Unlock()
-		if over || gone {
-			return
+		if quiet || gone {
+			return over
 		}
 		save()
 	}

@@ -223,7 +223,9 @@ func (h *hotFetch) fill(ctx context.Context, p ocispec.Descriptor) (int, error) 
 	if err != nil {
 		return 0, err
 	}
+	use.image.profile.Store(&p)
 	if err := h.share.Fill(ctx, b, head.Frames(), b.size-head.Frames(), frames, patience); err != nil {
+		use.image.profile.Store(nil)
 		return 0, err
 	}
 	// What was seen, and not what a static profile supposes: the kernel's cache is not for what nobody reads, and a record of this start (firstUses) has all that is read ahead.

@@ -11,8 +11,10 @@ import (
 	"sort"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -48,6 +50,8 @@ type image struct {
 	rec   *record
 	size  atomic.Int64 // of its tars, for the status; 0 if nobody has asked
 
+	profile atomic.Pointer[ocispec.Descriptor] // whose hot blob came, or comes
+
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex
 	mounts int     // targets mounted, and other uses
@@ -59,6 +63,7 @@ type image struct {
 func (img *image) mount(ctx context.Context, n int, target string) (err error) {
 	ctx, end := span.Start(ctx, "mount")
 	defer func() { end(err) }()
+	began := time.Now()
 	if n < 1 || n > len(img.rec.Layers) {
 		return fmt.Errorf("mount %s: no chain of %d layers in an image of %d", target, n, len(img.rec.Layers))
 	}
@@ -88,7 +93,7 @@ func (img *image) mount(ctx context.Context, n int, target string) (err error) {
 			img.hot = nil
 			img.readAhead(target, a)
 		}
-		img.store.recordFirstUses(img)
+		img.store.recordFirstUses(img, began)
 	}
 	return nil
 }

@@ -95,6 +95,7 @@ type Options struct {
 
 // Store is the set of images. It is safe for concurrent use.
 type Store struct {
+	OnStart func(Start) // see there; it must not block. Nil is nobody. Set before the first mount
 	o       Options
 	log     *slog.Logger
 	closing chan struct{} // closed by EndSearches
