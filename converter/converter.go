@@ -33,9 +33,10 @@ type Options struct {
 	Record   *Record  // of layers converted before; nil is none
 	Progress Progress // nil is silent
 
-	// Reserve, unless nil, is called before a layer whose source has that many bytes is converted, and may wait, for room in TempDir
-	// say. release is called once, when nothing of the conversion is left; a layer's conversion reserves nothing else meanwhile.
-	Reserve func(ctx context.Context, source int64) (release func(), err error)
+	// Reserve, unless nil, is called before a layer is converted to what is expected to have n bytes, and may wait, for room in TempDir say.
+	// It returns how many bytes may be written. A layer that becomes larger is begun anew with twice as many, unless there is no more room
+	// than it had. release is called once, when nothing of the conversion is left; a layer's conversion reserves nothing else meanwhile.
+	Reserve func(ctx context.Context, n int64) (most int64, release func(), err error)
 }
 
 func (o Options) jobs() int {

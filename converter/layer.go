@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 	"time"
@@ -144,16 +145,51 @@ func blobDescriptor(l artifact.EncodedLayer) ocispec.Descriptor {
 	return ocispec.Descriptor{MediaType: artifact.LayerMediaType, Digest: l.Digest, Size: l.Size}
 }
 
-// convert streams the layer from its place through the encoder into a file and from there to the place.
+// overhead is more than the frames and the footer of a small layer have.
+const overhead = 4 << 10
+
+// convert reserves room and converts the layer in it, with more room if what comes of it is larger than others are: twice the source and
+// beyond, if that was compressed by a window larger than a chunk.
 func (j *layerJob) convert(ctx context.Context) (artifact.EncodedLayer, error) {
-	var none artifact.EncodedLayer
-	if j.o.Reserve != nil {
-		release, err := j.o.Reserve(ctx, j.src.Size)
-		if err != nil {
-			return none, err
+	for n := j.src.Size + j.src.Size/4 + overhead; ; n *= 2 {
+		most, release := int64(math.MaxInt64), func() {}
+		if j.o.Reserve != nil {
+			var err error
+			if most, release, err = j.o.Reserve(ctx, n); err != nil {
+				return artifact.EncodedLayer{}, err
+			}
 		}
-		defer release()
+		enc, err := j.convertWithin(ctx, most)
+		release()
+		switch {
+		case !errors.Is(err, errOutgrown):
+			return enc, err
+		case most < n:
+			return enc, fmt.Errorf("converted, it has more than %d bytes, which is all the room there may be for it on the temporary disk", most)
+		}
 	}
+}
+
+var errOutgrown = errors.New("the layer has become larger than its room")
+
+// roomWriter writes no more than its room.
+type roomWriter struct {
+	w    io.Writer
+	left int64
+}
+
+func (r *roomWriter) Write(p []byte) (int, error) {
+	if int64(len(p)) > r.left {
+		return 0, errOutgrown
+	}
+	n, err := r.w.Write(p)
+	r.left -= int64(n)
+	return n, err
+}
+
+// convertWithin streams the layer from its place through the encoder into a file of that many bytes at most, and from there to the place.
+func (j *layerJob) convertWithin(ctx context.Context, most int64) (artifact.EncodedLayer, error) {
+	var none artifact.EncodedLayer
 	out, err := tempFile(j.o.TempDir)
 	if err != nil {
 		return none, err
@@ -161,7 +197,7 @@ func (j *layerJob) convert(ctx context.Context) (artifact.EncodedLayer, error) {
 	defer out.Close()
 
 	j.report(LayerStarted, Event{})
-	enc, err := j.encode(ctx, out)
+	enc, err := j.encode(ctx, &roomWriter{out, most})
 	if err != nil {
 		return none, err
 	}

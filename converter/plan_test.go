@@ -1,15 +1,22 @@
 package converter
 
 import (
+	"archive/tar"
+	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/klauspost/compress/zstd"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/time/rate"
 
@@ -80,7 +87,7 @@ func TestReserve(t *testing.T) {
 	testImage{layers: layersOf(1, 3)}.put(t, p, "v1")
 	var mu sync.Mutex
 	var asked, inUse, most int
-	o := CreateOptions{Options: Options{Record: NewRecord(t.TempDir()), Reserve: func(_ context.Context, n int64) (func(), error) {
+	o := CreateOptions{Options: Options{Record: NewRecord(t.TempDir()), Reserve: func(_ context.Context, n int64) (int64, func(), error) {
 		mu.Lock()
 		defer mu.Unlock()
 		if asked++; n <= 0 {
@@ -88,7 +95,7 @@ func TestReserve(t *testing.T) {
 		}
 		inUse++
 		most = max(most, inUse)
-		return func() {
+		return n, func() {
 			mu.Lock()
 			defer mu.Unlock()
 			inUse--
@@ -105,13 +112,60 @@ func TestReserve(t *testing.T) {
 		t.Errorf("%d reserved, %d in use", asked, inUse)
 	}
 	refused := errors.New("no room")
-	o.Reserve = func(context.Context, int64) (func(), error) { return nil, refused }
+	o.Reserve = func(context.Context, int64) (int64, func(), error) { return 0, nil, refused }
 	if got := create(t, r.Host()+"/app:v1", o); got[0].Status != StatusExists {
 		t.Errorf("%+v", got)
 	}
 	o.Force = true
 	if _, err := Create(t.Context(), p, "v1", o); !errors.Is(err, refused) {
 		t.Errorf("without room: %v", err)
+	}
+}
+
+// TestOutgrown: a layer that becomes much larger than its source is begun anew with more room, and fails where there is no more.
+func TestOutgrown(t *testing.T) {
+	r := registrytest.Start(t, registrytest.Options{})
+	image := r.Host() + "/app:v1"
+	p, _ := open(t, image)
+	random := make([]byte, 100_000)
+	rand.NewChaCha8([32]byte{}).Read(random)
+	text := bytes.Repeat(random, 8) // in a window larger than a chunk it is said once
+	var layer bytes.Buffer
+	w := tar.NewWriter(&layer)
+	if err := w.WriteHeader(&tar.Header{Name: "text", Mode: 0o644, Size: int64(len(text))}); err != nil {
+		t.Fatal(err)
+	}
+	w.Write(text)
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	z, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	blob := z.EncodeAll(layer.Bytes(), nil)
+	testImage{layers: []testLayer{{tar: layer.Bytes(), blob: blob, mediaType: ocispec.MediaTypeImageLayerZstd}}}.put(t, p, "v1")
+	var rooms []int64
+	inUse := 0
+	limit := int64(math.MaxInt64)
+	o := CreateOptions{Options: Options{Reserve: func(_ context.Context, n int64) (int64, func(), error) {
+		n = min(n, limit)
+		rooms = append(rooms, n)
+		inUse++
+		return n, func() { inUse-- }, nil
+	}}}
+	create(t, image, o)
+	if len(rooms) < 2 || inUse != 0 {
+		t.Fatalf("rooms of %d bytes, %d in use", rooms, inUse)
+	}
+	for n := range rooms[1:] {
+		if rooms[n+1] != 2*rooms[n] {
+			t.Errorf("rooms of %d bytes", rooms)
+		}
+	}
+	limit, o.Force = rooms[0]+1, true
+	if _, err := Create(t.Context(), p, "v1", o); err == nil || !strings.Contains(err.Error(), fmt.Sprint(limit)) || inUse != 0 {
+		t.Errorf("got %v, %d in use, want an error with the %d bytes that there are", err, inUse, limit)
 	}
 }
 

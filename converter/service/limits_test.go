@@ -1,6 +1,8 @@
 package service
 
 import (
+	"context"
+	"errors"
 	"net/http"
 	"strings"
 	"sync"
@@ -53,7 +55,7 @@ func TestConversions(t *testing.T) {
 	}
 }
 
-// TestDisk: layers are converted as there is room for them; one that is larger than all of it goes alone.
+// TestDisk: layers are converted as there is room for them; one that is larger than all of it fails.
 func TestDisk(t *testing.T) {
 	e := newEnv(t)
 	i := e.push("app", image(t, "amd64", 100_000, 101_000, 102_000, 103_000))
@@ -80,7 +82,10 @@ func TestDisk(t *testing.T) {
 	h.release()
 	succeed(t, s.Service, op.ID)
 	e.verify(i, 1)
-	succeed(t, s.Service, submit(t, s.Service, e.push("large", image(t, "amd64", 500_000))).ID)
+	large := submit(t, s.Service, e.push("large", image(t, "amd64", 500_000)))
+	if got := await(t, s.Service, large.ID, in(Failed, Succeeded)); got.State != Failed || !strings.Contains(got.Message, "300000 bytes") {
+		t.Errorf("%s", show(got))
+	}
 	mu.Lock()
 	defer mu.Unlock()
 	if most < 200_000 || most > 300_000 {
@@ -88,6 +93,33 @@ func TestDisk(t *testing.T) {
 	}
 	if n := s.Stats().Disk; n != 0 {
 		t.Errorf("%d bytes stay reserved", n)
+	}
+}
+
+// TestVerifyTakesRoom: what is verified has its place in the memory that there is, and waits for it as layers that are converted do.
+func TestVerifyTakesRoom(t *testing.T) {
+	r := newRoom(Limits{Conversions: 1, Memory: 250 << 20}, false) // four layers
+	jobs, release, err := r.verify(t.Context())
+	if err != nil || jobs != verifying {
+		t.Fatal(jobs, err)
+	}
+	for range 2 {
+		if _, _, err := r.reserve(t.Context(), 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, _, err := r.verify(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("there was room: %v", err)
+	}
+	release()
+	if jobs, _, err := r.verify(t.Context()); err != nil || jobs != verifying {
+		t.Error(jobs, err)
+	}
+	small := newRoom(Limits{Conversions: 1, Memory: 1}, false)
+	if jobs, _, err := small.verify(t.Context()); err != nil || jobs != 1 {
+		t.Error(jobs, err)
 	}
 }
 

@@ -81,10 +81,12 @@ const openTime = 5 * time.Minute
 type Limits struct {
 	Conversions int // at once, 2
 	// Disk is how many bytes of converted layers may wait in the temporary directory for their push; 0 is any number. A layer is counted
-	// with a quarter more than its source has, and begun when there is room; one that is larger than all of it goes alone.
+	// with a quarter more than its source has, and begun when there is room; one that becomes larger is begun anew with more, and one that
+	// is larger than all of it fails.
 	Disk int64
-	// Memory is how many bytes all conversions may hold; 0 is any number. It bounds how many conversions and layers there are at once, one
-	// each at least. What Go's garbage collector has not collected yet comes on top: GOMEMLIMIT bounds that.
+	// Memory is how many bytes all conversions, and artifacts that are verified, may hold; 0 is any number. It bounds how many conversions
+	// and layers there are at once, one each at least. What Go's garbage collector has not collected yet comes on top: debug.SetMemoryLimit
+	// bounds that.
 	Memory int64
 }
 

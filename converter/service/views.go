@@ -361,16 +361,3 @@ func (v *viewer) startMap(ctx context.Context, p converter.Place, subject digest
 	}
 	return m, err
 }
-
-// Verify proves the artifacts of an image, as converter.Verify does: it reads them whole. Errors are also converter.ErrDifferent.
-func (a *auto) Verify(ctx context.Context, i Image) ([]converter.Verified, error) {
-	_, p, err := a.reach(i.Registry, i.Repository)
-	if err != nil {
-		return nil, err
-	}
-	if err := i.Digest.Validate(); err != nil {
-		return nil, fmt.Errorf("%w: digest %q: %w", ErrInvalid, i.Digest, err)
-	}
-	done, err := converter.Verify(ctx, p, i.Digest.String(), converter.VerifyOptions{})
-	return done, placeError(err)
-}
