@@ -24,6 +24,7 @@ const (
 	paused        traps.Code = "PAUSED"     // nothing new is streamed
 	cacheTooLarge traps.Code = "CACHE_SIZE" // the disk is full before the cache is
 	noHoles       traps.Code = "NO_HOLES"   // the cache gives nothing back
+	noHTTPProxy   traps.Code = "NO_HTTP_PROXY"
 )
 
 // checkReport is what `check -o json` prints.
@@ -113,6 +114,7 @@ func check(ctx context.Context, c config, o checkOptions, w io.Writer) (err erro
 	r.checkDisk(c, dir)
 	r.checkDaemon(ctx, c)
 	r.checkContainerd(ctx, c, o)
+	r.checkProxies(peerOf(o.containerd), peerOf(adminSocket(c.Root)))
 	if o.ref != "" {
 		if r.Image, err = r.askImage(ctx, c, o, dir); err != nil {
 			return err
