@@ -80,6 +80,16 @@ func (n *reasonNode) why(t *testing.T) reason.Code {
 	if last.Error == "" || last.At == "" || s.Normal[last.Reason] == 0 || s.Streamed != 0 {
 		t.Errorf("%+v of %+v", last, s.pullCounts)
 	}
+	_, text := get(t, "unix", adminSocket(n.root), "/metrics")
+	for _, code := range reason.All() {
+		want := 0.0
+		if code == last.Reason {
+			want = 1
+		}
+		if got := parseMetrics(t, text)[metricPrefix+`pulls_normal_total{reason="`+string(code)+`"}`]; got != want {
+			t.Errorf("the metrics have %v pulls with %s, want %v", got, code, want)
+		}
+	}
 	if text := statusText(t, n.config); !strings.Contains(text, string(last.Reason)) || !strings.Contains(text, last.Image) {
 		t.Errorf("no %s in\n%s", last.Reason, text)
 	}
@@ -89,14 +99,17 @@ func (n *reasonNode) why(t *testing.T) reason.Code {
 // check wants `check` to name the reason why the image of labels is not streamed.
 func (n *reasonNode) check(t *testing.T, code reason.Code, labels map[string]string) {
 	t.Helper()
-	repo, _, _, err := registryclient.ParseReference(labels[snapshotters.TargetRefLabel])
-	if code == reason.NoLabels {
-		return // there is no image to ask for: the trap NO_ANNOTATIONS is its name there
+	args := []string{"check", "-o", "json", "--config", n.config, "--containerd", n.root + "/none"}
+	if code == reason.NoLabels { // there is no image to ask for: it is containerd's configuration that is to be mended
+		args = append(args, "--containerd-config", n.notAnnotated(t))
+	} else {
+		repo, _, _, err := registryclient.ParseReference(labels[snapshotters.TargetRefLabel])
+		if err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, string(repo)+"@"+labels[snapshotters.TargetManifestDigestLabel])
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	p := start(t, "check", "-o", "json", "--config", n.config, "--containerd", n.root+"/none", string(repo)+"@"+labels[snapshotters.TargetManifestDigestLabel])
+	p := start(t, args...)
 	var r checkReport
 	if err := json.NewDecoder(p.stdout).Decode(&r); err != nil {
 		p.wait()
@@ -105,6 +118,15 @@ func (n *reasonNode) check(t *testing.T, code reason.Code, labels map[string]str
 	p.wait()
 	if got := p.ProcessState.ExitCode(); got != int(checkFound) {
 		t.Errorf("exit status %d, want %d", got, checkFound)
+	}
+	if code == reason.NoLabels {
+		if !slices.ContainsFunc(r.Traps, func(t traps.Trap) bool {
+			return t.Code == traps.NoAnnotations && strings.Contains(t.Text, string(code))
+		}) {
+			t.Errorf("check says %+v", r.Traps)
+		}
+		p.wantNothingLeft()
+		return
 	}
 	got := r.Image.Reason
 	switch code {
@@ -124,6 +146,26 @@ func (n *reasonNode) check(t *testing.T, code reason.Code, labels map[string]str
 		t.Errorf("hosts: %+v", r.Image.Hosts)
 	}
 	p.wantNothingLeft()
+}
+
+// notAnnotated writes a configuration of a containerd that pulls with n and does not say which image.
+func (n *reasonNode) notAnnotated(t *testing.T) (file string) {
+	t.Helper()
+	file = filepath.Join(t.TempDir(), "containerd.toml")
+	text := fmt.Sprintf(`version = 3
+[proxy_plugins.streaming]
+  type = "snapshot"
+  address = %q
+  exports = {root = %q}
+[plugins.'io.containerd.cri.v1.images']
+  snapshotter = "streaming"
+  use_local_image_pull = true
+  disable_snapshot_annotations = true
+`, n.address, n.root)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
 }
 
 // image pushes an image as ref, with an artifact or without, and returns the labels of its first layer.
@@ -320,7 +362,8 @@ func TestIndexesRefused(t *testing.T) {
 	}
 }
 
-// Each reason of the list is one that a pull meets, and the log and the status say it.
+// Each reason of the list is one that a pull meets, and the log, the status, the metrics and `check` say it; but for what a daemon does that is being stopped, which only the log
+// outlives.
 func TestReasons(t *testing.T) {
 	cases := reasonCases()
 	for _, code := range reason.All() {

@@ -68,7 +68,7 @@ func (c Code) Remedy() string {
 	case NoArtifact:
 		return "`streamctl create` makes one; remove the image and pull it again"
 	case Auth:
-		return "give the daemon credentials that may pull from the repository"
+		return "give the daemon credentials that may pull from the repository; `streaming-snapshotter check REF` says what each place had, and how it was refused"
 	case Unreachable:
 		return "see the registry's hosts in `streaming-snapshotter status`, and hosts.toml"
 	case Timeout:
@@ -80,7 +80,7 @@ func (c Code) Remedy() string {
 	case Damaged:
 		return "`streamctl verify` says more, and `streamctl create --force` replaces it; a mirror may be what is damaged"
 	case Unsupported:
-		return "the artifact was made by a newer streamctl: upgrade the node"
+		return "the artifact was made by a newer streamctl: upgrade the node; or, as the error says then, it is too large, which leaves the normal pull"
 	case Content:
 		return "the image stays with the normal pull; the error names the layer and the file"
 	}

@@ -150,10 +150,10 @@ func Find(dump []byte, w Want) Found {
 	switch {
 	case f.Pull == "local" && !annotated:
 		f.trap(NoAnnotations, "set disable_snapshot_annotations = false there (deploy/containerd/local.toml; 1.7.toml for containerd 1.7)",
-			"pulls are local, for %s, and disable_snapshot_annotations is true: the snapshotter is not told which image is pulled, and everything is pulled in full", f.Why)
+			"pulls are local, for %s, and disable_snapshot_annotations is true: the snapshotter is not told which image is pulled (NO_LABELS), and everything is pulled in full", f.Why)
 	case f.Pull == "transfer" && p.Exports["enable_remote_snapshot_annotations"] != "true":
 		f.trap(NoAnnotations, `set enable_remote_snapshot_annotations = "true" in [proxy_plugins.`+f.Snapshotter+`.exports] (deploy/containerd/transfer.toml)`,
-			"the exports of proxy plugin %s lack enable_remote_snapshot_annotations: the snapshotter is not told which image is pulled, and everything is pulled in full", f.Snapshotter)
+			"the exports of proxy plugin %s lack enable_remote_snapshot_annotations: the snapshotter is not told which image is pulled (NO_LABELS), and everything is pulled in full", f.Snapshotter)
 	}
 	f.checkUnpack(&c)
 	return f
