@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -368,8 +369,11 @@ func (h *cluster) uninstalls() {
 // runtimeClass: one pod streams, and its neighbour, which does not ask for it, does not.
 func (h *cluster) runtimeClass() {
 	h.Helper()
+	within(h.T, 3*time.Minute, "no container", func() bool { // for what a container uses outlives its image, and the kubelet removes containers after their pods
+		return h.crictl("ps", "--all", "--quiet") == ""
+	})
 	for _, name := range []string{"app", "old", "other"} {
-		h.must("crictl", "--runtime-endpoint", "unix:///run/containerd/containerd.sock", "rmi", h.c.ref(name))
+		h.crictl("rmi", h.c.ref(name))
 	}
 	h.pod(podSpec{Name: "before", Image: "old", Command: []string{"/guest", "pause"}}, "Running")
 	h.apply("v1", "runtimeclass")

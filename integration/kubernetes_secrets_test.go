@@ -125,7 +125,7 @@ func (s *secretsTest) login() {
 
 // What is wrong with two of the secrets.
 const (
-	missing   = `secrets one/gone: API server: status 404: secrets \"gone\" not found`
+	missing   = `secrets one/gone: API server: status 404: secrets "gone" not found`
 	malformed = "secrets three/none: malformed"
 )
 
