@@ -168,7 +168,7 @@ func debugLog() *log.Logger { return slog.NewLogLogger(slog.Default().Handler(),
 // getFromDaemon gets path from the process whose files are in root. The caller closes the answer.
 func getFromDaemon(ctx context.Context, root, path string) (io.ReadCloser, error) {
 	c := http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
+		DisableKeepAlives: true, ResponseHeaderTimeout: time.Minute, // or one that hangs would hold who asks
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", adminSocket(root))
 		},
