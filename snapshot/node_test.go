@@ -32,6 +32,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // testNode is a node's parts with real mounts, a real cache and a registry of its own. Its root outlives restart.
@@ -54,6 +55,7 @@ type testNode struct {
 	limit             int64         // of cache.Options
 	noReadAhead       bool
 	onForget          func()
+	policy            func(registryclient.Repository) (trust.Policy, trust.Verifier)
 
 	starts chan stream.Start // that were told of
 }
@@ -79,7 +81,13 @@ func (l *logBuffer) lines() int {
 func newTestNode(t testing.TB) *testNode { return newTestNodeMode(t, fs.ModeFile) }
 
 func newTestNodeMode(t testing.TB, mode fs.Mode) *testNode {
-	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: mode, log: &logBuffer{}, retryAfter: time.Nanosecond, quiet: time.Second, budget: 2 * time.Second, starts: make(chan stream.Start, 1000)}
+	return newTestNodeWith(t, func(n *testNode) { n.mode = mode })
+}
+
+// newTestNodeWith makes one with what set says.
+func newTestNodeWith(t testing.TB, set func(*testNode)) *testNode {
+	n := &testNode{t: t, reg: registrytest.Start(t, registrytest.Options{}), root: t.TempDir(), mode: fs.ModeFile, log: &logBuffer{}, retryAfter: time.Nanosecond, quiet: time.Second, budget: 2 * time.Second, starts: make(chan stream.Start, 1000)}
+	set(n)
 	n.start()
 	t.Cleanup(func() { n.stop() })
 	return n
@@ -110,6 +118,7 @@ func (n *testNode) start() {
 			}
 			return nil
 		},
+		Policy:     n.policy,
 		Timeout:    5 * time.Second,
 		RetryAfter: n.retryAfter,
 		StartQuiet: n.quiet,
@@ -203,11 +212,14 @@ func (n *testNode) convert(img testImage) {
 }
 
 // labels are what containerd passes for layer i.
-func (img testImage) labels(i int) snapshots.Opt {
+func (img testImage) labels(i int) snapshots.Opt { return img.labelsOf(i, img.manifest.String()) }
+
+// labelsOf are those for layer i of an image with another manifest.
+func (img testImage) labelsOf(i int, manifest string) snapshots.Opt {
 	return snapshots.WithLabels(map[string]string{
 		"containerd.io/snapshot.ref":                 img.chainIDs[i].String(),
 		"containerd.io/snapshot/cri.image-ref":       img.ref,
-		"containerd.io/snapshot/cri.manifest-digest": img.manifest.String(),
+		"containerd.io/snapshot/cri.manifest-digest": manifest,
 	})
 }
 

@@ -229,7 +229,7 @@ func TestWalks(t *testing.T) {
 
 // In safe mode the daemon is alive and not ready.
 func TestAdminInSafeMode(t *testing.T) {
-	n := newReasonNode(t, maxFailedStarts)
+	n := newReasonNode(t, "", maxFailedStarts)
 	askStatus(t, n.config, func(status) bool { return true }) // it answers
 	if code, body := get(t, "unix", adminSocket(n.root), "/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, "safe mode: ") {
 		t.Errorf("readyz: %d %s", code, body)

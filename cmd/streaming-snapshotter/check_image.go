@@ -16,6 +16,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // imageReport is what was found of an image.
@@ -28,6 +29,10 @@ type imageReport struct {
 	Reason   reason.Code  `json:"reason,omitempty"` // it would not be streamed
 	Error    string       `json:"error,omitempty"`
 	Remedy   string       `json:"remedy,omitempty"`
+	Policy   trust.Policy `json:"policy"`              // of the repository
+	Signer   string       `json:"signer,omitempty"`    // of the artifact, if the policy is signed
+	Issuer   string       `json:"issuer,omitempty"`    // of the signer's certificate
+	Warnings []string     `json:"warnings,omitempty"`  // about the signature, which the trust policy only logs
 	Unknown  string       `json:"unknown,omitempty"`   // the image itself could not be found
 	LastPull *normalPull  `json:"last_pull,omitempty"` // that was not streamed, as the daemon remembers
 }
@@ -43,10 +48,11 @@ type hostReport struct {
 // checkImage looks for the artifact of o.ref as a pull does, with files of its own in dir. cri has what came with pulls; nil without the proxy of CRI.
 func checkImage(ctx context.Context, c config, o checkOptions, dir string, cri *criproxy.Store) (_ *imageReport, err error) {
 	r := &imageReport{Ref: o.ref, Hosts: []hostReport{}}
-	_, _, _, err = registryclient.ParseReference(o.ref)
+	repo, _, _, err := registryclient.ParseReference(o.ref)
 	if err != nil {
 		return nil, err
 	}
+	r.Policy = c.trust().Of(string(repo))
 	matcher, err := platformMatcher(o.platform)
 	if err != nil {
 		return nil, err
@@ -90,18 +96,24 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string, cri *
 		return r, nil
 	}
 	r.Artifact, r.Layers = id, len(chainIDs)
+	t := images.Signature(id, repo)
+	r.Signer, r.Issuer, r.Warnings = t.Signer, t.Issuer, t.Warnings
 	return r, nil
 }
 
 // newSearch returns what looks for artifacts with files of its own in dir, and mounts nothing.
 func newSearch(c config, reg *registryclient.Client, dir string) (images *stream.Store, end func() error, err error) {
+	g, err := c.gate("")
+	if err != nil {
+		return nil, nil, err
+	}
 	root := filepath.Join(dir, "image")
 	chunks, err := cache.Open(filepath.Join(root, "cache"), cache.Options{Index: stream.Indexes(root)})
 	if err != nil {
 		return nil, nil, err
 	}
 	images, err = stream.New(stream.Options{
-		Root: root, Registry: reg, Cache: chunks, Allow: unlessPaused(c.Root, c.allow), Timeout: c.ResolveTimeout.D, NoReadAhead: true,
+		Root: root, Registry: reg, Cache: chunks, Allow: g.allow, Policy: g.policy, Timeout: c.ResolveTimeout.D, NoReadAhead: true,
 	})
 	if err != nil {
 		return nil, nil, errors.Join(err, chunks.Close())
@@ -190,6 +202,7 @@ func (r *imageReport) print(w io.Writer) {
 	if r.Manifest != "" {
 		say(w, "  manifest: %s\n", r.Manifest)
 	}
+	say(w, "  policy: %s\n", r.Policy)
 	if p := r.LastPull; p != nil {
 		say(w, "  last pull, not streamed: %s, %s: %s\n", p.At, p.Reason, p.Error)
 	}
@@ -200,5 +213,11 @@ func (r *imageReport) print(w io.Writer) {
 		say(w, "NOT STREAMED %s: %s\n  what to do: %s\n", r.Reason, r.Error, r.Remedy)
 	default:
 		say(w, "STREAMED: artifact sha256:%s, %d layers\n", r.Artifact, r.Layers)
+		if r.Signer != "" {
+			say(w, "  signed by %s, whose certificate is of %s\n", r.Signer, r.Issuer)
+		}
+		for _, text := range r.Warnings {
+			say(w, "  the signature: %s\n", text)
+		}
 	}
 }

@@ -34,6 +34,8 @@ type config struct {
 	TrustDefault   trust.Policy      `toml:"trust_default" comment:"What must be true of an artifact of those repositories before it is streamed, where no [[trust]] says more: open (nothing; what was tampered with is found\nlater), signed, proven (all of it is fetched and proven before the image is used) or off (nothing is streamed). Snapshots are shared by chain ID, so open\nis not possible beside signed or proven."`
 	Trust          []trustRule       `toml:"trust" comment:"The policy of some repositories. The first that matches counts."`
 	ProofDeadline  tomlfile.Duration `toml:"proof_deadline" comment:"How long after the first mount of an image all of its layers are proven: hashed, and compared with the image's own config, and fetched for that\nwhere nobody has read them."`
+	NotaryDir      string            `toml:"notation_dir" comment:"For the policy signed: the files of the Notary Project's notation command, trustpolicy.json and truststore/x509/ca/NAME/ with certificates. They are read\nagain when they change."`
+	NotaryPlugins  string            `toml:"notation_plugin_dir" comment:"notation's directory of plugins, for signatures that name one; empty runs none."`
 	ReadAhead      bool              `toml:"read_ahead" comment:"Whether files that are read from start to end are fetched ahead of their reader. false fetches exactly the chunks that are read:\nfor links that are paid by the byte, and for measuring what a container needs."`
 	CacheSize      size              `toml:"cache_size" comment:"How much disk the chunk cache may use: a share of root's file system, as in \"25%\", or as in \"20GiB\". \"0\" for no limit.\nThe chunks used least recently are given back, also those of running containers, which fetch them again. kubelet removes images when the\nfile system is 85% full, and evicts pods soon after: leave it room for unpacked images, logs and what containers write."`
 	Background     size              `toml:"background_bandwidth" comment:"How much per second, as in \"8MiB\", is fetched of what containers did not read at their start, once that is over and while no container waits for the\nregistry: so that the node needs it no more. It stops before chunks that were used would have to go. \"0\" for nothing."`
@@ -66,6 +68,7 @@ func defaults() config {
 		TrustDefault:   trust.Open,
 		Trust:          []trustRule{},
 		ProofDeadline:  tomlfile.Duration{D: time.Hour},
+		NotaryDir:      "/etc/streaming-snapshotter/notation",
 		ReadAhead:      true,
 		CacheSize:      "25%",
 		Background:     "8MiB",
@@ -116,7 +119,8 @@ func (c *config) validate() error {
 		optional  bool
 	}{{"root", c.Root, false}, {"address", c.Address, false}, {"cri_proxy", c.CRIProxy, true}, {"cri_containerd", c.Containerd, false}, {"cri_credentials_key", c.CRIKey, true},
 		{"credential_provider_config", c.Plugins, true}, {"credential_provider_bin_dir", c.PluginDir, true}, {"kubeconfig", c.Kubeconfig, true}, {"events_kubeconfig", c.Events, true},
-		{"report_token_file", c.ReportToken, true}, {"report_ca_file", c.ReportCA, true}} {
+		{"report_token_file", c.ReportToken, true}, {"report_ca_file", c.ReportCA, true},
+		{"notation_dir", c.NotaryDir, false}, {"notation_plugin_dir", c.NotaryPlugins, true}} {
 		if !filepath.IsAbs(p.path) && (p.path != "" || !p.optional) {
 			return fmt.Errorf("%s = %q: want an absolute path", p.key, p.path)
 		}

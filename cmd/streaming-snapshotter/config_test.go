@@ -82,6 +82,7 @@ func TestConfigErrors(t *testing.T) {
 		"key of a rule":         {"[[trust]]\nrepos = []\n", `unknown key "trust.repos"`},
 		"signed beside open":    {"[[trust]]\nrepositories = ['r.example/*']\npolicy = 'signed'\n", "snapshots are shared by chain ID"},
 		"proven beside open":    {"trust_default = 'proven'\n[[trust]]\nrepositories = ['r.example/*']\npolicy = 'open'\n", "snapshots are shared by chain ID"},
+		"relative notation_dir": {"notation_dir = 'notation'\n", "want an absolute path"},
 		"no time for a proof":   {"proof_deadline = '59s'\n", "want 1m0s or more"},
 		"bad glob":              {"stream = ['registry.example.com/[a']\n", "HOST/REPOSITORY"},
 	}

@@ -124,6 +124,7 @@ func newMountCommand(configFile *string) *cobra.Command {
 	}
 	cmd.Flags().StringVar(&o.platform, "platform", "", "os/arch[/variant] of an index (default: this machine's)")
 	cmd.Flags().StringVar(&o.cache, "cache", "", "directory that keeps what was fetched (default: a temporary one)")
+	cmd.Flags().BoolVar(&o.untrusted, "untrusted", false, "whatever the trust policy of its repository is")
 	cmd.Flags().StringVar(&o.mode, "mount-mode", "", "auto, file, loop or tree (default: the configuration's)")
 	return cmd
 }

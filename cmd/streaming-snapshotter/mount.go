@@ -24,6 +24,7 @@ import (
 
 type mountOptions struct {
 	ref, dir, platform, cache, mode string
+	untrusted                       bool // whatever the policy of its repository is
 	out                             io.Writer
 }
 
@@ -54,7 +55,13 @@ func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store
 	if st.Keeps() {
 		keep = st
 	}
-	n, err := newNode(c, nil, keep, true, nil)
+	g := gate{}
+	if !o.untrusted {
+		if g.policy, err = c.policy(""); err != nil {
+			return err
+		}
+	}
+	n, err := newNode(c, g, keep, true, nil)
 	if err != nil {
 		return err
 	}

@@ -24,7 +24,7 @@ func command(t *testing.T, args ...string) {
 // A pause is in force at the next pull, without a restart, and over one; resume ends it in the same way. What is streamed stays.
 func TestPause(t *testing.T) {
 	reg := registrytest.Start(t, registrytest.Options{})
-	n := newReasonNode(t, 0)
+	n := newReasonNode(t, "", 0)
 	first, second := image(t, reg.Host()+"/team/first:v1", true), image(t, reg.Host()+"/team/second:v1", true)
 	prepare := func(labels map[string]string) error {
 		_, err := connect(t, n.address).Prepare(t.Context(), "extract "+labels[snapshots.LabelSnapshotRef], "", snapshots.WithLabels(labels))

@@ -19,12 +19,14 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
+	"github.com/containerd/errdefs"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
@@ -33,20 +35,33 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust/trusttest"
 )
 
 // reasonNode is a daemon that streams from the repositories team/* of registries of this machine.
 type reasonNode struct {
 	root, address, config string
 	daemon                *process
+	ca                    *trusttest.CA // whom it trusts, where the policy is signed
+	notation              string        // its notation_dir
 }
 
-func newReasonNode(t *testing.T, failedStarts int) *reasonNode {
+// signatureReasons are those of the policy signed.
+var signatureReasons = []reason.Code{reason.SignatureMissing, reason.SignatureInvalid, reason.SignatureUntrusted, reason.SignatureExpired, reason.SignatureRevoked, reason.SignatureUnchecked}
+
+func newReasonNode(t *testing.T, code reason.Code, failedStarts int) *reasonNode {
 	t.Helper()
 	dir := t.TempDir()
 	n := &reasonNode{root: filepath.Join(dir, "root"), address: filepath.Join(dir, "s.sock")}
 	n.config = writeConfig(t, n.root, n.address)
-	addConfig(t, n.config, "stream = ['127.0.0.1:*/team/*']\nresolve_timeout = '2s'\n[[trust]]\nrepositories = ['127.0.0.1:*/team/off/*']\npolicy = 'off'")
+	policy := ""
+	if slices.Contains(signatureReasons, code) {
+		n.ca = trusttest.NewCA(t, "authority", trusttest.NewServer(t))
+		n.notation = trusttest.NewDir(t, n.ca, trusttest.Statement{Name: "all"})
+		policy = fmt.Sprintf("trust_default = 'signed'\nnotation_dir = '%s'\n", n.notation)
+	}
+	addConfig(t, n.config, "stream = ['127.0.0.1:*/team/*']\nresolve_timeout = '2s'\n"+policy+"[[trust]]\nrepositories = ['127.0.0.1:*/team/off/*']\npolicy = 'off'")
 	t.Cleanup(func() { unix.Unmount(filepath.Join(n.root, "devices"), unix.MNT_DETACH) })
 	if failedStarts > 0 {
 		if err := os.Mkdir(n.root, 0o700); err != nil {
@@ -277,6 +292,31 @@ func configOf(t *testing.T, client *registryclient.Client, repo registryclient.R
 	return b
 }
 
+// signed pushes an image with an artifact and a signature of that as team/app.
+func signed(t *testing.T, reg *registrytest.Registry, sign func(trust.Target) trust.Envelope) map[string]string {
+	t.Helper()
+	labels := image(t, reg.Host()+"/team/app:v1", true)
+	client, err := registryclient.New(registryclient.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	repo := registryclient.Repository(reg.Host() + "/team/app")
+	list, err := client.Referrers(t.Context(), repo, digest.Digest(labels[snapshotters.TargetManifestDigestLabel]), artifact.ArtifactType)
+	if err != nil || len(list) != 1 {
+		t.Fatalf("artifacts: %v, %v", list, err)
+	}
+	e := sign(trust.Target{Repository: string(repo), Digest: list[0].Digest, MediaType: list[0].MediaType, Size: list[0].Size})
+	_, raw, err := trust.Manifest(list[0], e, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reg.PutBlob("team/app", e.Bytes)
+	reg.PutBlob("team/app", ocispec.DescriptorEmptyJSON.Data)
+	reg.PutManifest("team/app", "", ocispec.MediaTypeImageManifest, raw)
+	return labels
+}
+
 // reasonCases provoke each reason at a node and a registry, and return the labels of the image to pull.
 func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string {
 	fault := func(match func(*http.Request) bool, f registrytest.Fault) func(*testing.T, *reasonNode, *registrytest.Registry) map[string]string {
@@ -286,7 +326,34 @@ func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *regist
 			return labels
 		}
 	}
+	sign := func(by func(t *testing.T, n *reasonNode, target trust.Target) trust.Envelope) func(*testing.T, *reasonNode, *registrytest.Registry) map[string]string {
+		return func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string {
+			return signed(t, reg, func(target trust.Target) trust.Envelope { return by(t, n, target) })
+		}
+	}
 	return map[reason.Code]func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string{
+		reason.SignatureMissing: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			return image(t, reg.Host()+"/team/app:v1", true)
+		},
+		reason.SignatureInvalid: sign(func(t *testing.T, n *reasonNode, target trust.Target) trust.Envelope {
+			target.Size++
+			return n.ca.Issue(t, "build", trusttest.Leaf{}).Sign(t, target, "jws")
+		}),
+		reason.SignatureUntrusted: sign(func(t *testing.T, _ *reasonNode, target trust.Target) trust.Envelope {
+			return trusttest.NewCA(t, "evil", nil).Issue(t, "build", trusttest.Leaf{}).Sign(t, target, "jws")
+		}),
+		reason.SignatureExpired: sign(func(t *testing.T, n *reasonNode, target trust.Target) trust.Envelope {
+			return n.ca.Issue(t, "build", trusttest.Leaf{}).SignOver(t, target)
+		}),
+		reason.SignatureRevoked: sign(func(t *testing.T, n *reasonNode, target trust.Target) trust.Envelope {
+			id := n.ca.Issue(t, "build", trusttest.Leaf{})
+			n.ca.Server.Revoke(id)
+			return id.Sign(t, target, "jws")
+		}),
+		reason.SignatureUnchecked: sign(func(t *testing.T, n *reasonNode, target trust.Target) trust.Envelope {
+			trusttest.WritePolicy(t, n.notation, trusttest.Statement{Name: "others", Scopes: []string{"registry.example.com/others"}})
+			return n.ca.Issue(t, "build", trusttest.Leaf{}).Sign(t, target, "jws")
+		}),
 		reason.NoLabels: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
 			labels := image(t, reg.Host()+"/team/app:v1", true)
 			return map[string]string{snapshots.LabelSnapshotRef: labels[snapshots.LabelSnapshotRef]}
@@ -349,7 +416,7 @@ func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *regist
 func TestIndexesRefused(t *testing.T) {
 	t.Parallel()
 	reg := registrytest.Start(t, registrytest.Options{})
-	n := newReasonNode(t, 0)
+	n := newReasonNode(t, "", 0)
 	labels := image(t, reg.Host()+"/team/app:v1", true)
 	t.Cleanup(reg.Inject(func(r *http.Request) bool { return r.Header.Get("Range") != "" }, -1, registrytest.Status(http.StatusUnauthorized, "WWW-Authenticate", `Basic realm="r"`)))
 	n.pull(t, labels)
@@ -359,6 +426,25 @@ func TestIndexesRefused(t *testing.T) {
 	s := askStatus(t, n.config, func(status) bool { return true })
 	if text := s.NotStreamed[0].Error; !strings.Contains(text, "took longer than 2s") || !strings.Contains(text, "401") {
 		t.Errorf("the error is %s", text)
+	}
+}
+
+// TestTrusted: an artifact that is signed by who is trusted is streamed, and check says by whom.
+func TestTrusted(t *testing.T) {
+	t.Parallel()
+	reg := registrytest.Start(t, registrytest.Options{})
+	n := newReasonNode(t, reason.SignatureMissing, 0)
+	labels := signed(t, reg, func(target trust.Target) trust.Envelope {
+		return n.ca.Issue(t, "build", trusttest.Leaf{}).Sign(t, target, "cose")
+	})
+	if _, err := connect(t, n.address).Prepare(t.Context(), "extract", "", snapshots.WithLabels(labels)); !errdefs.IsAlreadyExists(err) {
+		t.Fatalf("not streamed: %v\n%s", err, &n.daemon.stderr)
+	}
+	p := start(t, "check", "--config", n.config, "--containerd", n.root+"/none", labels[snapshotters.TargetRefLabel])
+	out, err := io.ReadAll(p.stdout)
+	p.wait() // with an error: there is no containerd
+	if want := "signed by CN=build,"; err != nil || !strings.Contains(string(out), want) || !strings.Contains(string(out), "policy: signed") {
+		t.Errorf("no %q in\n%s (%v)", want, out, err)
 	}
 }
 
@@ -377,7 +463,7 @@ func TestReasons(t *testing.T) {
 				failed = maxFailedStarts
 			}
 			reg := registrytest.Start(t, registrytest.Options{})
-			n := newReasonNode(t, failed)
+			n := newReasonNode(t, code, failed)
 			labels := cases[code](t, n, reg)
 			n.pull(t, labels)
 			if code != reason.Stopping {

@@ -145,7 +145,7 @@ func attempt[T any](f func() (T, error)) (v T, err error) {
 func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
 	safe := reason.New(reason.SafeMode, fmt.Errorf("the daemon is in safe mode, in which nothing new is streamed: %s", why))
 	n, err := attempt(func() (*node, error) {
-		return newNode(c, func(registryclient.Repository) error { return safe }, keep, false, cri)
+		return newNode(c, gate{allow: func(registryclient.Repository) error { return safe }}, keep, false, cri)
 	})
 	var images snapshot.Images = noImages{safe}
 	if err != nil {

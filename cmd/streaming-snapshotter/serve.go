@@ -37,9 +37,9 @@ type node struct {
 	images *stream.Store
 }
 
-// newNode opens the node's parts with their files in root, which the caller has locked. allow is nil to stream from everywhere. keep is nil
+// newNode opens the node's parts with their files in root, which the caller has locked. keep is nil
 // if mounts end with the process. foreign is nodefs.Options.Foreign. cri is nil without the proxy of CRI.
-func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.Keeper, foreign bool, cri *criproxy.Store) (n *node, err error) {
+func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.Store) (n *node, err error) {
 	n = &node{keeps: keep != nil, cri: cri}
 	defer func() {
 		if err != nil {
@@ -89,7 +89,7 @@ func newNode(c config, allow func(registryclient.Repository) error, keep nodefs.
 		return n, err
 	}
 	images := stream.Options{
-		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: allow, Timeout: c.ResolveTimeout.D, Background: background,
+		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: g.allow, Policy: g.policy, Timeout: c.ResolveTimeout.D, Background: background,
 		NoReadAhead: !c.ReadAhead || foreign, // whoever looks at a mount starts nothing; and "profile record" is to see what is read
 	}
 	if cri != nil {
@@ -268,7 +268,11 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 
 // startNormal opens everything.
 func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull), onStart func(stream.Start)) (*node, *snapshot.Snapshotter, error) {
-	n, err := attempt(func() (*node, error) { return newNode(c, unlessPaused(c.Root, c.allow), keep, false, cri) })
+	g, err := c.gate(revocations(c.Root))
+	if err != nil {
+		return nil, nil, err
+	}
+	n, err := attempt(func() (*node, error) { return newNode(c, g, keep, false, cri) })
 	if err != nil {
 		return nil, nil, err
 	}

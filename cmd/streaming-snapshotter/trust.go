@@ -3,11 +3,14 @@ package main
 import (
 	"errors"
 	"fmt"
+	"log/slog"
+	"path/filepath"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust/notary"
 )
 
 // trustRule is a [[trust]] of the configuration.
@@ -33,8 +36,8 @@ func (c *config) validateTrust() error {
 	if err := r.Validate(); err != nil {
 		return err
 	}
-	if r.Has(trust.Signed) || r.Has(trust.Proven) {
-		return errors.New(`this release knows no policy but "open" and "off" yet`)
+	if r.Has(trust.Proven) {
+		return errors.New(`this release does not know the policy "proven" yet`)
 	}
 	if c.ProofDeadline.D < minProofDeadline {
 		return fmt.Errorf("proof_deadline = %q: want %v or more", c.ProofDeadline.D, minProofDeadline)
@@ -52,3 +55,36 @@ func (c *config) allow(repo registryclient.Repository) error {
 	}
 	return nil
 }
+
+// gate is what is asked before an image is streamed.
+type gate struct {
+	allow  func(registryclient.Repository) error                          // says why not; nil lets everything in
+	policy func(registryclient.Repository) (trust.Policy, trust.Verifier) // nil is trust.Open
+}
+
+// gate returns that of c. An error is one of the files in notation_dir. Answers about revocation are kept in cacheDir, or in memory if that is "".
+func (c *config) gate(cacheDir string) (g gate, err error) {
+	g.allow = unlessPaused(c.Root, c.allow)
+	g.policy, err = c.policy(cacheDir)
+	return g, err
+}
+
+// policy returns what says which policy a repository has.
+func (c *config) policy(cacheDir string) (func(registryclient.Repository) (trust.Policy, trust.Verifier), error) {
+	r := c.trust()
+	var v trust.Verifier
+	if r.Has(trust.Signed) {
+		checks, err := notary.NewVerifier(notary.Options{Dir: c.NotaryDir, PluginDir: c.NotaryPlugins, CacheDir: cacheDir, Log: slog.Default()})
+		if err == nil {
+			err = errors.Join(checks.Check(func(repo string) bool { return r.Of(repo) == trust.Signed })...)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("notation_dir = %q: %w", c.NotaryDir, err)
+		}
+		v = checks
+	}
+	return func(repo registryclient.Repository) (trust.Policy, trust.Verifier) { return r.Of(string(repo)), v }, nil
+}
+
+// revocations is where the daemon keeps answers about revocation.
+func revocations(root string) string { return filepath.Join(root, "trust", "revocation") }

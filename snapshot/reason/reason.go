@@ -37,6 +37,18 @@ const (
 	Incomplete Code = "INCOMPLETE"
 	// Damaged: bytes are not those of their digest, or the artifact is not valid, or not that image's.
 	Damaged Code = "DAMAGED"
+	// SignatureMissing: the repository's policy is signed, and no artifact of the image has a signature.
+	SignatureMissing Code = "SIGNATURE_MISSING"
+	// SignatureInvalid: a signature is malformed, wrong, or of something else.
+	SignatureInvalid Code = "SIGNATURE_INVALID"
+	// SignatureUntrusted: a signature is of nobody who is trusted: another authority's, or of another identity.
+	SignatureUntrusted Code = "SIGNATURE_UNTRUSTED"
+	// SignatureExpired: a signature or its certificate has run out, or has not begun.
+	SignatureExpired Code = "SIGNATURE_EXPIRED"
+	// SignatureRevoked: the certificate of a signature is revoked.
+	SignatureRevoked Code = "SIGNATURE_REVOKED"
+	// SignatureUnchecked: the node cannot say whether a signature is good.
+	SignatureUnchecked Code = "SIGNATURE_UNCHECKED"
 	// Unsupported: the artifact is of a version, has a feature or a size that this release does not know.
 	Unsupported Code = "UNSUPPORTED_VERSION"
 	// Content: something in the image itself cannot be shown as containerd would unpack it.
@@ -47,7 +59,8 @@ const (
 
 // All returns the list, in the order in which a pull meets them.
 func All() []Code {
-	return []Code{NoLabels, NotListed, PolicyOff, Paused, SafeMode, Stopping, NoArtifact, Auth, Unreachable, Timeout, BadAnswer, Incomplete, Damaged, Unsupported, Content, NodeFailure}
+	return []Code{NoLabels, NotListed, PolicyOff, Paused, SafeMode, Stopping, NoArtifact, Auth, Unreachable, Timeout, BadAnswer, Incomplete, Damaged,
+		SignatureMissing, SignatureInvalid, SignatureUntrusted, SignatureExpired, SignatureRevoked, SignatureUnchecked, Unsupported, Content, NodeFailure}
 }
 
 // Remedy says in one sentence what to do about it.
@@ -79,6 +92,18 @@ func (c Code) Remedy() string {
 		return "the registry has lost a part of the artifact, or retention removed it: `streamctl create --force`"
 	case Damaged:
 		return "`streamctl verify` says more, and `streamctl create --force` replaces it; a mirror may be what is damaged"
+	case SignatureMissing:
+		return "`streamctl sign` signs the artifact that is there, `streamctl create --sign` makes and signs one"
+	case SignatureInvalid:
+		return "sign again, and find out who may push to the repository: somebody may have tampered with it"
+	case SignatureUntrusted:
+		return "sign with a certificate that the node trusts, or add its authority to the trust store, or its subject to `trustedIdentities`, in `notation_dir`"
+	case SignatureExpired:
+		return "sign again; the error has the node's time, which may be what is wrong"
+	case SignatureRevoked:
+		return "take the artifact for hostile; sign with another certificate"
+	case SignatureUnchecked:
+		return "see the error: a statement for the repository in trustpolicy.json, a plugin, a server that says what is revoked"
 	case Unsupported:
 		return "the artifact was made by a newer streamctl: upgrade the node; or, as the error says then, it is too large, which leaves the normal pull"
 	case Content:

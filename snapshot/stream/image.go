@@ -51,6 +51,7 @@ type image struct {
 	size  atomic.Int64 // of its tars, for the status; 0 if nobody has asked
 
 	profile atomic.Pointer[ocispec.Descriptor] // whose hot blob came, or comes
+	vetted  []*vetted                          // nil: not read yet; guarded by store.mu
 
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex

@@ -48,16 +48,19 @@ type source struct {
 	manifest *ocispec.Manifest
 	chainIDs []digest.Digest
 	diffIDs  []digest.Digest
+	platform ocispec.Platform // of the config
 }
 
 // lookup finds, checks and records the artifact of an image, in three dependent round trips:
 //
 //  1. referrers of the platform manifest, beside the platform manifest itself
-//  2. the artifact's manifest, beside the image's config and the hot blob, which begins with the indexes
-//  3. the indexes that are not in a hot blob: all of an image without a profile
+//  2. the artifact's manifest, beside the image's config and the hot blob, which begins with the indexes, and beside the list of the artifact's signatures, if
+//     it has to have one
+//  3. the indexes that are not in a hot blob: all of an image without a profile; and the signature
 func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, manifest digest.Digest) (*image, error) {
 	var artifacts, profiles []ocispec.Descriptor
 	var src source
+	_, verifier := s.policyOf(repo)
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
 		artifacts, profiles, err = s.readReferrers(gctx, repo, manifest)
@@ -80,39 +83,17 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 	slices.SortStableFunc(artifacts, func(a, b ocispec.Descriptor) int {
 		return cmp.Compare(b.Annotations[ocispec.AnnotationCreated], a.Annotations[ocispec.AnnotationCreated])
 	})
+	c := &candidates{store: s, repo: repo, list: artifacts, verifier: verifier}
+	defer c.running.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	c.askHinted(ctx, profiles)
+	c.begin(ctx, 0)
 	hot := s.fetchHot(ctx, repo, manifest, profiles, s.shares(src.manifest))
 	defer hot.fail()
 	config := make(chan error, 1)
 	go func() { config <- s.readConfig(ctx, repo, &src) }()
-	var configErr error
-	configRead := false
-	var errs []error
-	for _, r := range artifacts {
-		m, raw, err := s.readArtifact(ctx, repo, r)
-		if !configRead {
-			configErr, configRead = <-config, true
-		}
-		if configErr != nil {
-			return nil, configErr
-		}
-		if err == nil {
-			err = src.check(manifest, m)
-		}
-		if err == nil {
-			var img *image
-			if img, err = s.adopt(ctx, repo, manifest, digest.FromBytes(raw), m, &src, hot); err == nil {
-				return img, nil
-			}
-		}
-		errs = append(errs, WithReason(fmt.Errorf("artifact %s: %w", r.Digest, err))) // the newest one's is the image's
-		if ctx.Err() != nil {
-			break
-		}
-	}
-	if n := len(errs); n > maxReasons {
-		errs = append(errs[:maxReasons], fmt.Errorf("and %d artifacts more", n-maxReasons))
-	}
-	return nil, errors.Join(errs...)
+	return c.take(ctx, manifest, &src, config, hot)
 }
 
 // readReferrers lists what the registry has for an image: artifacts, at least one, and profiles.
@@ -133,17 +114,6 @@ func (s *Store) readReferrers(ctx context.Context, repo registryclient.Repositor
 	return artifacts, profiles, err
 }
 
-func (s *Store) readArtifact(ctx context.Context, repo registryclient.Repository, r ocispec.Descriptor) (m *artifact.Manifest, raw []byte, err error) {
-	ctx, end := span.Start(ctx, "artifact manifest")
-	defer func() { end(err) }()
-	raw, err = s.o.Registry.Manifest(ctx, repo, r.Digest, artifact.MaxManifestSize)
-	if err != nil {
-		return nil, nil, err
-	}
-	m, err = artifact.DecodeManifest(raw)
-	return m, raw, err
-}
-
 // readConfig fetches the image's config by the digest that the image's manifest names, and derives the chain IDs.
 func (s *Store) readConfig(ctx context.Context, repo registryclient.Repository, src *source) (err error) {
 	ctx, end := span.Start(ctx, "image config")
@@ -152,27 +122,30 @@ func (s *Store) readConfig(ctx context.Context, repo registryclient.Repository, 
 	if err != nil {
 		return err
 	}
-	diffIDs, err := decodeConfig(b)
+	diffIDs, platform, err := decodeConfig(b)
 	if err != nil {
 		return fmt.Errorf("%w: config %s: %w", errImage, src.manifest.Config.Digest, err)
 	}
 	if len(diffIDs) != len(src.manifest.Layers) || len(diffIDs) == 0 {
 		return fmt.Errorf("%w: config %s has %d diffIDs, the manifest %d layers", errImage, src.manifest.Config.Digest, len(diffIDs), len(src.manifest.Layers))
 	}
-	src.diffIDs = diffIDs
+	src.diffIDs, src.platform = diffIDs, platform
 	src.chainIDs = identity.ChainIDs(slices.Clone(diffIDs))
 	return nil
 }
 
-// decodeConfig returns the diffIDs of an image's config. It decodes nothing else, so that a long history costs nothing.
-func decodeConfig(b []byte) ([]digest.Digest, error) {
+// decodeConfig returns the diffIDs of an image's config, and its platform. It decodes nothing else, so that a long history costs nothing.
+func decodeConfig(b []byte) ([]digest.Digest, ocispec.Platform, error) {
 	var c struct {
-		RootFS struct {
+		OS           string `json:"os"`
+		Architecture string `json:"architecture"`
+		Variant      string `json:"variant"`
+		RootFS       struct {
 			DiffIDs artifact.List[digest.Digest] `json:"diff_ids"`
 		} `json:"rootfs"`
 	}
 	err := json.Unmarshal(b, &c)
-	return c.RootFS.DiffIDs, err
+	return c.RootFS.DiffIDs, ocispec.Platform{OS: c.OS, Architecture: c.Architecture, Variant: c.Variant}, err
 }
 
 // check compares what the artifact says of the image with the image.
@@ -182,6 +155,9 @@ func (src *source) check(manifest digest.Digest, m *artifact.Manifest) error {
 	}
 	if m.Config.Digest != src.manifest.Config.Digest {
 		return fmt.Errorf("%w: its config is %s, the image's is %s", artifact.ErrInvalid, m.Config.Digest, src.manifest.Config.Digest)
+	}
+	if p, want := m.Platform, src.platform; p.OS != want.OS || p.Architecture != want.Architecture || p.Variant != want.Variant {
+		return fmt.Errorf("%w: it is of %s/%s%s, the image's config of %s/%s%s", artifact.ErrInvalid, p.OS, p.Architecture, p.Variant, want.OS, want.Architecture, want.Variant)
 	}
 	if len(m.Layers) != len(src.manifest.Layers) {
 		return fmt.Errorf("%w: it has %d layers, the image %d", artifact.ErrInvalid, len(m.Layers), len(src.manifest.Layers))
@@ -194,18 +170,15 @@ func (src *source) check(manifest digest.Digest, m *artifact.Manifest) error {
 	return nil
 }
 
-// adopt fetches the indexes of an artifact, checks them and adds the image to the set. Then the hot blob has where to go.
-func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest, dgst digest.Digest, m *artifact.Manifest, src *source, hot *hotFetch) (_ *image, err error) {
+// adopt fetches the indexes of an artifact, checks them and adds the image to the set, if its signature is good or none is asked for. Then the hot blob has
+// where to go. raw is the artifact's manifest, of which m was made.
+func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest digest.Digest, raw []byte, m *artifact.Manifest, src *source, hot *hotFetch, vet *vetting) (_ *image, err error) {
 	rec := &record{
-		Version: recordVersion, Artifact: dgst, Manifest: manifest, Config: m.Config.Digest, Repository: repo,
+		Version: recordVersion, Artifact: digest.FromBytes(raw), Manifest: manifest, Config: m.Config.Digest, Repository: repo,
 		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers,
 	}
 	for _, l := range src.manifest.Layers {
 		rec.Sources = append(rec.Sources, ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size})
-	}
-	first, err := rec.firsts()
-	if err != nil {
-		return nil, err
 	}
 	unpin := s.pin(rec)
 	defer func() {
@@ -213,8 +186,8 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 			err = errors.Join(err, s.discardIndexes())
 		}
 	}()
-	hot.want(rec)
-	if err := s.openIndexes(ctx, rec, first, hot); err != nil {
+	got, err := s.fetched(ctx, rec, raw, hot, vet)
+	if err != nil {
 		return nil, err
 	}
 	img, isNew, err := s.add(rec)
@@ -223,6 +196,11 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	}
 	// What cannot be mounted must be known now: once a layer is promised to containerd, there is no normal pull to fall back to.
 	use, err := img.prepare(ctx)
+	if err == nil && got != nil {
+		if err = s.vouch(img, got); err != nil {
+			use.Close()
+		}
+	}
 	if err != nil {
 		if isNew { // snapshots of a former life may need what was there
 			err = errors.Join(err, s.drop(img))

@@ -11,6 +11,7 @@
 //
 //	images/<hex of the artifact manifest's digest>/
 //	    image.json         record: where the image came from, its chain IDs, the artifact's layers
+//	    trust.json         verdicts on the artifact's signatures, with the envelopes, see trust.go
 //	    first-use.json     record of the image's first start on this node (.part: in the making), see firstuse.go: a profile in its JSON form
 //	    completed          all of the image was fetched, see complete.go
 //	    direct.erofs       metadata image of the whole chain for the cache's files, see direct.go
@@ -49,7 +50,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
-	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // Registry is where artifacts are looked for and read from. *registryclient.Client is one.
@@ -77,6 +78,8 @@ type Options struct {
 	Mounter  Mounter
 	// Allow says why images of a repository may not be streamed; nil if they may. Nil allows all.
 	Allow func(repo registryclient.Repository) error
+	// Policy is the policy of a repository, and, if that is trust.Signed, what checks signatures. Nil is trust.Open for all.
+	Policy func(repo registryclient.Repository) (trust.Policy, trust.Verifier)
 	// Timeout bounds a search for an artifact, so that a pull never waits long for what may not be there. 0 is 15 s.
 	Timeout time.Duration
 	// RetryAfter is how long a failed search stands, so that the layers of one normal pull do not ask again. One that took long stands for
@@ -114,21 +117,6 @@ type Store struct {
 
 	running sync.WaitGroup      // searches, fetches of hot blobs, records of first starts, the completion of images
 	merges  *semaphore.Weighted // bytes of headers of the images whose trees are being made
-}
-
-// searchKey is what is looked for: one repository may have an artifact of an image that another has without.
-type searchKey struct {
-	repo     registryclient.Repository
-	manifest digest.Digest // of the platform manifest
-}
-
-// search is one look for an artifact, shared by all that want it at the same time. It goes on when they no longer do: they may ask again.
-type search struct {
-	cancel  context.CancelFunc
-	done    chan struct{}
-	image   *image
-	err     error
-	expires time.Time // of a failure
 }
 
 // New creates the directories and returns the Store.
@@ -241,59 +229,6 @@ func (s *Store) find(ctx context.Context, ref string, manifest digest.Digest) (*
 	}
 }
 
-// join returns the search for key, and begins it if none stands.
-func (s *Store) join(ctx context.Context, key searchKey) (*search, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return nil, reason.New(reason.Stopping, errors.New("the daemon is stopping"))
-	}
-	maps.DeleteFunc(s.searches, func(_ searchKey, q *search) bool { return s.stale(q) })
-	q := s.searches[key]
-	if q == nil {
-		q = &search{done: make(chan struct{})}
-		ctx, q.cancel = context.WithTimeout(context.WithoutCancel(ctx), s.o.Timeout)
-		s.searches[key] = q
-		s.running.Go(func() { s.search(ctx, q, key) })
-	}
-	return q, nil
-}
-
-// stale reports whether q has ended and its result stands no longer. The caller holds mu.
-func (s *Store) stale(q *search) bool {
-	select {
-	case <-q.done:
-	default:
-		return false
-	}
-	if q.err != nil {
-		return time.Now().After(q.expires)
-	}
-	return s.images[q.image.id] != q.image
-}
-
-func (s *Store) search(ctx context.Context, q *search, key searchKey) {
-	defer close(q.done)
-	defer q.cancel()
-	ctx, end := span.Start(ctx, "search")
-	defer func() { end(q.err) }()
-	span.Set(ctx, "image", string(key.repo)+"@"+key.manifest.String())
-	start := time.Now()
-	var err error
-	q.image, err = s.lookup(ctx, key.repo, key.manifest)
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) && err != nil {
-		err = fmt.Errorf("the search took longer than %v: %w", s.o.Timeout, err)
-	}
-	if err != nil {
-		q.err = WithReason(err)
-		span.Set(ctx, "reason", string(reason.Of(q.err)))
-		q.expires = time.Now().Add(s.o.RetryAfter)
-		if took := time.Since(start); took > time.Second {
-			q.expires = q.expires.Add(4 * took) // or searches would take most of the time of a normal pull of many layers
-		}
-	}
-}
-
 // add puts a record on disk and in the set. An image that is there already, maybe from a former life, stays as it is: its ID names its bytes.
 func (s *Store) add(rec *record) (img *image, isNew bool, err error) {
 	s.mu.Lock()
@@ -328,6 +263,9 @@ func (s *Store) drop(img *image) error {
 // cannot express, or an index on disk is damaged.
 func (s *Store) Mount(ctx context.Context, id string, n int, target string) error {
 	img, err := s.load(id)
+	if err == nil {
+		err = s.vet(ctx, img)
+	}
 	if err != nil {
 		return err
 	}

@@ -9,6 +9,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/tree"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // errImage: the image itself is not what an image has to be.
@@ -20,6 +21,12 @@ var codes = []struct {
 	is   error
 	code reason.Code
 }{
+	{trust.ErrRevoked, reason.SignatureRevoked},
+	{trust.ErrExpired, reason.SignatureExpired},
+	{trust.ErrUntrusted, reason.SignatureUntrusted},
+	{trust.ErrInvalid, reason.SignatureInvalid},
+	{trust.ErrUnchecked, reason.SignatureUnchecked},
+	{trust.ErrMissing, reason.SignatureMissing},
 	{artifact.ErrUnsupported, reason.Unsupported},
 	{tree.ErrRefused, reason.Content},
 	{erofs.ErrUnsupported, reason.Content},

@@ -14,6 +14,7 @@ import (
 	"encoding/asn1"
 	"encoding/json"
 	"encoding/pem"
+	"errors"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -268,4 +269,26 @@ func DER(t testing.TB, sig []byte) []byte {
 		t.Fatal(err)
 	}
 	return b
+}
+
+// SignOver signs target with what is over when it returns: a second later.
+func (id *Identity) SignOver(t testing.TB, target trust.Target) trust.Envelope {
+	t.Helper()
+	e, _, err := id.Signer(t, notary.SignOptions{Expiry: time.Second}).Sign(t.Context(), target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	store := &CA{Root: id.Chain[len(id.Chain)-1]}
+	v, err := notary.NewVerifier(notary.Options{Dir: NewDir(t, store, Statement{Name: "all"})})
+	if err != nil {
+		t.Fatal(err)
+	}
+	target.Repository = "registry.example/app"
+	for tick := time.Tick(20 * time.Millisecond); err == nil; <-tick {
+		_, err = v.Verify(t.Context(), target, e)
+	}
+	if !errors.Is(err, trust.ErrExpired) {
+		t.Fatal(err)
+	}
+	return e
 }

@@ -1,0 +1,83 @@
+package stream
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
+)
+
+// searchKey is what is looked for: one repository may have an artifact of an image that another has without.
+type searchKey struct {
+	repo     registryclient.Repository
+	manifest digest.Digest // of the platform manifest
+}
+
+// search is one look for an artifact, shared by all that want it at the same time. It goes on when they no longer do: they may ask again.
+type search struct {
+	cancel  context.CancelFunc
+	done    chan struct{}
+	image   *image
+	err     error
+	expires time.Time // of a failure
+}
+
+// join returns the search for key, and begins it if none stands.
+func (s *Store) join(ctx context.Context, key searchKey) (*search, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, reason.New(reason.Stopping, errors.New("the daemon is stopping"))
+	}
+	maps.DeleteFunc(s.searches, func(_ searchKey, q *search) bool { return s.stale(q) })
+	q := s.searches[key]
+	if q == nil {
+		q = &search{done: make(chan struct{})}
+		ctx, q.cancel = context.WithTimeout(context.WithoutCancel(ctx), s.o.Timeout)
+		s.searches[key] = q
+		s.running.Go(func() { s.search(ctx, q, key) })
+	}
+	return q, nil
+}
+
+// stale reports whether q has ended and its result stands no longer. The caller holds mu.
+func (s *Store) stale(q *search) bool {
+	select {
+	case <-q.done:
+	default:
+		return false
+	}
+	if q.err != nil {
+		return time.Now().After(q.expires)
+	}
+	return s.images[q.image.id] != q.image
+}
+
+func (s *Store) search(ctx context.Context, q *search, key searchKey) {
+	defer close(q.done)
+	defer q.cancel()
+	ctx, end := span.Start(ctx, "search")
+	defer func() { end(q.err) }()
+	span.Set(ctx, "image", string(key.repo)+"@"+key.manifest.String())
+	start := time.Now()
+	var err error
+	q.image, err = s.lookup(ctx, key.repo, key.manifest)
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) && err != nil {
+		err = fmt.Errorf("the search took longer than %v: %w", s.o.Timeout, err)
+	}
+	if err != nil {
+		q.err = WithReason(err)
+		span.Set(ctx, "reason", string(reason.Of(q.err)))
+		q.expires = time.Now().Add(s.o.RetryAfter)
+		if took := time.Since(start); took > time.Second {
+			q.expires = q.expires.Add(4 * took) // or searches would take most of the time of a normal pull of many layers
+		}
+	}
+}

@@ -1,0 +1,289 @@
+package stream
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
+)
+
+// Whoever may push can attach signatures without end, and so hide a good one from who stops early: many are looked at, not all at once, for as long as a search
+// may last. Each has at most trust.MaxEnvelope bytes.
+const (
+	maxSignatures    = 64
+	signaturesAtOnce = 8
+)
+
+// vettedName is the file of an image's directory with the verdicts on its artifact, a vetted for each repository that it was found in.
+const vettedName = "trust.json"
+
+// vetted is a verdict on the signature of an artifact, with what it takes to ask again without a registry.
+type vetted struct {
+	Repository registryclient.Repository `json:"repository"`
+	Size       int64                     `json:"size"` // of the artifact's manifest, bytes
+	MediaType  string                    `json:"mediaType"`
+	Envelope   []byte                    `json:"envelope"`
+	Verdict    trust.Verdict             `json:"verdict"`
+	Epoch      string                    `json:"epoch"` // of the verifier, when it said so
+}
+
+// policyOf returns the policy of repo. The verifier is nil unless that is trust.Signed.
+func (s *Store) policyOf(repo registryclient.Repository) (trust.Policy, trust.Verifier) {
+	if s.o.Policy == nil {
+		return trust.Open, nil
+	}
+	policy, v := s.o.Policy(repo)
+	if policy != trust.Signed {
+		return policy, nil
+	}
+	return policy, v
+}
+
+// vetting is what a search asks about the signature of one artifact.
+type vetting struct {
+	store      *Store
+	repo       registryclient.Repository
+	artifact   digest.Digest
+	verifier   trust.Verifier
+	known      *vetted                              // a verdict of an earlier search, nil if there is none that stands
+	early      []func() (trust.Envelope, error)     // that profiles have hinted at
+	signatures func() ([]ocispec.Descriptor, error) // waits for the list
+}
+
+// listed waits for the list of signatures, and says if there are none. It is called before anything is fetched of the artifact but its manifest.
+func (v *vetting) listed() error {
+	if v.known != nil || len(v.early) > 0 {
+		return nil
+	}
+	list, err := v.signatures()
+	if err == nil && len(list) == 0 {
+		err = trust.ErrMissing
+	}
+	return err
+}
+
+// verdict waits for a signature that is good, and says why there is none. raw is the artifact's manifest.
+func (v *vetting) verdict(ctx context.Context, raw []byte) (_ *vetted, err error) {
+	ctx, end := span.Start(ctx, "signature")
+	defer func() { end(err) }()
+	if v.known != nil {
+		return v.known, nil
+	}
+	t := trust.Target{Repository: string(v.repo), Digest: v.artifact, MediaType: ocispec.MediaTypeImageManifest, Size: int64(len(raw))}
+	for _, envelope := range v.early {
+		if e, err := envelope(); err == nil {
+			if got, err := v.check(ctx, t, e); err == nil {
+				return got, nil
+			}
+		}
+	}
+	list, err := v.signatures()
+	if err != nil {
+		return nil, err
+	}
+	if len(list) == 0 {
+		return nil, trust.ErrMissing
+	}
+	ctx, found := context.WithCancel(ctx)
+	defer found()
+	var g errgroup.Group
+	g.SetLimit(signaturesAtOnce)
+	n := min(len(list), maxSignatures)
+	good, errs := make([]*vetted, n), make([]error, n)
+	for i, d := range list[:n] {
+		g.Go(func() error {
+			var err error
+			if good[i], err = v.signature(ctx, t, d); err == nil {
+				found()
+			} else {
+				errs[i] = fmt.Errorf("signature %s: %w", d.Digest, err)
+			}
+			return nil
+		})
+	}
+	g.Wait()
+	if i := slices.IndexFunc(good, func(g *vetted) bool { return g != nil }); i >= 0 {
+		return good[i], nil
+	}
+	return nil, errors.Join(some(errs, "signatures")...)
+}
+
+// some of errs are told, and how many others of what there are.
+func some(errs []error, what string) []error {
+	if n := len(errs); n > maxReasons {
+		return append(errs[:maxReasons:maxReasons], fmt.Errorf("and %d %s more", n-maxReasons, what))
+	}
+	return errs
+}
+
+// signature checks the signature that d describes in a list. Where the list says where the envelope is, that is asked for at once; if it is wrong, the
+// signature's manifest is.
+func (v *vetting) signature(ctx context.Context, t trust.Target, d ocispec.Descriptor) (*vetted, error) {
+	hint, hinted := trust.HintOf(d.Annotations)
+	var errs []error
+	if hinted {
+		e, err := v.store.envelope(ctx, v.repo, hint)
+		if err == nil {
+			var got *vetted
+			if got, err = v.check(ctx, t, e); err == nil {
+				return got, nil
+			}
+		}
+		errs = append(errs, err)
+	}
+	raw, err := v.store.o.Registry.Manifest(ctx, v.repo, d.Digest, artifact.MaxManifestSize)
+	if err != nil {
+		return nil, errors.Join(append(errs, err)...)
+	}
+	desc, err := trust.EnvelopeOf(raw, t.Digest)
+	if err != nil {
+		return nil, err
+	}
+	if hinted && desc.Digest == hint.Digest && desc.MediaType == hint.MediaType {
+		return nil, errors.Join(errs...)
+	}
+	e, err := v.store.envelope(ctx, v.repo, desc)
+	if err != nil {
+		return nil, err
+	}
+	return v.check(ctx, t, e)
+}
+
+// envelope fetches the envelope that d describes.
+func (s *Store) envelope(ctx context.Context, repo registryclient.Repository, d ocispec.Descriptor) (trust.Envelope, error) {
+	b, err := s.o.Registry.Blob(ctx, repo, d.Digest, trust.MaxEnvelope)
+	return trust.Envelope{Digest: d.Digest, MediaType: d.MediaType, Bytes: b}, err
+}
+
+func (v *vetting) check(ctx context.Context, t trust.Target, e trust.Envelope) (*vetted, error) {
+	epoch := v.verifier.Epoch() // before: a verdict by files that change meanwhile is taken for an older one
+	verdict, err := v.verifier.Verify(ctx, t, e)
+	if err != nil {
+		return nil, err
+	}
+	return &vetted{Repository: v.repo, Size: t.Size, MediaType: e.MediaType, Envelope: e.Bytes, Verdict: verdict, Epoch: epoch}, nil
+}
+
+// stands reports whether a verdict need not be asked for again at a pull.
+func (g *vetted) stands(v trust.Verifier) bool {
+	return g.Epoch == v.Epoch() && time.Now().Before(g.Verdict.Until)
+}
+
+// known returns the verdict on an artifact of repo that an earlier search has recorded, if it stands.
+func (s *Store) known(repo registryclient.Repository, dgst digest.Digest, v trust.Verifier) *vetted {
+	img, err := s.load(dgst.Encoded())
+	if err != nil {
+		return nil
+	}
+	for _, g := range s.vettedOf(img) {
+		if g.Repository == repo && g.stands(v) {
+			return g
+		}
+	}
+	return nil
+}
+
+// vettedOf returns the verdicts on img's artifact. They are not to be changed.
+func (s *Store) vettedOf(img *image) []*vetted {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if img.vetted == nil {
+		img.vetted = loadVetted(s.imageDir(img.id))
+	}
+	return img.vetted
+}
+
+// loadVetted reads the file of an image's verdicts. One that is damaged has none.
+func loadVetted(dir string) []*vetted {
+	list := []*vetted{}
+	b, err := os.ReadFile(filepath.Join(dir, vettedName))
+	if err == nil {
+		err = json.Unmarshal(b, &list)
+	}
+	if err != nil || slices.Contains(list, nil) {
+		return []*vetted{}
+	}
+	return list
+}
+
+// vouch records a verdict on img's artifact, in the place of that of the same repository, and makes it durable.
+func (s *Store) vouch(img *image, got *vetted) error {
+	old := s.vettedOf(img)
+	if slices.Contains(old, got) {
+		return nil
+	}
+	list := slices.DeleteFunc(slices.Clone(old), func(g *vetted) bool { return g.Repository == got.Repository })
+	list = append(list, got)
+	b, err := json.Marshal(list)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.images[img.id] != img {
+		return fmt.Errorf("streamed image %s was removed", img.id)
+	}
+	if err := ledger.WriteFile(s.imageDir(img.id), vettedName, b); err != nil {
+		return err
+	}
+	img.vetted = list
+	return nil
+}
+
+// vet says why img must not be mounted by the policy of today, which may be stricter than that of its pull. A signature was checked at the pull, and is again
+// here, without a registry, only if what is trusted has changed since: what has run out meanwhile stays what it was.
+func (s *Store) vet(ctx context.Context, img *image) error {
+	_, v := s.policyOf(img.rec.Repository)
+	if v == nil {
+		return nil
+	}
+	err := trust.ErrMissing
+	for _, g := range s.vettedOf(img) {
+		if g.Epoch == v.Epoch() {
+			return nil
+		}
+		again := &vetting{store: s, repo: g.Repository, artifact: img.rec.Artifact, verifier: v}
+		t := trust.Target{Repository: string(g.Repository), Digest: img.rec.Artifact, MediaType: ocispec.MediaTypeImageManifest, Size: g.Size}
+		var got *vetted
+		if got, err = again.check(ctx, t, trust.Envelope{Digest: digest.FromBytes(g.Envelope), MediaType: g.MediaType, Bytes: g.Envelope}); err == nil {
+			return s.vouch(img, got)
+		}
+	}
+	return fmt.Errorf("streamed image %s of %s is not trusted any more, and has to be removed and pulled again: %w", img.id, img.rec.Repository, err)
+}
+
+// Signature is what is known of who has signed an image's artifact.
+type Signature struct {
+	Signer   string    // the subject of who has signed its artifact; "" if nobody has whom the node knows
+	Issuer   string    // of the signer's certificate
+	Until    time.Time // when that is asked for again at a pull
+	Warnings []string  // what failed and is only logged, by the trust policy
+}
+
+// Signature returns what is known of that of image id, as one of repo: the zero value where the policy asks for none.
+func (s *Store) Signature(id string, repo registryclient.Repository) Signature {
+	img, err := s.load(id)
+	if err != nil {
+		return Signature{}
+	}
+	for _, g := range s.vettedOf(img) {
+		if v := g.Verdict; g.Repository == repo {
+			return Signature{v.Identity, v.Issuer, v.Until, v.Warnings}
+		}
+	}
+	return Signature{}
+}
