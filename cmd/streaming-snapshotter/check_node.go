@@ -68,7 +68,7 @@ func (r *checkReport) checkDaemon(ctx context.Context, c config) {
 	if err != nil {
 		start := "systemctl start streaming-snapshotter"
 		if !install.Systemd() {
-			start = install.Path + " supervise -- serve"
+			start = install.Start
 		}
 		r.trap(daemonDown, "start it: `"+start+"`", "%v: pulls and new containers of streamed images fail", err)
 		return

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/install"
 )
 
 const (
@@ -15,16 +17,14 @@ const (
 	maxLog = 16 << 20
 	// logEvery is how often that is looked at. What is written meanwhile comes on top.
 	logEvery = 5 * time.Second
+	// logEnv says to a daemon which file its supervisor keeps as the log.
+	logEnv = "STREAMING_SNAPSHOTTER_LOG"
 )
 
-// keepLog has this process, and those that it starts from then on, write to the end of the file name, which it keeps from growing until stop.
-func keepLog(name string) (stop func(), err error) {
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	if err := errors.Join(unix.Dup3(int(f.Fd()), unix.Stdout, 0), unix.Dup3(int(f.Fd()), unix.Stderr, 0)); err != nil {
+// keepLog has this process, and those that it starts from then on, write to the end of the file name, until stop. Where others rename or remove it, as logrotate does, it is made again. If turn is
+// true it is kept from growing.
+func keepLog(name string, turn bool) (stop func(), err error) {
+	if err := takeLog(name); err != nil {
 		return nil, err
 	}
 	end, ended := make(chan struct{}), make(chan struct{})
@@ -33,7 +33,10 @@ func keepLog(name string) (stop func(), err error) {
 		tick := time.NewTicker(logEvery)
 		defer tick.Stop()
 		for failed := false; ; {
-			err := turnLog(name, maxLog)
+			err := takeLog(name)
+			if err == nil && turn {
+				err = turnLog(name, maxLog)
+			}
 			if err != nil && !failed {
 				slog.Warn("the log grows", "file", name, "error", err)
 			}
@@ -51,9 +54,26 @@ func keepLog(name string) (stop func(), err error) {
 	}, nil
 }
 
+// takeLog makes the file name the standard output and error of this process, if it is not.
+func takeLog(name string) error {
+	f, err := install.OpenLog(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	is, err := f.Stat()
+	for _, out := range []*os.File{os.Stdout, os.Stderr} {
+		was, statErr := out.Stat()
+		if err == nil && (statErr != nil || !os.SameFile(was, is)) {
+			err = unix.Dup3(int(f.Fd()), int(out.Fd()), 0)
+		}
+	}
+	return err
+}
+
 // turnLog copies the content of the file name to name.1 and empties it, if it is larger than most bytes. The file itself stays: who writes has it open, and at its end.
 func turnLog(name string, most int64) error {
-	f, err := os.OpenFile(name, os.O_RDWR, 0)
+	f, err := os.OpenFile(name, os.O_RDWR|unix.O_NOFOLLOW, 0)
 	if err != nil {
 		return err
 	}
@@ -61,11 +81,14 @@ func turnLog(name string, most int64) error {
 	if fi, err := f.Stat(); err != nil || fi.Size() <= most {
 		return err
 	}
-	to, err := os.OpenFile(name+".1", os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o640)
+	to, err := install.OpenLog(name + ".1")
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(to, f)
+	err = to.Truncate(0)
+	if err == nil {
+		_, err = io.Copy(to, f)
+	}
 	if err := errors.Join(err, to.Close()); err != nil {
 		return err
 	}

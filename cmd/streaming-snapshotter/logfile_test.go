@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -62,4 +64,53 @@ func TestSuperviseLog(t *testing.T) {
 		t.Errorf("on standard error: %s", &p.stderr)
 	}
 	p.wantNothingLeft()
+}
+
+// What others do to the log and its directory: where they rotate it, the supervisor and the daemon that runs write to the new file; where they have put a link, nothing is written.
+func TestSuperviseLogOfOthers(t *testing.T) {
+	dir := t.TempDir()
+	name, other := filepath.Join(dir, "log"), filepath.Join(dir, "other")
+	if err := errors.Join(os.WriteFile(other, []byte("kept"), 0o600), os.Symlink(other, name)); err != nil {
+		t.Fatal(err)
+	}
+	config := writeConfig(t, filepath.Join(dir, "root"), filepath.Join(dir, "s.sock"))
+	t.Cleanup(func() { unix.Unmount(filepath.Join(dir, "root", "devices"), unix.MNT_DETACH) })
+	args := []string{"supervise", "--log", name, "--", "serve", "--config", config}
+	start(t, args...).wantFailure("too many levels of symbolic links")
+	if err := errors.Join(os.Remove(name), os.Symlink(other, name+".1")); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, args...)
+	daemon := p.child(0)
+	waitForSocket(t, filepath.Join(dir, "s.sock"))
+	if err := errors.Join(os.Truncate(name, maxLog+1), os.Rename(name, name+".2")); err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range []string{fmt.Sprintf("/proc/%d/fd/1", p.Process.Pid), fmt.Sprintf("/proc/%d/fd/2", p.Process.Pid), fmt.Sprintf("/proc/%d/fd/1", daemon), fmt.Sprintf("/proc/%d/fd/2", daemon)} {
+		for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+			if at, err := os.Readlink(fd); err == nil && at == name {
+				break
+			} else if time.Now().After(deadline) {
+				t.Fatalf("%s is %s, %v", fd, at, err)
+			}
+		}
+	}
+	if err := os.Truncate(name, maxLog+1); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		if text, err := os.ReadFile(name); err == nil && bytes.Contains(text, []byte("the log grows")) {
+			break
+		} else if time.Now().After(deadline) {
+			t.Fatalf("nothing is said of a link: %v", err)
+		}
+	}
+	p.signal(unix.SIGTERM)
+	if err := p.wait(); err != nil {
+		t.Error(err)
+	}
+	if text, err := os.ReadFile(other); err != nil || string(text) != "kept" {
+		t.Errorf("what the links are to has %d bytes, %v", len(text), err)
+	}
+	p.wantUnmounted(filepath.Join(dir, "root"))
 }

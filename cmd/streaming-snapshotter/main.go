@@ -64,6 +64,13 @@ func newCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				if name := os.Getenv(logEnv); name != "" {
+					stop, err := keepLog(name, false)
+					if err != nil {
+						return err
+					}
+					defer stop()
+				}
 				return serve(cmd.Context(), configFile, st, safeFor)
 			},
 		},

@@ -32,6 +32,7 @@ type supervisor struct {
 	program string // path
 	args    []string
 	socket  string
+	logTo   string // "" for the terminal
 	own     *fdstore.Store
 	ready   atomic.Bool // the command that runs now has said so
 	again   atomic.Bool // it is not the first
@@ -41,13 +42,13 @@ type supervisor struct {
 // supervise keeps descriptors for whoever comes to socket, and runs this program with args, if there are any, until ctx ends. What both say goes to the file logTo, if that is not "".
 func supervise(ctx context.Context, socket, logTo string, args []string) (err error) {
 	if logTo != "" {
-		stop, err := keepLog(logTo)
+		stop, err := keepLog(logTo, true)
 		if err != nil {
 			return err
 		}
 		defer stop()
 	}
-	s := &supervisor{args: args, log: slog.Default()}
+	s := &supervisor{args: args, logTo: logTo, log: slog.Default()}
 	if s.own, err = fdstore.Open(); err != nil {
 		return err
 	}
@@ -167,7 +168,7 @@ func (s *supervisor) release() error {
 func (s *supervisor) runOnce(ctx context.Context, hangup <-chan os.Signal) (asked bool, err error) {
 	c := exec.Command(s.program, s.args...)
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
-	c.Env = append(os.Environ(), "NOTIFY_SOCKET="+s.socket, fdstore.KeeperEnv+"="+s.socket)
+	c.Env = append(os.Environ(), "NOTIFY_SOCKET="+s.socket, fdstore.KeeperEnv+"="+s.socket, logEnv+"="+s.logTo)
 	// A group of its own: what the terminal sends comes once, from here. And when the supervisor dies, its successor must find no other.
 	c.SysProcAttr = &unix.SysProcAttr{Setpgid: true, Pdeathsig: unix.SIGTERM}
 	runtime.LockOSThread() // Pdeathsig is about the thread

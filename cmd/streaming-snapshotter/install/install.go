@@ -239,7 +239,7 @@ func (in *installer) announce(p plan) error {
 	}
 	if p.daemon {
 		if _, bare := in.svc.(*supervised); bare {
-			fmt.Fprintf(in.o.Out, "run %s supervise -- serve (PID in %s, log in %s); it does not start by itself at boot: have it started before containerd\n", Path, pidFile, logFile)
+			fmt.Fprintf(in.o.Out, "run %s (PID in %s); it does not start by itself at boot: have it started before containerd\n", Supervise, pidFile)
 		} else {
 			fmt.Fprintf(in.o.Out, "run systemctl restart %s\n", unit)
 		}

@@ -165,6 +165,24 @@ const (
 	logFile = "/var/log/streaming-snapshotter.log"
 )
 
+// Supervise is the command that runs the daemon where there is no systemd.
+const Supervise = Path + " supervise --socket " + runDir + "/keeper.sock --log " + logFile + " -- serve"
+
+// Start is Supervise for a shell: in the environment that a unit of systemd has, as install itself starts it.
+const Start = "env -i " + hostPath + " setsid " + Supervise + " &"
+
+// OpenLog opens a log at its end, and makes it if there is none. What is no file is an error, and a link is one, too: others than root may be able to write to a directory of logs.
+func OpenLog(name string) (*os.File, error) {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o640)
+	if err != nil {
+		return nil, err
+	}
+	if fi, err := f.Stat(); err != nil || !fi.Mode().IsRegular() {
+		return nil, errors.Join(fmt.Errorf("%s is no file", name), err, f.Close())
+	}
+	return f, nil
+}
+
 func (*supervised) files() []file { return nil }
 
 // pid is the supervisor's, 0 if none runs. Who starts the host may have started it, and written nothing down.
@@ -228,17 +246,18 @@ func (s *supervised) start(ctx context.Context) error {
 	return errors.Join(err, failed)
 }
 
-// launch starts a supervisor, in an environment like that of a systemd unit: what a pod was given, or who has called, is not the daemon's.
+// launch starts a supervisor, in an environment like that of a unit of systemd: what a pod was given, or who has called, is not the daemon's.
 func (s *supervised) launch() error {
 	if err := os.MkdirAll(runDir, 0o700); err != nil { // before its socket
 		return err
 	}
-	log, err := os.OpenFile(logFile, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o640)
+	log, err := OpenLog(logFile)
 	if err != nil {
 		return err
 	}
 	defer log.Close()
-	c := exec.Command(Path, "supervise", "--socket", runDir+"/keeper.sock", "--log", logFile, "--", "serve")
+	args := strings.Fields(Supervise)
+	c := exec.Command(args[0], args[1:]...)
 	c.Stdout, c.Stderr, c.Dir = log, log, "/" // until it has opened it itself
 	c.Env = []string{hostPath}
 	c.SysProcAttr = &unix.SysProcAttr{Setsid: true}
