@@ -46,7 +46,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"snapshot/span":                     {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"snapshot/reason":                   {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
 	"converter":                         {[]string{"artifact", "converter/startup", "fs/tree"}, []string{containerd, fuse}},
-	"converter/service":                 {[]string{"artifact", "converter", "converter/service/starts"}, []string{containerd, fuse}},
+	"converter/service":                 {[]string{"artifact", "converter", "converter/service/starts", "plain"}, []string{containerd, fuse}},
 	"converter/service/access":          {[]string{"converter/service"}, []string{containerd, fuse, ggcr}},
 	"converter/service/client":          {[]string{"converter", "converter/service"}, []string{containerd, fuse, ggcr}},
 	"converter/service/embedded":        {nil, []string{"net/http", containerd, fuse, ggcr}},

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"time"
@@ -198,21 +199,33 @@ func (r *registry) get(ctx context.Context, path string, header http.Header, all
 
 // send sends a GET below /v2/. The caller closes the body.
 func (r *registry) send(ctx context.Context, client *http.Client, path string, header http.Header, allowed ...int) (*http.Response, error) {
-	url := r.repo.Scheme() + "://" + r.repo.RegistryStr() + "/v2/" + path
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	address := r.repo.Scheme() + "://" + r.repo.RegistryStr() + "/v2/" + path
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
 		return nil, err
 	}
 	req.Header = header
 	resp, err := client.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, unsigned(err)
 	}
 	if err := transport.CheckError(resp, allowed...); err != nil {
 		resp.Body.Close()
 		return nil, r.registryError(err)
 	}
 	return resp, nil
+}
+
+// unsigned takes out of an error what lets its reader do what was asked for: registries send to stores by addresses that are signed.
+func unsigned(err error) error {
+	var ue *url.Error
+	if errors.As(err, &ue) {
+		if u, parseErr := url.Parse(ue.URL); parseErr == nil && u.RawQuery != "" {
+			u.RawQuery = "..."
+			ue.URL = u.Redacted()
+		}
+	}
+	return err
 }
 
 func (r *registry) Blob(ctx context.Context, d ocispec.Descriptor, off int64) (io.ReadCloser, error) {

@@ -3,11 +3,14 @@ package service
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 )
@@ -19,8 +22,16 @@ type storedSettings struct {
 	Catalogued bool `json:"catalogued,omitempty"`
 }
 
-// maxSettings of a registry: they are one value in NATS.
-const maxSettings = 2000
+// Bounds on the settings of a registry, which are one value in NATS, and which owners of a part of it share.
+const (
+	maxSettings   = 2000
+	maxSettingsOf = 500       // that one identity has set
+	maxSettingsIn = 900 << 10 // bytes
+	maxPlatforms  = 64        // of a rule
+)
+
+// beginAtOnce is how many repositories are prepared at once, each by a write to NATS.
+const beginAtOnce = 64
 
 func (a *auto) readSettings(ctx context.Context, registry string) ([]storedSettings, uint64, error) {
 	if _, ok := a.registries[registry]; !ok {
@@ -60,7 +71,7 @@ func (a *auto) Settings(ctx context.Context, registry, repositoryName string) (S
 		}
 		return list[i].Settings, nil
 	}
-	if err := checkRepository(repositoryName); err != nil {
+	if err := CheckRepository(repositoryName); err != nil {
 		return Settings{}, err
 	}
 	return countingFor(list, repository{registry, repositoryName}).Settings, nil
@@ -94,8 +105,8 @@ func (a *auto) checkSettings(s Settings) error {
 		return fmt.Errorf("%w: registry %q is not one of this service's: %s", ErrNotFound, s.Registry, strings.Join(a.names, ", "))
 	case s.Active && reg.PullOnly:
 		return fmt.Errorf("%w: %s is only pulled from: nothing can be attached to its images", ErrInvalid, s.Registry)
-	case isPattern(s.Repository) && (len(s.Repository) > maxName || !patternName.MatchString(s.Repository)):
-		return fmt.Errorf("%w: %q is not a pattern of repositories' names", ErrInvalid, s.Repository)
+	case len(s.Rules.Platforms) > maxPlatforms:
+		return fmt.Errorf("%w: rules: %d platforms, and %d may be named", ErrInvalid, len(s.Rules.Platforms), maxPlatforms)
 	case s.Rules.MinSize < 0 || s.Rules.Keep < 0:
 		return fmt.Errorf("%w: rules: minimum size %d, keep %d", ErrInvalid, s.Rules.MinSize, s.Rules.Keep)
 	}
@@ -104,10 +115,10 @@ func (a *auto) checkSettings(s Settings) error {
 			return fmt.Errorf("%w: rules: %w", ErrInvalid, err)
 		}
 	}
-	if !isPattern(s.Repository) {
-		return checkRepository(s.Repository)
+	if isPattern(s.Repository) {
+		return CheckPattern(s.Repository)
 	}
-	return nil
+	return CheckRepository(s.Repository)
 }
 
 // SetSettings sets the settings of a name or pattern. What becomes active by it converts what is pushed from now on, and with existing what is there, too
@@ -124,8 +135,14 @@ func (a *auto) SetSettings(ctx context.Context, s Settings, existing bool) (Sett
 			after[i] = next
 			return after, nil
 		}
-		if len(after) >= maxSettings {
-			return nil, fmt.Errorf("%w: %s has settings of %d repositories: use a pattern", ErrInvalid, s.Registry, maxSettings)
+		own := 1
+		for _, other := range after {
+			if other.By == s.By {
+				own++
+			}
+		}
+		if len(after) >= maxSettings || own > maxSettingsOf {
+			return nil, fmt.Errorf("%w: %s has settings of %d repositories, %d of them by %q: use a pattern", ErrInvalid, s.Registry, len(after), own-1, s.By)
 		}
 		return slices.Insert(after, i, next), nil
 	})
@@ -157,6 +174,9 @@ func (a *auto) change(ctx context.Context, registry, name string, existing bool,
 			return err
 		}
 		var started []repository
+		if raw, err := json.Marshal(after); err != nil || len(raw) > maxSettingsIn {
+			return cmp.Or(err, fmt.Errorf("%w: the settings of %s take %d bytes, and there is room for %d: use a pattern", ErrInvalid, registry, len(raw), maxSettingsIn))
+		}
 		i, found = at(after)
 		if !found || after[i].Active { // turning it off asks the registry nothing
 			var catalogued bool
@@ -186,27 +206,35 @@ func (a *auto) begin(ctx context.Context, registry, name string, before, after [
 			return nil, false, err
 		}
 	}
+	bases, err := a.bases(ctx)
+	if err != nil {
+		return nil, false, err
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(beginAtOnce)
 	for _, r := range candidates {
 		if !Match(name, r.name) || !countingFor(after, r).Active || countingFor(before, r).Active && !existing {
 			continue
 		}
-		b, err := a.setBase(ctx, r, existing)
-		if err != nil {
-			return nil, false, err
-		}
-		// What a pattern makes active may be many: their tags are noted right after.
-		if !existing && !isPattern(name) {
-			_, p, err := a.reach(registry, name)
-			if err != nil {
-				return nil, false, err
-			}
-			if _, err := a.noteTags(ctx, r, p, b); err != nil {
-				return nil, false, err
-			}
-		}
 		started = append(started, r)
+		b := bases[r]
+		if isPattern(name) && b.rev != 0 && b.Existing == existing && b.Pending == !existing {
+			continue // a try before this one came as far: of very many repositories, each takes some with it
+		}
+		g.Go(func() error {
+			b, err := a.setBase(gctx, r, b, existing)
+			// What a pattern makes active may be many: their tags are noted right after.
+			if err != nil || existing || isPattern(name) {
+				return err
+			}
+			_, p, err := a.reach(registry, name)
+			if err == nil {
+				_, err = a.noteTags(gctx, r, p, b)
+			}
+			return err
+		})
 	}
-	return started, catalogued, nil
+	return started, catalogued, g.Wait()
 }
 
 // known returns the repositories of a registry that are known: those that it lists, those that settings name, and those that were ever active. It says
@@ -222,7 +250,7 @@ func (a *auto) known(ctx context.Context, registry string, list []storedSettings
 	if err != nil {
 		return nil, false, err
 	}
-	for _, r := range bases {
+	for r := range bases {
 		if r.registry == registry {
 			add(r.name)
 		}
@@ -256,5 +284,5 @@ func (a *auto) catalog(ctx context.Context, registry string) ([]string, error) {
 		return nil, placeError(err)
 	}
 	// What lists other names than a repository may have lists what cannot be asked for.
-	return slices.DeleteFunc(names, func(name string) bool { return checkRepository(name) != nil }), err
+	return slices.DeleteFunc(names, func(name string) bool { return CheckRepository(name) != nil }), err
 }

@@ -10,10 +10,14 @@ import (
 	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
 )
 
 // progressTime is how often a record says how far its conversion is: often enough that a second does not pass without.
 const progressTime = 250 * time.Millisecond
+
+// maxMessage is how many bytes of an error a record has: registries may answer with a page.
+const maxMessage = 2000
 
 // handBackTime is how long a process that ends tries to say so: after that, others find out when the lease is over.
 const handBackTime = 5 * time.Second
@@ -78,7 +82,8 @@ func (a *attempt) begin(ctx context.Context, finished chan<- outcome) *tracker {
 	rec, track := a.rec, &tracker{}
 	a.doing = rec.scope()
 	if rec.Cancel || rec.Deaths >= maxDeaths { // finish knows which
-		finished <- outcome{err: fmt.Errorf("%d processes died over it, or were not heard of any more", rec.Deaths)}
+		err := fmt.Errorf("%d processes died over it, or were not heard of any more", rec.Deaths)
+		finished <- outcome{err: &converter.Error{Code: ProcessesDied, Err: err}}
 		return track
 	}
 	go func() {
@@ -302,7 +307,7 @@ func (a *attempt) fail(ctx context.Context, o outcome) error {
 	a.note(ctx, o)
 	return a.conclude(ctx, func(r *record) {
 		r.State, r.Artifacts, r.Warnings = Failed, artifacts(o.created, r.Made), warnings(o.created)
-		r.ErrorCode, r.Message = converter.CodeOf(o.err), o.err.Error()
+		r.ErrorCode, r.Message = converter.CodeOf(o.err), plain.Cut(o.err.Error(), maxMessage)
 	})
 }
 
@@ -324,7 +329,7 @@ func (a *attempt) cancel(ctx context.Context) error {
 	return a.conclude(ctx, func(r *record) {
 		r.State = Canceled
 		if err != nil {
-			r.Warnings = append(slices.Clip(r.Warnings), fmt.Sprintf("what it had attached may be there still: %v", err))
+			r.Warnings = append(slices.Clip(r.Warnings), plain.Cut(fmt.Sprintf("what it had attached may be there still: %v", err), maxMessage))
 		}
 	})
 }
@@ -374,7 +379,9 @@ func artifacts(created []converter.Created, own []made) (list []Artifact) {
 
 func warnings(created []converter.Created) (list []string) {
 	for _, c := range created {
-		list = append(list, c.Warnings...)
+		for _, w := range c.Warnings {
+			list = append(list, plain.Cut(w, maxMessage))
+		}
 	}
 	return list
 }

@@ -54,6 +54,7 @@ type auto struct {
 	interval   time.Duration // of reconcile
 	name       string        // of this process
 	log        *slog.Logger
+	audit      func(Deed)
 
 	settings, seen, made jetstream.KeyValue
 
@@ -65,6 +66,7 @@ type auto struct {
 	wake      chan struct{}        // capacity 1: hints has news
 	noCatalog map[string]string    // by registry, why it cannot be listed
 	tagCounts map[repository]int   // as last listed
+	deeds     deeds
 }
 
 // repository of a registry.
@@ -87,6 +89,7 @@ func newAuto(ctx context.Context, c Config, ops operations, bucket func(ctx cont
 	a := &auto{
 		ops: ops, registries: map[string]Registry{}, interval: c.Reconcile, name: c.Name, log: c.Log,
 		viewer: newViewer(), fleet: newFleet(), hints: map[repository]*hint{}, wake: make(chan struct{}, 1), noCatalog: map[string]string{}, tagCounts: map[repository]int{},
+		deeds: deeds{due: map[repository]int{}, passed: map[string]time.Time{}, failed: map[string]uint64{}}, audit: c.Audit,
 	}
 	for _, r := range c.Registries {
 		a.names = append(a.names, r.Name)
@@ -132,7 +135,19 @@ var (
 
 const maxName = 255 // bytes of a repository's name
 
-func checkRepository(name string) error {
+// CheckPattern says what is against a pattern of repositories' names: ErrInvalid, unless it has a star, and else what names have.
+func CheckPattern(pattern string) error {
+	if len(pattern) > maxName || !isPattern(pattern) || !patternName.MatchString(pattern) {
+		return fmt.Errorf("%w: %q is not a pattern of repositories' names", ErrInvalid, pattern)
+	}
+	return nil
+}
+
+// IsTag says whether a name is one that a tag may have.
+func IsTag(name string) bool { return tagName.MatchString(name) }
+
+// CheckRepository says what is against a repository's name: ErrInvalid, unless it is one as the distribution specification has them.
+func CheckRepository(name string) error {
 	if len(name) > maxName || !repositoryName.MatchString(name) {
 		return fmt.Errorf("%w: repository %q is not a repository's name", ErrInvalid, name)
 	}
@@ -146,7 +161,7 @@ func (a *auto) reach(registry, name string) (repository, converter.Place, error)
 	if !ok {
 		return r, nil, fmt.Errorf("%w: registry %q is not one of this service's: %s", ErrNotFound, registry, strings.Join(a.names, ", "))
 	}
-	if err := checkRepository(name); err != nil {
+	if err := CheckRepository(name); err != nil {
 		return r, nil, err
 	}
 	p, err := reg.Open(name)
@@ -210,7 +225,7 @@ func (a *auto) Handle(ctx context.Context, e Event) error {
 	}
 	if e.Tag == "" {
 		// A platform of an index, an artifact, or a tag that the source does not tell: new tags are looked for, which is one request.
-		a.hint(r, hint{list: true, after: time.Now().Add(listWait)})
+		a.hint(r, hint{events: 1, list: true, after: time.Now().Add(listWait)})
 		return nil
 	}
 	t, err := a.getTag(ctx, r, e.Tag)
@@ -221,7 +236,7 @@ func (a *auto) Handle(ctx context.Context, e Event) error {
 		return nil // told before
 	}
 	if t.rev == 0 && !a.hasRoom(r) {
-		a.hint(r, hint{list: true})
+		a.hint(r, hint{events: 1, list: true})
 		return nil
 	}
 	t.Anew = t.Anew || t.State == stateBefore // pushed again, it counts as new
@@ -231,7 +246,7 @@ func (a *auto) Handle(ctx context.Context, e Event) error {
 	if err := a.putTag(ctx, r, t); err != nil {
 		return err
 	}
-	news := hint{}
+	news := hint{events: 1}
 	if t.rev == 0 {
 		news.noted = 1
 	}
@@ -257,13 +272,14 @@ func (a *auto) handleDeleted(ctx context.Context, r repository, e Event) error {
 		dgst = t.Digest
 	}
 	if dgst != "" {
-		a.hint(r, hint{gone: []digest.Digest{dgst}}) // if that is lost, reconcile finds it
+		a.hint(r, hint{events: 1, gone: []digest.Digest{dgst}}) // if that is lost, reconcile finds it
 	}
 	return nil
 }
 
 // hint says what of a repository is to be looked at: tags that are due in any case.
 type hint struct {
+	events  uint64          // 1 if it is one
 	noted   int             // tags that were not known before
 	list    bool            // the tags are listed, too, and new ones are due
 	gone    []digest.Digest // images that may have been deleted
@@ -286,6 +302,7 @@ const (
 func (a *auto) hint(r repository, news hint) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.deeds.events += news.events
 	h := a.hints[r]
 	if h == nil {
 		h = &hint{after: news.after}
@@ -422,6 +439,7 @@ func (a *auto) lookAt(ctx context.Context, r repository, h hint) (again bool) {
 		}
 	}
 	left, err := v.due(ctx, listed)
+	v.countDue()
 	warn("look at what was pushed", err)
 	return again || left || err != nil
 }

@@ -1,6 +1,7 @@
 package service
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,6 +51,7 @@ func startWorld(t *testing.T, host string, reg *registrytest.Registry) *world {
 	t.Helper()
 	w := &world{t: t, host: host, reg: reg, nats: startNATS(t)}
 	w.process = run(t, w.config())
+	w.until("its first pass, or it finds what the test does", func() bool { return !w.Stats().Auto.Reconciled.IsZero() })
 	return w
 }
 
@@ -70,7 +72,7 @@ func (w *world) config() Config {
 // reconciled makes a pass over all repositories.
 func (w *world) reconciled() {
 	w.t.Helper()
-	if err := w.auto.pass(w.t.Context(), w.host); err != nil {
+	if _, err := w.auto.pass(w.t.Context(), w.host); err != nil {
 		w.t.Fatal(err)
 	}
 }
@@ -452,6 +454,110 @@ func TestKeep(t *testing.T) {
 		if got := w.attached(i); len(got) != want {
 			t.Errorf("%s has %d referrers, want %d", i, len(got), want)
 		}
+	}
+}
+
+// TestDeeds: what the service does without being asked is told, with its reason, and counted.
+func TestDeeds(t *testing.T) {
+	w := newWorld(t)
+	w.stop()
+	c := w.config()
+	told := make(chan Deed, 100)
+	c.Audit = func(d Deed) { told <- d }
+	w.process = run(t, c)
+	w.activate("app", true, func(s *Settings) { s.Rules.Keep = 1 })
+	old := w.push("app", "v1", image(t, "amd64", 1000))
+	w.told(Pushed, old, "v1")
+	first := w.converted(old)
+	newest := w.push("app", "v2", image(t, "amd64", 2000))
+	w.told(Pushed, newest, "v2")
+	second := w.converted(newest)
+	w.settled()
+	w.reconciled()
+	w.deleted(newest, "v2")
+	w.reconciled()
+	w.later()
+	w.reconciled()
+	want := []Deed{
+		{"convert", old, first.ID, "push to v1 by alice (test)"}, {"convert", newest, second.ID, "push to v2 by alice (test)"},
+		{"delete", old, first.Artifacts[0].Digest.String(), "those of the 1 newest tags are kept"}, {"delete", newest, second.Artifacts[0].Digest.String(), "the image is gone since"},
+	}
+	for _, want := range want {
+		if got := <-told; got.Action != want.Action || got.Image != want.Image || got.Target != want.Target || !strings.HasPrefix(got.Detail, want.Detail) {
+			t.Errorf("told of %+v, want %+v", got, want)
+		}
+	}
+	if st := w.Stats().Auto; st.Deleted != 2 || st.Events < 2 || st.Due != 0 || len(st.ReconcileFailures) != 1 || st.ReconcileFailures[w.host] != 0 {
+		t.Errorf("%+v", st)
+	}
+	w.reg.Inject(registrytest.Any, -1, registrytest.Status(http.StatusForbidden))
+	w.reconciled()
+	if st := w.Stats().Auto; st.ReconcileFailures[w.host] == 0 {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestManyRepositories: a pattern that takes in very many repositories goes on where a try before has stopped.
+func TestManyRepositories(t *testing.T) {
+	w := newWorld(t)
+	w.stop()
+	c := w.config()
+	const n = 200
+	c.Registries[0].Catalog = func(context.Context) (names []string, err error) {
+		for i := range n {
+			names = append(names, fmt.Sprintf("team/app%d", i))
+		}
+		return names, nil
+	}
+	w.process = run(t, c)
+	part := map[repository]base{}
+	for i := range 3 {
+		r := repository{w.host, fmt.Sprintf("team/app%d", i)}
+		b, err := w.setBase(t.Context(), r, base{}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		part[r] = b
+	}
+	if _, err := w.SetSettings(t.Context(), Settings{Registry: w.host, Repository: "team/*", Active: true}, false); err != nil {
+		t.Fatal(err)
+	}
+	all, err := w.bases(t.Context())
+	if err != nil || len(all) != n {
+		t.Fatalf("%d of %d repositories, %v", len(all), n, err)
+	}
+	for r, b := range part {
+		if now := all[r]; now.since() != b.since() {
+			t.Errorf("%s was begun again", r)
+		}
+	}
+}
+
+// TestBoundsOfSettings: one who owns a part of a registry does not use up what all share.
+func TestBoundsOfSettings(t *testing.T) {
+	w := newWorld(t)
+	s := Settings{Registry: w.host, Repository: "app", Rules: Rules{Platforms: slices.Repeat([]string{"linux/amd64"}, maxPlatforms+1)}}
+	if _, err := w.SetSettings(t.Context(), s, false); !errors.Is(err, ErrInvalid) {
+		t.Errorf("many platforms: %v", err)
+	}
+	list := make([]storedSettings, maxSettingsOf)
+	for i := range list {
+		list[i] = storedSettings{Settings: Settings{Registry: w.host, Repository: fmt.Sprintf("a/%03d", i), By: "alice"}}
+	}
+	raw, err := json.Marshal(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.settings.Put(t.Context(), hashKey(w.host), raw); err != nil {
+		t.Fatal(err)
+	}
+	for by, want := range map[string]error{"alice": ErrInvalid, "bob": nil} {
+		if _, err := w.SetSettings(t.Context(), Settings{Registry: w.host, Repository: "b/" + by, By: by}, false); !errors.Is(err, want) {
+			t.Errorf("one more of %s: %v", by, err)
+		}
+	}
+	if _, err := w.SetSettings(t.Context(), Settings{Registry: w.host, Repository: "a/001", By: "alice"}, false); err != nil {
+		t.Errorf("one that she has: %v", err)
 	}
 }
 

@@ -87,8 +87,11 @@ func (v *visit) cascade(ctx context.Context, dgst digest.Digest) error {
 	case time.Since(m.Gone) < notYet:
 		return nil
 	}
-	if err := a.cancel(ctx, image, "deletion of the image"); err != nil {
-		return err
+	if ongoing {
+		if err := a.cancel(ctx, image, "deletion of the image"); err != nil {
+			return err
+		}
+		a.done(Deed{Action: "cancel", Image: image, Target: op.ID, Detail: "the image is gone since " + m.Gone.Format(time.RFC3339)})
 	}
 	return v.takeArtifacts(ctx, m, subjects)
 }
@@ -102,22 +105,13 @@ func (v *visit) takeArtifacts(ctx context.Context, m madeFor, subjects []digest.
 	if gone, err := isGone(ctx, v.p, m.Digest); !gone { // it may have been pushed again
 		return err
 	}
-	var deleted []digest.Digest
 	for _, s := range subjects {
 		if slices.Contains(stay, s) {
 			continue
 		}
-		more, err := converter.DeleteReferrers(ctx, v.p, s)
-		deleted = append(deleted, more...)
-		if err == nil {
-			err = v.a.forgetStarts(ctx, v.r, s)
+		if err := v.drop(ctx, m.Image, s, "the image is gone since "+m.Gone.Format(time.RFC3339)); err != nil {
+			return err
 		}
-		if err != nil {
-			return placeError(err)
-		}
-	}
-	if len(deleted) > 0 {
-		v.a.log.Info("artifacts deleted with their image", "image", m.Image.String(), "deleted", len(deleted))
 	}
 	// What stays goes with the last image that has it, of which nothing else may be known.
 	m.Artifacts = slices.DeleteFunc(m.Artifacts, func(made Artifact) bool { return !slices.Contains(stay, made.Subject) })
@@ -315,6 +309,29 @@ func (a *auto) cancel(ctx context.Context, i Image, by string) error {
 		return err
 	}
 	return nil
+}
+
+// done tells the audit log.
+func (a *auto) done(d Deed) {
+	if a.audit != nil {
+		a.audit(d)
+	}
+}
+
+// drop deletes the artifacts and profiles of a subject that an image has or had.
+func (v *visit) drop(ctx context.Context, i Image, subject digest.Digest, why string) error {
+	deleted, err := converter.DeleteReferrers(ctx, v.p, subject)
+	for _, dgst := range deleted {
+		v.a.log.Info("artifact deleted", "image", i.String(), "deleted", dgst, "why", why)
+		v.a.done(Deed{Action: "delete", Image: i, Target: dgst.String(), Detail: why})
+	}
+	v.a.mu.Lock()
+	v.a.deeds.deleted += uint64(len(deleted))
+	v.a.mu.Unlock()
+	if err == nil {
+		err = v.a.forgetStarts(ctx, v.r, subject)
+	}
+	return placeError(err)
 }
 
 // cancelWait is how long DeleteArtifacts waits for the end of a conversion.

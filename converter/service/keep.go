@@ -2,12 +2,11 @@ package service
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
-
-	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 )
 
 // keep deletes the artifacts of pushed images that are not among those of the newest tags, if the rules say so. Images that somebody asked for keep theirs.
@@ -56,15 +55,14 @@ func (v *visit) keep(ctx context.Context) error {
 			continue
 		}
 		for _, s := range m.unshared(v.made, kept) {
-			if _, err := converter.DeleteReferrers(ctx, v.p, s); err != nil {
-				return placeError(err)
+			if err := v.drop(ctx, m.Image, s, fmt.Sprintf("those of the %d newest tags are kept", n)); err != nil {
+				return err
 			}
 		}
 		if err := removeKey(ctx, v.a.made, madeKey(m.Image), m.rev); err != nil {
 			return err
 		}
 		delete(v.made, dgst)
-		v.a.log.Info("artifacts deleted: there are newer tags than are kept", "image", m.Image.String(), "keep", n)
 	}
 	return nil
 }

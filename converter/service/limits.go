@@ -18,7 +18,8 @@ const (
 
 // room is what conversions may use in this process.
 type room struct {
-	conversions chan struct{} // has an element for each that there is
+	conversions *semaphore.Weighted // at once
+	slots       int64               // of conversions
 
 	layers *semaphore.Weighted // at once; nil is any number
 	most   int64               // of them
@@ -29,7 +30,7 @@ type room struct {
 
 func newRoom(l Limits, static bool) *room {
 	conversions, layers := split(l, static)
-	r := &room{conversions: make(chan struct{}, conversions), limit: l.Disk}
+	r := &room{conversions: semaphore.NewWeighted(int64(conversions)), slots: int64(conversions), limit: l.Disk}
 	if layers > 0 {
 		r.layers, r.most = semaphore.NewWeighted(layers), layers
 	}

@@ -55,6 +55,44 @@ func TestConversions(t *testing.T) {
 	}
 }
 
+// TestDeadlyAlone: an operation over which processes died is converted alone, so that what is converted beside it does not die with the next one.
+func TestDeadlyAlone(t *testing.T) {
+	e := newEnv(t)
+	idle := e.startIdle()
+	innocent, guilty := image(t, "amd64", 10_000), image(t, "amd64", 10_000)
+	first := submit(t, idle.Service, e.push("first", innocent))
+	deadly := newRecord(Request{Image: e.push("deadly", guilty), By: "test"})
+	deadly.take("dead")
+	deadly.Deaths = aloneDeaths - 1
+	if _, err := idle.put(t.Context(), imageKey(deadly.Image), deadly, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := idle.begin(t.Context(), deadly); err != nil {
+		t.Fatal(err)
+	}
+	last := submit(t, idle.Service, e.push("last", image(t, "amd64", 10_000)))
+	h := e.hold(reads(layers(t, innocent)[0]))
+	s := e.start(func(c *Config) { c.Limits.Conversions = 2 })
+	h.wait(t)
+	until(t, "both messages", func() bool {
+		i, err := s.consumer.Info(t.Context())
+		return err == nil && i.NumAckPending == 2
+	})
+	if op, err := s.Operation(t.Context(), deadly.ID); err != nil || op.Worker != "dead" {
+		t.Errorf("beside another: %s, %v", show(op), err)
+	}
+	alone := e.hold(reads(layers(t, guilty)[0]))
+	h.release()
+	alone.wait(t)
+	if st := s.Stats(); st.Running != 1 {
+		t.Errorf("%d conversions beside it", st.Running-1)
+	}
+	alone.release()
+	for _, id := range []string{first.ID, deadly.ID, last.ID} {
+		succeed(t, s.Service, id)
+	}
+}
+
 // TestDisk: layers are converted as there is room for them; one that is larger than all of it fails.
 func TestDisk(t *testing.T) {
 	e := newEnv(t)

@@ -108,11 +108,24 @@ var (
 	ErrUnavailable = errors.New("service not available") // the queue or the registry does not answer; try again
 )
 
+// Deed is what the service did without being asked.
+type Deed struct {
+	Action string // "convert", "cancel", "delete"
+	Image
+	Target string // an operation's id, or what was deleted
+	Detail string // why, for people
+}
+
+// ProcessesDied is the code of an operation whose processes died over it, again and again. It is not asked for again because it was pushed.
+const ProcessesDied converter.Code = "PROCESSES_DIED"
+
 // Filter chooses operations. Zero fields choose all.
 type Filter struct {
 	Registry   string
 	Repository string
 	Digest     digest.Digest
 	States     []State
-	Limit      int // of the newest; 0 is 100
+	// May, unless nil, says whose operations count at all: what who asks may not see.
+	May   func(registry, repository string) bool
+	Limit int // of the newest; 0 is 100
 }

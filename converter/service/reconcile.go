@@ -18,6 +18,7 @@ import (
 type lease struct {
 	Holder string    `json:"holder"`
 	Began  time.Time `json:"began"`
+	Ended  time.Time `json:"ended,omitzero"` // of the last pass that looked at all repositories
 	Until  time.Time `json:"until"`
 }
 
@@ -55,6 +56,9 @@ func (a *auto) tryPass(ctx context.Context, registry string) (wait time.Duration
 	if err != nil {
 		return min(leaseTime, a.interval), err
 	}
+	a.mu.Lock()
+	a.deeds.passed[registry] = l.Ended
+	a.mu.Unlock()
 	now := time.Now()
 	if d := l.Until.Sub(now); d > 0 && d <= leaseTime { // a longer one is a clock's mistake
 		return d, nil
@@ -62,7 +66,7 @@ func (a *auto) tryPass(ctx context.Context, registry string) (wait time.Duration
 	if d := l.Began.Add(a.interval).Sub(now); rev != 0 && d > 0 && d <= a.interval {
 		return d, nil
 	}
-	l = lease{Holder: a.name, Began: now.UTC(), Until: now.Add(leaseTime).UTC()}
+	l = lease{Holder: a.name, Began: now.UTC(), Ended: l.Ended, Until: now.Add(leaseTime).UTC()}
 	if rev, err = setJSON(ctx, a.seen, key, l, rev); err != nil {
 		if errors.Is(err, errContested) {
 			err = nil
@@ -71,19 +75,27 @@ func (a *auto) tryPass(ctx context.Context, registry string) (wait time.Duration
 	}
 	held, cancel := context.WithCancel(ctx)
 	released := make(chan struct{})
-	go func() {
+	ended := make(chan time.Time, 1)
+	go func(l lease) {
 		defer close(released)
 		defer cancel()
-		a.holdLease(held, key, l, rev)
-	}()
-	err = a.pass(held, registry)
+		a.holdLease(held, key, l, rev, ended)
+	}(l)
+	whole, err := a.pass(held, registry)
+	if whole && err == nil {
+		l.Ended = time.Now().UTC()
+		ended <- l.Ended
+	}
 	cancel()
 	<-released
+	a.mu.Lock()
+	a.deeds.passed[registry] = l.Ended
+	a.mu.Unlock()
 	return max(time.Until(l.Began.Add(a.interval)), 0), err
 }
 
-// holdLease renews the lease until ctx ends, and gives it back then. It returns before if it is lost.
-func (a *auto) holdLease(ctx context.Context, key string, l lease, rev uint64) {
+// holdLease renews the lease until ctx ends, and gives it back then, with when the pass ended, if that is there. It returns before if it is lost.
+func (a *auto) holdLease(ctx context.Context, key string, l lease, rev uint64, ended <-chan time.Time) {
 	tick := time.NewTicker(leaseTime / 3)
 	defer tick.Stop()
 	for {
@@ -93,6 +105,10 @@ func (a *auto) holdLease(ctx context.Context, key string, l lease, rev uint64) {
 			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
 			l.Until = time.Now().UTC()
+			select {
+			case l.Ended = <-ended:
+			default:
+			}
 			_, _ = setJSON(end, a.seen, key, l, rev)
 			return
 		case <-tick.C:
@@ -107,10 +123,10 @@ func (a *auto) holdLease(ctx context.Context, key string, l lease, rev uint64) {
 }
 
 // pass looks at every repository of a registry that is active, or in which something was made, others first each time. If several in a row fail, the rest waits
-// for the next pass.
-func (a *auto) pass(ctx context.Context, registry string) error {
+// for the next pass; whole says that none did.
+func (a *auto) pass(ctx context.Context, registry string) (whole bool, err error) {
 	made := map[repository]bool{}
-	err := eachKey(ctx, a.made, "*.*", func(e jetstream.KeyValueEntry) error {
+	err = eachKey(ctx, a.made, "*.*", func(e jetstream.KeyValueEntry) error {
 		var m madeFor
 		if json.Unmarshal(e.Value(), &m) == nil && m.Registry == registry {
 			made[repository{m.Registry, m.Repository}] = true
@@ -118,16 +134,18 @@ func (a *auto) pass(ctx context.Context, registry string) error {
 		return nil
 	})
 	if err != nil {
-		return err
+		return false, err
 	}
 	list, _, err := a.readSettings(ctx, registry)
 	if err != nil {
-		return err
+		return false, err
 	}
+	whole = true
 	var repositories []repository
 	if slices.ContainsFunc(list, func(s storedSettings) bool { return s.Active }) {
 		known, cancel := context.WithTimeout(ctx, visitTime)
 		if repositories, _, err = a.known(known, registry, list); err != nil {
+			whole = false
 			a.log.Warn("reconcile: list repositories", "registry", registry, "error", err)
 		}
 		cancel()
@@ -141,18 +159,22 @@ func (a *auto) pass(ctx context.Context, registry string) error {
 	for _, r := range window(repositories, len(repositories)) {
 		err := a.reconcileRepository(ctx, r)
 		if ctx.Err() != nil {
-			return ctx.Err()
+			return false, ctx.Err()
 		}
 		if err == nil {
 			fails = 0
 			continue
 		}
+		whole = false
+		a.mu.Lock()
+		a.deeds.failed[registry]++
+		a.mu.Unlock()
 		a.log.Warn("reconcile", "repository", r.String(), "error", err)
 		if fails++; fails == visitFails {
 			break
 		}
 	}
-	return nil
+	return whole, nil
 }
 
 func (a *auto) reconcileRepository(ctx context.Context, r repository) error {
@@ -165,6 +187,7 @@ func (a *auto) reconcileRepository(ctx context.Context, r repository) error {
 	var errs []error
 	if v.settings.Active {
 		errs = append(errs, v.reconcile(ctx))
+		v.countDue()
 	}
 	errs = append(errs, v.reconcileImages(ctx))
 	if v.settings.Active && errors.Join(errs...) == nil {
@@ -187,7 +210,7 @@ func (a *auto) resume(ctx context.Context) {
 	if err = errors.Join(err, basesErr); err != nil && ctx.Err() == nil {
 		a.log.Warn("look for what was left", "error", err)
 	}
-	for _, r := range bases {
+	for r := range bases {
 		if due[r.key()] {
 			a.hint(r, hint{})
 		}

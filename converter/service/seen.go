@@ -224,16 +224,18 @@ func (a *auto) tagsOf(ctx context.Context, r repository) (map[string]*seenTag, e
 	return tags, err
 }
 
-// bases returns the repositories that are or were active.
-func (a *auto) bases(ctx context.Context) (list []repository, err error) {
-	err = eachKey(ctx, a.seen, "*", func(e jetstream.KeyValueEntry) error {
+// bases returns what is known of the repositories that are or were active.
+func (a *auto) bases(ctx context.Context) (map[repository]base, error) {
+	all := map[repository]base{}
+	err := eachKey(ctx, a.seen, "*", func(e jetstream.KeyValueEntry) error {
 		var b base
-		if json.Unmarshal(e.Value(), &b) == nil && b.Repository != "" { // the lease is none
-			list = append(list, repository{b.Registry, b.Repository})
+		if json.Unmarshal(e.Value(), &b) == nil && b.Repository != "" { // a lease is none
+			b.rev = e.Revision()
+			all[repository{b.Registry, b.Repository}] = b
 		}
 		return nil
 	})
-	return list, err
+	return all, err
 }
 
 func (a *auto) getBase(ctx context.Context, r repository) (b base, err error) {
@@ -243,15 +245,16 @@ func (a *auto) getBase(ctx context.Context, r repository) (b base, err error) {
 }
 
 // setBase begins anew with a repository that becomes active: what is there now is not to be converted, or with existing, is. Without existing the
-// tags are noted by noteTags.
-func (a *auto) setBase(ctx context.Context, r repository, existing bool) (base, error) {
+// tags are noted by noteTags. b is what was known before.
+func (a *auto) setBase(ctx context.Context, r repository, b base, existing bool) (base, error) {
 	for {
-		b, err := a.getBase(ctx, r)
-		if err != nil {
+		rev := b.rev
+		b = base{Registry: r.registry, Repository: r.name, Existing: existing, Pending: !existing}
+		var err error
+		if b.rev, err = setJSON(ctx, a.seen, r.key(), b, rev); !errors.Is(err, errContested) {
 			return b, err
 		}
-		b.Existing, b.Pending, b.Before, b.Since = existing, !existing, nil, 0
-		if b.rev, err = setJSON(ctx, a.seen, r.key(), b, b.rev); !errors.Is(err, errContested) {
+		if b, err = a.getBase(ctx, r); err != nil {
 			return b, err
 		}
 	}

@@ -33,6 +33,7 @@ type Config struct {
 	Retention  time.Duration // of ended operations, 30 days
 	Reconcile  time.Duration // how often registries are asked what events missed, 10 min
 	Log        *slog.Logger  // nil is silent
+	Audit      func(Deed)    // is told what the service does without being asked, unless it is nil. It is called at any time, from any goroutine
 }
 
 // Registry is one that the service looks after.

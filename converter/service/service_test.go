@@ -142,7 +142,7 @@ func (e *env) startIdle() process {
 	e.t.Helper()
 	c := shortLease(e.connect(), e.registry.Host())
 	c.Lease, c.Limits.Conversions = time.Hour, 1
-	return run(e.t, c, func(s *Service) { s.room.conversions <- struct{}{} })
+	return run(e.t, c, func(s *Service) { s.room.conversions.TryAcquire(1) })
 }
 
 func run(t *testing.T, c Config, prepare ...func(*Service)) process {
@@ -513,6 +513,14 @@ func TestRefused(t *testing.T) {
 		}
 	}
 
+	// What a store is asked by is signed, and whoever has it may read.
+	remove = e.registry.Inject(reads(layers(t, img)[0]), -1, func(*registrytest.Registry, http.Handler) http.Handler {
+		return http.RedirectHandler("http://127.0.0.1:1/blob?X-Amz-Signature=secret\u202e", http.StatusTemporaryRedirect)
+	})
+	if op := await(t, s.Service, submit(t, s.Service, i).ID, in(Failed)); !strings.Contains(op.Message, "127.0.0.1:1/blob") || strings.Contains(op.Message, "secret") {
+		t.Error(show(op))
+	}
+	remove()
 	e.registry.Inject(reads(layers(t, img)[0]), -1, registrytest.Flip(600))
 	op := await(t, s.Service, submit(t, s.Service, i).ID, in(Failed))
 	if op.ErrorCode != converter.Unknown || op.Message == "" || op.End.IsZero() || op.Progress.Percent == 100 {

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"time"
 
@@ -132,6 +133,20 @@ func (s *Service) drop(ctx context.Context, key string, rev uint64) error {
 		return errContested
 	}
 	return unavailable("take away operation", err)
+}
+
+// lookFor takes out of the view what is not there: a bucket says for markerTTL only that it took something away.
+func (s *Service) lookFor(ctx context.Context, key string) error {
+	_, err := s.operations.Get(ctx, key)
+	if !errors.Is(err, jetstream.ErrKeyNotFound) {
+		return err
+	}
+	if id, ok := strings.CutPrefix(key, idPrefix); ok {
+		s.view.drop(id, math.MaxUint64)
+	} else {
+		s.view.dropLast(key, math.MaxUint64)
+	}
+	return nil
 }
 
 // openQueue makes or opens the stream of work and its consumer.

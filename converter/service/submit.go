@@ -141,7 +141,7 @@ func (s *Service) check(r Request) (converter.Place, []ocispec.Platform, error) 
 	if err := r.Image.Digest.Validate(); err != nil {
 		return nil, nil, fmt.Errorf("%w: digest %q: %w", ErrInvalid, r.Image.Digest, err)
 	}
-	if err := checkRepository(r.Image.Repository); err != nil { // or REPOSITORY:TAG would be another's
+	if err := CheckRepository(r.Image.Repository); err != nil { // or REPOSITORY:TAG would be another's
 		return nil, nil, err
 	}
 	platforms, err := parsePlatforms(r.Platforms)
@@ -257,7 +257,7 @@ func (s *Service) Operations(ctx context.Context, f Filter) ([]Operation, error)
 	}
 	return s.view.list(limit, func(op Operation) bool {
 		return (f.Registry == "" || f.Registry == op.Registry) && (f.Repository == "" || f.Repository == op.Repository) &&
-			(f.Digest == "" || f.Digest == op.Digest) && (len(f.States) == 0 || slices.Contains(f.States, op.State))
+			(f.May == nil || f.May(op.Registry, op.Repository)) && (f.Digest == "" || f.Digest == op.Digest) && (len(f.States) == 0 || slices.Contains(f.States, op.State))
 	}), nil
 }
 

@@ -9,7 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/embedded"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
@@ -173,7 +172,7 @@ func TestDeaths(t *testing.T) {
 	}
 	s := e.start()
 	op := await(t, s.Service, rec.ID, func(op Operation) bool { return op.State.Ended() })
-	if op.State != Failed || op.ErrorCode != converter.Unknown || op.Message == "" || len(e.artifacts(i)) != 0 {
+	if op.State != Failed || op.ErrorCode != ProcessesDied || op.Message == "" || len(e.artifacts(i)) != 0 {
 		t.Error(show(op))
 	}
 }
@@ -250,6 +249,15 @@ func TestRetention(t *testing.T) {
 	if again := submit(t, s.Service, i, func(r *Request) { r.Force = true }); again.ID == op.ID {
 		t.Error(show(again))
 	}
+
+	// What another process took away while this one was cut off, for so long that nothing tells of it any more.
+	stale := newRecord(Request{Image: i, By: "test"})
+	stale.State, stale.End = Succeeded, now().Add(-time.Hour)
+	s.view.put(stale, 1<<40)
+	until(t, "the end of what is not there", func() bool {
+		_, known := s.view.get(stale.ID)
+		return !known
+	})
 }
 
 // TestProgress: an operation says how far it is again and again, also while nothing comes.

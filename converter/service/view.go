@@ -223,19 +223,22 @@ func (v *view) lastOf(key string) (Operation, bool) {
 
 // list returns the operations that keep is true of, the newest first, at most limit.
 func (v *view) list(limit int, keep func(Operation) bool) []Operation {
+	newestFirst := func(a, b Operation) int { return oldestFirst(b, a) }
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	var found []Operation
 	for _, e := range v.ops {
-		if keep(e.rec.Operation) {
-			found = append(found, v.operation(e))
+		if !keep(e.rec.Operation) {
+			continue
+		}
+		// Twice as many as are wanted are sorted at most.
+		if found = append(found, v.operation(e)); len(found) == 2*limit {
+			slices.SortFunc(found, newestFirst)
+			found = found[:limit]
 		}
 	}
-	slices.SortFunc(found, func(a, b Operation) int { return oldestFirst(b, a) })
-	if len(found) > limit {
-		found = slices.Clone(found[:limit])
-	}
-	return found
+	slices.SortFunc(found, newestFirst)
+	return slices.Clip(found[:min(limit, len(found))])
 }
 
 // orphans returns the keys of images whose last operation has no record, with their revisions.

@@ -176,6 +176,21 @@ func (v *visit) credible(ctx context.Context, work []*seenTag) (list []*seenTag,
 	return list, left, nil
 }
 
+// countDue counts the tags that are left to look at.
+func (v *visit) countDue() {
+	n := 0
+	for _, t := range v.tags {
+		if t.State == stateDue {
+			n++
+		}
+	}
+	v.a.mu.Lock()
+	defer v.a.mu.Unlock()
+	if delete(v.a.deeds.due, v.r); n > 0 {
+		v.a.deeds.due[v.r] = n
+	}
+}
+
 // candidate is a tag that was looked at.
 type candidate struct {
 	t     *seenTag
@@ -300,11 +315,14 @@ func (v *visit) decide(ctx context.Context, c candidate) (again bool, err error)
 			if often, err := v.a.often(ctx, c.t, c.image); often || err != nil {
 				return true, err
 			}
-			op, _, err := v.a.ops.Submit(ctx, request)
+			op, existed, err := v.a.ops.Submit(ctx, request)
 			var refused *converter.Error
 			switch {
 			case err == nil:
 				t.Operation = op.ID
+				if !existed {
+					v.a.done(Deed{Action: "convert", Image: c.image, Target: op.ID, Detail: request.By})
+				}
 			case errors.Is(err, ErrExists):
 				if err := v.a.found(ctx, v.p, c); err != nil {
 					return true, err

@@ -15,6 +15,8 @@ const (
 	// maxDeaths is how many processes may die over an operation, or stop to be heard of, before it is called failed: an image may be what
 	// kills them.
 	maxDeaths = 5
+	// aloneDeaths is after how many it is converted alone in its process: what was converted beside it is innocent.
+	aloneDeaths = 2
 	// retryTime is how long is waited before NATS, or a registry, is asked again.
 	retryTime = time.Second
 	// unknownTries is how often a message whose operation is not found is looked at: replicas of NATS may lag.
@@ -29,20 +31,15 @@ func (s *Service) work(ctx context.Context) error {
 	var attempts sync.WaitGroup
 	defer attempts.Wait()
 	for {
-		select {
-		case s.room.conversions <- struct{}{}:
-		case <-ctx.Done():
+		if s.room.conversions.Acquire(ctx, 1) != nil {
 			return nil
 		}
 		msg := s.next(ctx)
 		if msg == nil {
-			<-s.room.conversions
+			s.room.conversions.Release(1)
 			return nil
 		}
-		attempts.Go(func() {
-			defer func() { <-s.room.conversions }()
-			s.handle(ctx, msg)
-		})
+		attempts.Go(func() { s.handle(ctx, msg) })
 	}
 }
 
@@ -61,13 +58,21 @@ func (s *Service) next(ctx context.Context) jetstream.Msg {
 	return nil
 }
 
-// handle does what a message says. What fails here is tried again, by whichever process is given the message then.
+// handle does what a message says, and gives back the slot that it has. What fails here is tried again, by whichever process is given the message then.
 func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
+	held := int64(1)
+	defer func() { s.room.conversions.Release(held) }()
+	id := strings.TrimPrefix(msg.Subject(), workPrefix)
+	if s.deadly(id) {
+		s.room.conversions.Release(held)
+		if held = 0; s.alone(ctx, msg) {
+			held = s.room.slots
+		}
+	}
 	if ctx.Err() != nil {
 		_ = msg.Nak()
 		return
 	}
-	id := strings.TrimPrefix(msg.Subject(), workPrefix)
 	a, err := s.take(ctx, id, msg)
 	switch {
 	case err != nil:
@@ -80,6 +85,29 @@ func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
 		defer s.converting.Add(-1)
 		a.run(ctx)
 	}
+}
+
+// deadly says that an operation may be what its processes die of.
+func (s *Service) deadly(id string) bool {
+	r, _, _ := s.view.record(id)
+	if r.State == Running { // whose process was not heard of
+		r.Deaths++
+	}
+	return r.Deaths >= aloneDeaths && r.Deaths < maxDeaths
+}
+
+// alone waits until nothing else is converted here, so that nothing dies along with it. False is that ctx has ended.
+func (s *Service) alone(ctx context.Context, msg jetstream.Msg) bool {
+	waited, stop := context.WithCancel(ctx)
+	var beat sync.WaitGroup
+	defer beat.Wait()
+	defer stop()
+	beat.Go(func() {
+		for sleep(waited, s.c.Lease/3) {
+			_ = msg.InProgress()
+		}
+	})
+	return s.room.conversions.Acquire(ctx, s.room.slots) == nil
 }
 
 // take makes the operation this process's; nil is that there is nothing to do any more.
@@ -188,9 +216,10 @@ func (s *Service) retire(ctx context.Context) error {
 		if err == nil {
 			err = s.drop(ctx, idPrefix+e.rec.ID, e.rev)
 		}
-		if !errors.Is(err, errContested) { // another process does the same
-			errs = append(errs, err)
+		if errors.Is(err, errContested) { // another process does the same, or did while this one was cut off
+			err = errors.Join(s.lookFor(ctx, key), s.lookFor(ctx, idPrefix+e.rec.ID))
 		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }

@@ -64,6 +64,12 @@ func Run(ctx context.Context, c Config, o Options) (err error) {
 	if p.service, err = serviceConfig(p.c, o); err != nil {
 		return err
 	}
+	p.service.Audit = func(d service.Deed) {
+		who := access.With(context.Background(), &access.Identity{Name: "streamctl", Kind: "service"})
+		p.gate.Audit(who, access.Entry{
+			Action: d.Action, Registry: d.Registry, Repository: d.Repository, Target: d.Digest.String(), Outcome: access.OutcomeOK, Detail: d.Target + ": " + d.Detail,
+		})
+	}
 	if c.BehindProxy && len(c.Proxies) == 0 {
 		o.Log.Warn("behind_proxy without trusted_proxies: everybody has the proxy's address, in the audit log and where failed logins are counted")
 	}
