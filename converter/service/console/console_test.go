@@ -129,7 +129,7 @@ func (s *told) Operation(_ context.Context, id string) (service.Operation, error
 
 func (s *told) Operations(_ context.Context, f service.Filter) (list []service.Operation, err error) {
 	for _, o := range s.operations {
-		if (len(f.States) == 0 || slices.Contains(f.States, o.State)) && (f.Registry == "" || f.Registry == o.Registry) {
+		if (f.May == nil || f.May(o.Registry, o.Repository)) && (len(f.States) == 0 || slices.Contains(f.States, o.State)) && (f.Registry == "" || f.Registry == o.Registry) {
 			list = append(list, o)
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"time"
 
@@ -109,6 +108,9 @@ func advice(o service.Operation) string {
 	case converter.ImageNotRunnable:
 		return "This is something other than a container image, such as a chart or a signature: nothing to stream."
 	}
+	if o.ErrorCode == service.ProcessesDied {
+		return "The processes that converted it ended, again and again, for lack of memory perhaps: the log of the machine, or the pod's status, says why. Mend that, and convert it again."
+	}
 	return "Convert it again: layers that were converted are not converted again. If it fails the same way, the log of the service has more."
 }
 
@@ -157,12 +159,10 @@ func (c *Console) operations(w http.ResponseWriter, r *http.Request, _ place) er
 			body.Registries = append(body.Registries, filterState{reg.Name, reg.Name, reg.Name == body.Registry})
 		}
 	}
+	f.May = func(_, repository string) bool { return strings.Contains(repository, body.Repository) }
 	list, err := c.mayOperations(r, f)
 	if err != nil {
 		return err
-	}
-	if body.Repository != "" {
-		list = slices.DeleteFunc(list, func(o service.Operation) bool { return !strings.Contains(o.Repository, body.Repository) })
 	}
 	body.Filtered = body.Registry != "" || body.Repository != "" || len(f.States) > 0
 	if len(list) > newest && q.Get("all") == "" {

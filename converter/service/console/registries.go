@@ -22,7 +22,7 @@ type registryRow struct {
 
 func (c *Console) home(w http.ResponseWriter, r *http.Request, _ place) error {
 	id := access.From(r.Context())
-	ongoing, err := c.mayOperations(r, service.Filter{States: []service.State{service.Running, service.NotStarted}})
+	ongoing, err := c.mayOperations(r, service.Filter{States: []service.State{service.Running, service.NotStarted}, Limit: oldest})
 	if err != nil {
 		return err
 	}
@@ -325,18 +325,15 @@ func (b *settingsBody) rules() (list []string, minSize int64, keep int) {
 	return list, minSize, keep
 }
 
-// What may be entered: characters of a repository's name (the distribution specification) and stars; a platform that can be converted.
-var (
-	repositoryName = regexp.MustCompile(`^[a-z0-9*][a-z0-9*._/-]*$`)
-	linuxPlatform  = regexp.MustCompile(`^linux/[a-z0-9]+(/[a-z0-9.]+)?$`)
-)
+// linuxPlatform is one that can be converted.
+var linuxPlatform = regexp.MustCompile(`^linux/[a-z0-9]+(/[a-z0-9.]+)?$`)
 
 // wrongName says what is wrong with a repository's name or a pattern.
 func wrongName(name string) string {
 	switch {
 	case name == "":
 		return "Write the name of a repository, or a pattern such as team/*."
-	case len(name) > 255 || !repositoryName.MatchString(name):
+	case service.CheckRepository(name) != nil && service.CheckPattern(name) != nil:
 		return strconv.Quote(name) + " is no repository's name: small letters, digits and . _ - / only, and * for anything."
 	}
 	return ""

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"slices"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
@@ -107,7 +106,9 @@ func tagBadge(t service.TagInfo) badge {
 
 // mayOperations are the operations that who asks may see.
 func (c *Console) mayOperations(r *http.Request, f service.Filter) ([]service.Operation, error) {
-	id := access.From(r.Context())
-	list, err := c.Service.Operations(r.Context(), f)
-	return slices.DeleteFunc(slices.Clone(list), func(o service.Operation) bool { return !id.May(access.Reader, o.Registry, o.Repository) }), err
+	id, within := access.From(r.Context()), f.May
+	f.May = func(registry, repository string) bool {
+		return (within == nil || within(registry, repository)) && id.May(access.Reader, registry, repository)
+	}
+	return c.Service.Operations(r.Context(), f)
 }

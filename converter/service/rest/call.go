@@ -36,23 +36,7 @@ type call struct {
 	target   string // in the audit log: an operation's id, or what the path calls an image
 }
 
-// The grammar of names is that of the distribution specification; a pattern is a name with stars in it.
-const (
-	maxName   = 255
-	component = `[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*`
-)
-
-// grammar is that of what may be in a path.
-type grammar struct{ name, pattern, tag, id *regexp.Regexp }
-
-func newGrammar() *grammar {
-	return &grammar{
-		name:    regexp.MustCompile(`^` + component + `(?:/` + component + `)*$`),
-		pattern: regexp.MustCompile(`^[a-z0-9._/*-]+$`),
-		tag:     regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$`),
-		id:      regexp.MustCompile(`^[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`),
-	}
-}
+var operationID = regexp.MustCompile(`^[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$`)
 
 // run checks what is asked against the route and the rights of who asks, and answers.
 func (c *call) run(rt *route, vars map[string]string) (any, error) {
@@ -92,7 +76,7 @@ func orNone(names []string) string {
 
 // names reads the variables of the path.
 func (c *call) names(rt *route, vars map[string]string) error {
-	if id, ok := vars["id"]; ok && !c.grammar.id.MatchString(id) {
+	if id, ok := vars["id"]; ok && !operationID.MatchString(id) {
 		return invalid("operation %q: want the UUID that a conversion was answered with", id)
 	}
 	if ref, ok := vars["digest"]; ok {
@@ -105,7 +89,7 @@ func (c *call) names(rt *route, vars map[string]string) error {
 		c.target = ref
 		switch c.digest = digest.Digest(ref); {
 		case c.digest.Validate() == nil:
-		case c.grammar.tag.MatchString(ref):
+		case service.IsTag(ref):
 			c.digest, c.tag = "", ref
 		default:
 			return invalid("image %q: want a tag, or a digest as sha256:...", ref)
@@ -113,9 +97,9 @@ func (c *call) names(rt *route, vars map[string]string) error {
 	}
 	var named bool
 	c.repository, named = vars["repository"]
-	switch g := c.grammar; {
-	case !named || g.name.MatchString(c.repository) && len(c.repository) <= maxName:
-	case rt.pattern && g.pattern.MatchString(c.repository) && strings.Contains(c.repository, "*") && len(c.repository) <= maxName:
+	switch {
+	case !named || service.CheckRepository(c.repository) == nil:
+	case rt.pattern && service.CheckPattern(c.repository) == nil:
 	case rt.pattern:
 		return invalid("repository %q: want a name of lower-case letters and digits, as team/app, or a pattern of such, as team/*", c.repository)
 	default:

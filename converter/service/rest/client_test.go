@@ -90,7 +90,7 @@ func TestClient(t *testing.T) {
 	if err != nil || storage == (service.StorageInfo{}) {
 		t.Errorf("storage %+v, %v", storage, err)
 	}
-	verified, err := reader.Verify(ctx, image)
+	verified, err := w.client(access.Writer).Verify(ctx, image)
 	if err != nil || len(verified) != 2 {
 		t.Errorf("verified %+v, %v", verified, err)
 	}
@@ -253,7 +253,7 @@ func TestVerify(t *testing.T) {
 	}
 	path := "/v1/registries/_/repositories/team/app/_images/v1/_artifacts:verify"
 	var proven struct{ Artifacts []converter.Verified }
-	if w.ask(access.Reader, "POST", path, "").read(t, 200, &proven); len(proven.Artifacts) != 1 || proven.Artifacts[0].Artifact != op.Artifacts[0].Digest {
+	if w.ask(access.Writer, "POST", path, "").read(t, 200, &proven); len(proven.Artifacts) != 1 || proven.Artifacts[0].Artifact != op.Artifacts[0].Digest {
 		t.Errorf("proven: %+v", proven)
 	}
 
@@ -274,7 +274,7 @@ func TestVerify(t *testing.T) {
 	if _, err := c.Verify(t.Context(), image); !errors.Is(err, converter.ErrDifferent) {
 		t.Errorf("a flipped byte: %v", err)
 	}
-	if a := w.ask(access.Reader, "POST", path, ""); a.status != 409 || a.code() != "ARTIFACT_DIFFERS" {
+	if a := w.ask(access.Writer, "POST", path, ""); a.status != 409 || a.code() != "ARTIFACT_DIFFERS" {
 		t.Errorf("a flipped byte: %d %s", a.status, a.body)
 	}
 	good()

@@ -74,7 +74,7 @@ func (c *call) convert() (any, error) {
 	if err := c.body(&q); err != nil {
 		return nil, err
 	}
-	if q.Tag != "" && !c.grammar.tag.MatchString(q.Tag) || c.tag != "" && q.Tag != c.tag {
+	if q.Tag != "" && !service.IsTag(q.Tag) || c.tag != "" && q.Tag != c.tag {
 		return nil, invalid("tag %q: want the one that named the image", q.Tag)
 	}
 	image, err := c.named()

@@ -73,7 +73,7 @@ type Config struct {
 
 // New returns the API over s. It stands behind access.Gate's API.
 func New(s Service, c Config) (http.Handler, error) {
-	a := &api{Service: s, config: c, grammar: newGrammar(), verifying: make(chan struct{}, verifications)}
+	a := &api{Service: s, config: c, verifying: make(chan struct{}, verifications)}
 	if c.Default != "" && !a.known(c.Default) {
 		return nil, fmt.Errorf("default registry %q is none of the registries of the configuration", c.Default)
 	}
@@ -87,7 +87,6 @@ type api struct {
 	Service
 	config    Config
 	routes    []route
-	grammar   *grammar
 	verifying chan struct{} // holds one for each verification that reads
 }
 

@@ -62,7 +62,7 @@ func routes() []route {
 		{method: "GET", path: ofImage + "/_artifacts", role: access.Reader, query: []string{"artifactType"}, serve: (*call).artifacts},
 		{method: "POST", path: ofImage + "/_artifacts", role: access.Writer, action: "convert", body: true, serve: (*call).convert},
 		{method: "DELETE", path: ofImage + "/_artifacts", role: access.Owner, action: "delete", serve: (*call).deleteArtifacts},
-		{method: "POST", path: ofImage + "/_artifacts:verify", role: access.Reader, long: true, serve: (*call).verify},
+		{method: "POST", path: ofImage + "/_artifacts:verify", role: access.Writer, long: true, serve: (*call).verify},
 
 		{method: "POST", path: ofRepository + "/_starts", role: access.Reporter, action: "report", quiet: true, body: true, serve: (*call).report},
 

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"maps"
 	"net/http"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -39,23 +38,17 @@ var decoders = map[string]decoder{
 // Kinds returns the kinds of sources that are known.
 func Kinds() []string { return slices.Sorted(maps.Keys(decoders)) }
 
-// What OCI's distribution specification allows as names and tags.
-var (
-	repositoryName = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
-	tagName        = regexp.MustCompile(`^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$`)
-)
-
 // add takes an event of the source, completed by its registry and kind, unless its repository is impossible. An impossible digest or tag
 // is as if it were not told, since the other one says enough; without either the event is dropped, except the deletion of a repository.
 func (d *delivery) add(s Source, e service.Event) {
-	if len(e.Repository) > 255 || !repositoryName.MatchString(e.Repository) {
+	if service.CheckRepository(e.Repository) != nil {
 		return
 	}
 	told := e.Tag != "" || e.Digest != ""
 	if e.Tag == string(e.Digest) {
 		e.Tag = ""
 	}
-	if !tagName.MatchString(e.Tag) {
+	if !service.IsTag(e.Tag) {
 		e.Tag = ""
 	}
 	if len(e.Digest) > 200 || e.Digest.Validate() != nil {

@@ -528,8 +528,8 @@ func FuzzDecode(f *testing.F) {
 			return
 		}
 		for _, e := range d.events {
-			if e.Registry != s.Registry || e.Source != s.Kind || !repositoryName.MatchString(e.Repository) || len(e.Repository) > 255 ||
-				e.Tag != "" && !tagName.MatchString(e.Tag) || e.Digest != "" && e.Digest.Validate() != nil ||
+			if e.Registry != s.Registry || e.Source != s.Kind || service.CheckRepository(e.Repository) != nil ||
+				e.Tag != "" && !service.IsTag(e.Tag) || e.Digest != "" && e.Digest.Validate() != nil ||
 				e.Kind == service.Pushed && e.Tag == "" && e.Digest == "" || len(e.ID) > 3*128 || len(e.By) > 3*128 {
 				t.Errorf("%s: %+v", s.Kind, e)
 			}
