@@ -927,6 +927,15 @@ func TestManyTags(t *testing.T) {
 	w.converted(fresh)
 	w.asked(fresh)
 
+	// What was looked at a moment ago is not looked at again.
+	for _, most := range []int{10, 0} {
+		w.reg.Reset()
+		tags, err := w.FillTags(t.Context(), w.host, "app", []TagInfo{{Name: "a"}})
+		if got, _ := w.reg.Count(); err != nil || len(tags) != 1 || !tags[0].Streaming || got > most {
+			t.Errorf("%+v, %v, by %d requests", tags, err, got)
+		}
+	}
+
 	tags, err := w.Tags(t.Context(), w.host, "app")
 	if err != nil || len(tags) != n+2 || !tags[0].Streaming || tags[0].Name != "a" {
 		t.Errorf("%d tags of %d, the first %+v, %v", len(tags), n+2, tags[0], err)

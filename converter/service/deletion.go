@@ -18,6 +18,7 @@ func (a *auto) converted(ctx context.Context, op Operation, asked bool) error {
 	if len(op.Artifacts) == 0 {
 		return nil
 	}
+	a.tags.clear()
 	m, err := a.noteMade(ctx, madeFor{Image: op.Image, Artifacts: op.Artifacts, Asked: asked})
 	if err != nil {
 		return err
@@ -355,6 +356,7 @@ func (a *auto) DeleteArtifacts(ctx context.Context, i Image, by string) ([]diges
 		return nil, err
 	}
 	deleted, err := converter.DeleteArtifacts(ctx, p, i.Digest.String(), nil)
+	a.tags.clear()
 	if err != nil || m.rev == 0 {
 		return deleted, placeError(err)
 	}

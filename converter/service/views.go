@@ -12,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
@@ -48,12 +49,20 @@ func (m *memo[K, V]) put(k K, v V) {
 	m.m[k] = v
 }
 
+func (m *memo[K, V]) clear() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.m = nil
+}
+
 // viewer looks at images, and remembers what does not change.
 type viewer struct {
 	descriptions memo[Image, converter.Description]
 	members      memo[Image, []digest.Digest] // of an index, its manifests
 	maps         memo[string, converter.StartMap]
-	mapping      chan struct{} // a token for each map being made: they take memory
+	tags         memo[string, lookedAt]
+	looking      singleflight.Group // at tags
+	mapping      chan struct{}      // a token for each map being made: they take memory
 }
 
 func newViewer() *viewer { return &viewer{mapping: make(chan struct{}, 2)} }
@@ -129,93 +138,6 @@ func resolve(ctx context.Context, p converter.Place, ref string) (ocispec.Descri
 		return d, placeError(fmt.Errorf("%s in %s: %w", ref, p, err))
 	}
 	return d, nil
-}
-
-// Tags returns a repository's tags, those with the newest images first. In one with very many tags the last of the list are names only.
-func (a *auto) Tags(ctx context.Context, registry, repositoryName string) ([]TagInfo, error) {
-	r, p, err := a.reach(registry, repositoryName)
-	if err != nil {
-		return nil, err
-	}
-	names, err := p.Tags(ctx)
-	if err != nil {
-		return nil, placeError(err)
-	}
-	a.mu.Lock()
-	a.tagCounts[r] = len(names)
-	a.mu.Unlock()
-	// Which tags are looked at: those pushed last, as far as that is known, and then those whose names are last in order, which versions mostly are.
-	known, err := a.tagsOf(ctx, r)
-	if err != nil {
-		return nil, err
-	}
-	pushed := func(name string) (t seenTag) {
-		if k := known[name]; k != nil {
-			t = *k
-		}
-		return t
-	}
-	slices.SortFunc(names, func(x, y string) int {
-		return cmp.Or(pushed(y).Pushed.Compare(pushed(x).Pushed), cmp.Compare(y, x))
-	})
-	tags := make([]TagInfo, len(names))
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(viewAtOnce)
-	for i, name := range names {
-		tags[i] = TagInfo{Name: name, Digest: pushed(name).Digest}
-		if i >= tagDetails {
-			continue
-		}
-		g.Go(func() error { return a.fillTag(gctx, r, p, &tags[i]) })
-	}
-	if err := g.Wait(); err != nil {
-		return nil, placeError(err)
-	}
-	tags = slices.DeleteFunc(tags, func(t TagInfo) bool { return t.Name == "" })
-	slices.SortStableFunc(tags, func(x, y TagInfo) int { return y.Created.Compare(x.Created) })
-	return tags, nil
-}
-
-// fillTag fills in what t names. One that was deleted since it was listed loses its name.
-func (a *auto) fillTag(ctx context.Context, r repository, p converter.Place, t *TagInfo) error {
-	d, err := p.Resolve(ctx, t.Name)
-	if errors.Is(err, converter.ErrNotFound) {
-		*t = TagInfo{}
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	t.Digest, t.MediaType = d.Digest, d.MediaType
-	desc, err := a.describe(ctx, p, r.image(d.Digest))
-	if err != nil {
-		if ctx.Err() != nil {
-			return err
-		}
-		return nil // a manifest that cannot be read is no reason to show none
-	}
-	t.Created = desc.Created
-	t.Streaming, err = streams(ctx, p, desc)
-	return err
-}
-
-// streams says whether each Linux platform has an artifact.
-func streams(ctx context.Context, p converter.Place, desc converter.Description) (bool, error) {
-	linux := 0
-	for _, img := range desc.Platforms {
-		if img.Platform.OS != "linux" {
-			continue
-		}
-		linux++
-		list, err := p.Referrers(ctx, img.Desc.Digest)
-		if err != nil {
-			return false, err
-		}
-		if !slices.ContainsFunc(list, isStreaming) {
-			return false, nil
-		}
-	}
-	return linux > 0, nil
 }
 
 func isStreaming(d ocispec.Descriptor) bool { return d.ArtifactType == artifact.ArtifactType }

@@ -38,7 +38,8 @@ type Service interface {
 	AllSettings(ctx context.Context, registry string) ([]service.Settings, error)
 	SetSettings(ctx context.Context, s service.Settings, existing bool) (service.Settings, error)
 	ForgetSettings(ctx context.Context, registry, repository string) error
-	Tags(ctx context.Context, registry, repository string) ([]service.TagInfo, error)
+	TagNames(ctx context.Context, registry, repository string) ([]service.TagInfo, error)
+	FillTags(ctx context.Context, registry, repository string, tags []service.TagInfo) ([]service.TagInfo, error)
 	Image(ctx context.Context, registry, repository, ref string) (service.ImageInfo, error)
 	Storage(ctx context.Context, registry, repository string) (service.StorageInfo, error)
 	DeleteArtifacts(ctx context.Context, image service.Image, by string) ([]digest.Digest, error)

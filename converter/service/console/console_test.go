@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -40,6 +41,7 @@ type told struct {
 	tags         []service.TagInfo
 	image        service.ImageInfo
 	storage      service.StorageInfo
+	filled       atomic.Int64 // tags
 	operations   []service.Operation
 	watching     chan service.Operation
 	err          error // of everything
@@ -98,7 +100,14 @@ func (s *told) ForgetSettings(_ context.Context, _, repository string) error {
 	return s.err
 }
 
-func (s *told) Tags(context.Context, string, string) ([]service.TagInfo, error) { return s.tags, s.err }
+func (s *told) TagNames(context.Context, string, string) ([]service.TagInfo, error) {
+	return s.tags, s.err
+}
+
+func (s *told) FillTags(_ context.Context, _, _ string, tags []service.TagInfo) ([]service.TagInfo, error) {
+	s.filled.Add(int64(len(tags)))
+	return tags, s.err
+}
 
 func (s *told) Image(context.Context, string, string, string) (service.ImageInfo, error) {
 	return s.image, s.err

@@ -264,23 +264,30 @@ const perPage = 50
 
 // paged finds those of a list whose names have the filter in them, and makes rows of the page of them that the query asks for.
 func paged[T, U any](r *http.Request, path, kind string, list []T, name func(T) string, row func(T) U) rows[U] {
+	p, list := pageOf(r, path, kind, list, name)
+	out := rows[U]{pager: p}
+	for _, i := range list {
+		out.Items = append(out.Items, row(i))
+	}
+	return out
+}
+
+// pageOf returns the page of a list that the query asks for, of those whose names have the filter in them.
+func pageOf[T any](r *http.Request, path, kind string, list []T, name func(T) string) (pager, []T) {
 	unfiltered, filter := len(list), filterOf(r)
 	list = slices.DeleteFunc(slices.Clone(list), func(i T) bool { return !strings.Contains(name(i), filter) })
 	n, _ := strconv.Atoi(r.URL.Query().Get("page"))
 	last := max(1, (len(list)+perPage-1)/perPage)
 	n = min(max(n, 1), last)
 	from, to := (n-1)*perPage, min(n*perPage, len(list))
-	out := rows[U]{pager: pager{From: from + 1, To: to, Total: len(list), Kind: kind, Filter: filter, Unfiltered: unfiltered, Placeholder: "Part of a name"}}
-	for _, i := range list[from:to] {
-		out.Items = append(out.Items, row(i))
-	}
+	out := pager{From: from + 1, To: to, Total: len(list), Kind: kind, Filter: filter, Unfiltered: unfiltered, Placeholder: "Part of a name"}
 	if n > 1 {
 		out.Prev = listPath(path, filter, n-1)
 	}
 	if n < last {
 		out.Next = listPath(path, filter, n+1)
 	}
-	return out
+	return out, list[from:to]
 }
 
 func filterOf(r *http.Request) string { return strings.TrimSpace(r.URL.Query().Get("q")) }

@@ -39,7 +39,11 @@ func TestPaging(t *testing.T) {
 		{"?q=v1", 50, "v1000", "1 to 50 of 1,000 tags", "", repository + "?page=2&q=v1"},
 		{"?q=nothing", 0, "", "No tag contains “nothing”", "", ""},
 	} {
+		s.filled.Store(0)
 		status, page := b.get(repository + c.query)
+		if n := s.filled.Load(); n != int64(c.rows) {
+			t.Errorf("%q: %d tags are looked at, want %d", c.query, n, c.rows)
+		}
 		if status != http.StatusOK {
 			t.Fatalf("%s is %d", c.query, status)
 		}

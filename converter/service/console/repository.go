@@ -22,7 +22,6 @@ type repositoryBody struct {
 	Registry, Name string
 	Row            repositoryRow // its switch
 	Tags           rows[tagRow]
-	Streaming      int // tags that stream
 	Storage        *service.StorageInfo
 	Operations     []operationView // the last few
 	PullOnly       bool
@@ -43,7 +42,7 @@ func (c *Console) storage(w http.ResponseWriter, r *http.Request, at place) erro
 
 func (c *Console) showRepository(w http.ResponseWriter, r *http.Request, at place, wait time.Duration) error {
 	ctx := r.Context()
-	tags, err := c.Service.Tags(ctx, at.Registry, at.Repository)
+	tags, err := c.Service.TagNames(ctx, at.Registry, at.Repository)
 	if err != nil {
 		return err
 	}
@@ -55,16 +54,18 @@ func (c *Console) showRepository(w http.ResponseWriter, r *http.Request, at plac
 	body := repositoryBody{Registry: at.Registry, Name: at.Repository, PullOnly: info.PullOnly}
 	body.Row = c.settingsRow(r, at.Registry, at.Repository, settings, info.PullOnly)
 	body.Row.Tags = len(tags)
-	for _, t := range tags {
-		if t.Streaming {
-			body.Streaming++
-		}
-	}
-	body.Tags = paged(r, repositoryPath(at.Registry, at.Repository), "tag", tags, func(t service.TagInfo) string { return t.Name }, func(t service.TagInfo) tagRow {
-		return tagRow{t, imagePath(at.Registry, at.Repository, t.Name), tagBadge(t)}
-	})
-	if body.Storage, err = c.storageWithin(ctx, at, wait); err != nil {
+	few := len(tags) <= perPage
+	body.Tags.pager, tags = pageOf(r, repositoryPath(at.Registry, at.Repository), "tag", tags, func(t service.TagInfo) string { return t.Name })
+	if tags, err = c.Service.FillTags(ctx, at.Registry, at.Repository, tags); err != nil {
 		return err
+	}
+	for _, t := range tags {
+		body.Tags.Items = append(body.Tags.Items, tagRow{t, imagePath(at.Registry, at.Repository, t.Name), tagBadge(t)})
+	}
+	if few || wait == slow { // of many tags it takes requests by the hundred, which nobody has asked for
+		if body.Storage, err = c.storageWithin(ctx, at, wait); err != nil {
+			return err
+		}
 	}
 	ops, err := c.Service.Operations(ctx, service.Filter{Registry: at.Registry, Repository: at.Repository, Limit: 5})
 	if err != nil {
@@ -93,7 +94,7 @@ func (c *Console) storageWithin(ctx context.Context, at place, wait time.Duratio
 	return nil, err
 }
 
-// tagBadge says whether a tag's image streams. Of repositories with very many tags, not all are looked at for a list.
+// tagBadge says whether a tag's image streams.
 func tagBadge(t service.TagInfo) badge {
 	switch {
 	case t.Streaming:
