@@ -98,6 +98,8 @@ func TestReport(t *testing.T) {
 	w.deleted(i, "v1")
 	w.told(Deleted, i, "")
 	w.settled()
+	w.later()
+	w.reconciled()
 	var sum starts.Summary
 	if rev, err := getJSON(t.Context(), w.fleet.summaries, startsKey(repository{w.host, "app"}, a.Subject), &sum); rev != 0 || err != nil {
 		t.Errorf("of the deleted image there is %+v, %v", sum, err)
