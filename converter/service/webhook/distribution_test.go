@@ -72,6 +72,10 @@ func TestDistribution(t *testing.T) {
 	if got := next(); got != want {
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
+	want.Tag, want.Digest = "v1", "" // which named it
+	if got := next(); got != want {
+		t.Errorf("got  %+v\nwant %+v", got, want)
+	}
 	if len(events) > 0 {
 		t.Errorf("also %+v", <-events)
 	}
