@@ -3,6 +3,7 @@ package service
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strings"
 	"sync"
@@ -90,6 +91,29 @@ func TestDeadlyAlone(t *testing.T) {
 	alone.release()
 	for _, id := range []string{first.ID, deadly.ID, last.ID} {
 		succeed(t, s.Service, id)
+	}
+}
+
+// TestFair: who asks for very many conversions is not before everybody else with all of them.
+func TestFair(t *testing.T) {
+	e := newEnv(t)
+	idle := e.startIdle()
+	var many []Operation
+	for n := range bulkAfter + 8 {
+		many = append(many, submit(t, idle.Service, e.push(fmt.Sprint("many", n), image(t, "amd64", 1000))))
+	}
+	few := submit(t, idle.Service, e.push("few", image(t, "amd64", 1000)), func(r *Request) { r.By = "somebody else" })
+	if few = await(t, idle.Service, few.ID, in(NotStarted)); few.Position >= len(many) {
+		t.Errorf("%d have asked, and the last is number %d", len(many)+1, few.Position)
+	}
+	s := e.start(func(c *Config) { c.Limits.Conversions = 1 })
+	few = succeed(t, s.Service, few.ID)
+	last := succeed(t, s.Service, many[len(many)-1].ID)
+	if few.Start.After(last.Start) {
+		t.Errorf("%s began after %s", show(few), show(last))
+	}
+	for _, op := range many {
+		succeed(t, s.Service, op.ID)
 	}
 }
 

@@ -132,6 +132,7 @@ type Service struct {
 	operations jetstream.KeyValue // see store.go
 	queue      jetstream.Stream
 	consumer   jetstream.Consumer
+	bulk       jetstream.Consumer
 	record     *converter.Record
 	room       *room
 	view       *view

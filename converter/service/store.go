@@ -23,14 +23,17 @@ import (
 // The image's key is written first, by compare-and-set: who wins has made the operation, all others find it. An operation whose maker
 // died then is made from it by whoever finds it without a record; that is why a record's end takes the image's key first.
 //
-// The stream streaming-work has a message on streaming.work.UUID for each operation that has not ended, and none for others. Whoever
-// finds that one lacks makes it, expecting that there is none, so that there are never two.
+// The stream streaming-work has a message on streaming.work.UUID, or streaming.work.bulk.UUID, for each operation that has not ended, and none for others.
+// Whoever finds that one lacks makes it, expecting that there is none, so that there are never two. Bulk is what somebody asks for who waits for many
+// already: of four that a process takes one is bulk, if there are both.
 const (
 	idPrefix      = "id."
 	imagePrefix   = "image."
 	workStream    = "streaming-work"
 	workPrefix    = "streaming.work."
+	bulkPrefix    = workPrefix + "bulk."
 	workConsumer  = "workers"
+	bulkConsumer  = "bulk-workers"
 	markerTTL     = time.Hour           // how long a bucket says of a key that it is gone
 	layerTTL      = 90 * 24 * time.Hour // how long a converted layer is remembered
 	contested     = 20                  // how often a compare-and-set is tried while others write
@@ -42,6 +45,7 @@ type record struct {
 	Operation
 	Deaths int    `json:"deaths,omitempty"` // attempts whose process was not heard of any more
 	Wanted bool   `json:"wanted,omitempty"` // somebody asked for it, whether it was pushed or not
+	Bulk   bool   `json:"bulk,omitempty"`   // waits behind what others ask for
 	Made   []made `json:"made,omitempty"`   // attached by it, or about to be, and not there before: what a cancellation takes away
 }
 
@@ -152,27 +156,41 @@ func (s *Service) lookFor(ctx context.Context, key string) error {
 // openQueue makes or opens the stream of work and its consumer.
 func (s *Service) openQueue(ctx context.Context) (err error) {
 	s.queue, err = s.js.CreateOrUpdateStream(ctx, jetstream.StreamConfig{
-		Name: workStream, Subjects: []string{workPrefix + "*"}, Retention: jetstream.WorkQueuePolicy, Replicas: s.c.Replicas,
+		Name: workStream, Subjects: []string{workPrefix + ">"}, Retention: jetstream.WorkQueuePolicy, Replicas: s.c.Replicas,
 	})
 	if err != nil {
 		return unavailable("make stream "+workStream, err)
 	}
-	if s.c.Sole { // its consumer has messages that nobody works on
-		if err := s.queue.DeleteConsumer(ctx, workConsumer); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
-			return unavailable("make consumer of "+workStream+" anew", err)
-		}
+	if s.consumer, err = s.openConsumer(ctx, workConsumer, workPrefix); err == nil {
+		s.bulk, err = s.openConsumer(ctx, bulkConsumer, bulkPrefix)
 	}
-	s.consumer, err = s.queue.CreateOrUpdateConsumer(ctx, jetstream.ConsumerConfig{
-		Durable: workConsumer, AckPolicy: jetstream.AckExplicitPolicy, AckWait: s.c.Lease, MaxDeliver: -1, MaxAckPending: -1,
-	})
 	return unavailable("make consumer of "+workStream, err)
 }
 
+func (s *Service) openConsumer(ctx context.Context, name, prefix string) (jetstream.Consumer, error) {
+	if s.c.Sole { // it has messages that nobody works on
+		if err := s.queue.DeleteConsumer(ctx, name); err != nil && !errors.Is(err, jetstream.ErrConsumerNotFound) {
+			return nil, err
+		}
+	}
+	return s.queue.CreateOrUpdateConsumer(ctx, jetstream.ConsumerConfig{
+		Durable: name, FilterSubject: prefix + "*", AckPolicy: jetstream.AckExplicitPolicy, AckWait: s.c.Lease, MaxDeliver: -1, MaxAckPending: -1,
+	})
+}
+
+// subject is that of the operation's message.
+func (r *record) subject() string {
+	if r.Bulk {
+		return bulkPrefix + r.ID
+	}
+	return workPrefix + r.ID
+}
+
 // enqueue makes the message of an operation unless there is one.
-func (s *Service) enqueue(ctx context.Context, id string) error {
+func (s *Service) enqueue(ctx context.Context, r record) error {
 	ctx, cancel := context.WithTimeout(ctx, storeDeadline)
 	defer cancel()
-	_, err := s.js.Publish(ctx, workPrefix+id, nil, jetstream.WithExpectLastSequencePerSubject(0))
+	_, err := s.js.Publish(ctx, r.subject(), nil, jetstream.WithExpectLastSequencePerSubject(0))
 	var api *jetstream.APIError
 	if errors.As(err, &api) && (api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequence || api.ErrorCode == jetstream.JSErrCodeStreamWrongLastSequenceConstant) {
 		return nil
@@ -184,7 +202,8 @@ func (s *Service) enqueue(ctx context.Context, id string) error {
 func (s *Service) dequeue(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(ctx, storeDeadline)
 	defer cancel()
-	return unavailable("take operation from the queue", s.queue.Purge(ctx, jetstream.WithPurgeSubject(workPrefix+id)))
+	return unavailable("take operation from the queue", errors.Join(
+		s.queue.Purge(ctx, jetstream.WithPurgeSubject(workPrefix+id)), s.queue.Purge(ctx, jetstream.WithPurgeSubject(bulkPrefix+id))))
 }
 
 // watch keeps the view until ctx ends.

@@ -49,6 +49,7 @@ func (s *Service) Submit(ctx context.Context, r Request) (op Operation, existed 
 			return op, false, err
 		}
 		rec := newRecord(r)
+		rec.Bulk = s.view.waiting(rec) >= bulkAfter
 		_, err = s.put(ctx, key, rec, rev)
 		if errors.Is(err, errContested) {
 			continue
@@ -109,6 +110,9 @@ func (r *record) widen(q Request) {
 		}
 	}
 }
+
+// bulkAfter is how many operations of a repository, or of one who asks, may wait before what is asked for more is bulk.
+const bulkAfter = 10
 
 // cancelTime is how long Submit waits for the end of a cancelled operation: who asks again wants another one.
 const cancelTime = 5 * time.Second
@@ -188,7 +192,7 @@ func (s *Service) begin(ctx context.Context, rec record) (Operation, error) {
 	if _, err := s.put(ctx, idPrefix+rec.ID, rec, 0); err != nil && !errors.Is(err, errContested) {
 		return Operation{}, err
 	}
-	if err := s.enqueue(ctx, rec.ID); err != nil {
+	if err := s.enqueue(ctx, rec); err != nil {
 		return Operation{}, err
 	}
 	if op, ok := s.view.get(rec.ID); ok {

@@ -179,20 +179,61 @@ func (v *view) operation(e entry) Operation {
 	return op
 }
 
-// count orders the queue: by time, as its messages are.
+// count orders the queue: by time, as its messages are, with bulk in its turns.
 func (v *view) count() map[string]int {
-	var list []Operation
+	var list, bulk []Operation
 	for _, e := range v.ops {
-		if e.rec.State == NotStarted {
+		switch {
+		case e.rec.State != NotStarted:
+		case e.rec.Bulk:
+			bulk = append(bulk, e.rec.Operation)
+		default:
 			list = append(list, e.rec.Operation)
 		}
 	}
 	slices.SortFunc(list, oldestFirst)
-	positions := make(map[string]int, len(list))
-	for i, op := range list {
-		positions[op.ID] = i + 1
+	slices.SortFunc(bulk, oldestFirst)
+	positions := make(map[string]int, len(list)+len(bulk))
+	for n := 1; len(list)+len(bulk) > 0; n++ {
+		from := &list
+		if len(bulk) > 0 && (n%bulkTurns == 0 || len(list) == 0) {
+			from = &bulk
+		}
+		positions[(*from)[0].ID] = n
+		*from = (*from)[1:]
 	}
 	return positions
+}
+
+// hasBulk says whether an operation waits that is bulk.
+func (v *view) hasBulk() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	for _, e := range v.ops {
+		if e.rec.Bulk && e.rec.State == NotStarted {
+			return true
+		}
+	}
+	return false
+}
+
+// waiting is how many operations of r's repository wait, or of who asks for r, whichever is more.
+func (v *view) waiting(r record) int {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	same, own := 0, 0
+	for _, e := range v.ops {
+		if e.rec.State != NotStarted {
+			continue
+		}
+		if e.rec.Registry == r.Registry && e.rec.Repository == r.Repository {
+			same++
+		}
+		if r.Wanted && e.rec.By == r.By {
+			own++
+		}
+	}
+	return max(same, own)
 }
 
 func oldestFirst(a, b Operation) int {

@@ -3,6 +3,7 @@ package service
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -30,11 +31,11 @@ func (s *Service) work(ctx context.Context) error {
 	}
 	var attempts sync.WaitGroup
 	defer attempts.Wait()
-	for {
+	for n := 1; ; n++ {
 		if s.room.conversions.Acquire(ctx, 1) != nil {
 			return nil
 		}
-		msg := s.next(ctx)
+		msg := s.next(ctx, n)
 		if msg == nil {
 			s.room.conversions.Release(1)
 			return nil
@@ -43,14 +44,36 @@ func (s *Service) work(ctx context.Context) error {
 	}
 }
 
-// next waits for a message; nil is that ctx has ended.
-func (s *Service) next(ctx context.Context) jetstream.Msg {
+// bulkTurns is of how many operations that a process takes one is bulk.
+const bulkTurns = 4
+
+// bulkLook is how long is waited for what is not bulk before bulk is looked for.
+const bulkLook = 5 * time.Second
+
+// next waits for a message, of which this is the n-th; nil is that ctx has ended.
+func (s *Service) next(ctx context.Context, n int) jetstream.Msg {
+	lanes := []jetstream.Consumer{s.consumer, s.bulk}
+	if n%bulkTurns == 0 {
+		slices.Reverse(lanes)
+	}
 	for ctx.Err() == nil {
-		msg, err := s.consumer.Next(jetstream.FetchContext(ctx))
+		wait, cancel := ctx, func() {}
+		if s.view.hasBulk() { // or there is one lane only
+			for _, lane := range lanes {
+				if batch, err := lane.FetchNoWait(1); err == nil {
+					if msg := <-batch.Messages(); msg != nil {
+						return msg
+					}
+				}
+			}
+			wait, cancel = context.WithTimeout(ctx, bulkLook)
+		}
+		msg, err := s.consumer.Next(jetstream.FetchContext(wait))
+		cancel()
 		if err == nil {
 			return msg
 		}
-		if !errors.Is(err, nats.ErrTimeout) && ctx.Err() == nil {
+		if !errors.Is(err, nats.ErrTimeout) && !errors.Is(err, context.DeadlineExceeded) && ctx.Err() == nil {
 			s.c.Log.Warn("the queue cannot be read", "error", err)
 			sleep(ctx, retryTime)
 		}
@@ -62,7 +85,7 @@ func (s *Service) next(ctx context.Context) jetstream.Msg {
 func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
 	held := int64(1)
 	defer func() { s.room.conversions.Release(held) }()
-	id := strings.TrimPrefix(msg.Subject(), workPrefix)
+	id := strings.TrimPrefix(strings.TrimPrefix(msg.Subject(), workPrefix), "bulk.")
 	if s.deadly(id) {
 		s.room.conversions.Release(held)
 		if held = 0; s.alone(ctx, msg) {
@@ -190,14 +213,14 @@ func (s *Service) heal(ctx context.Context) error {
 		_, _, _, err := s.ongoing(ctx, key)
 		errs = append(errs, err)
 	}
-	info, err := s.queue.Info(ctx, jetstream.WithSubjectFilter(workPrefix+"*"))
+	info, err := s.queue.Info(ctx, jetstream.WithSubjectFilter(workPrefix+">"))
 	if err != nil {
 		return errors.Join(append(errs, err)...)
 	}
-	for _, e := range s.view.entries(func(r record) bool { return !r.State.Ended() && info.State.Subjects[workPrefix+r.ID] == 0 }) {
+	for _, e := range s.view.entries(func(r record) bool { return !r.State.Ended() && info.State.Subjects[r.subject()] == 0 }) {
 		rec, rev, err := s.get(ctx, idPrefix+e.rec.ID)
 		if err == nil && rev > 0 && !rec.State.Ended() {
-			err = s.enqueue(ctx, rec.ID)
+			err = s.enqueue(ctx, rec)
 		}
 		errs = append(errs, err)
 	}
