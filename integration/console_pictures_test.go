@@ -48,9 +48,18 @@ func drawPictures(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	var done service.Operation
 	for o := range changes {
+		done = o
 		if o.State.Ended() && o.State != service.Succeeded {
 			t.Fatalf("operation is %+v", o)
+		}
+	}
+	for n := range 240 { // as a fleet would, before and after the image had its profile
+		spread := float64(n*n%97) / 97
+		c.report(t, done, n, "none", 2.6+3*spread*spread)
+		if n%2 == 0 {
+			c.report(t, done, n, "static", 0.9+1.4*spread*spread)
 		}
 	}
 	img := small(t, 9)
@@ -68,6 +77,7 @@ func drawPictures(t *testing.T, dir string) {
 		{"image", registry + "/shop/nginx/-/image/1.22.2", "", "dark", 1200, 900},
 		{"start", registry + "/shop/nginx/-/image/1.22.2/start", "", "light", 1200, 900},
 		{"start-dark", registry + "/shop/nginx/-/image/1.22.2/start", "", "dark", 1200, 900},
+		{"times", registry + "/shop/nginx/-/image/1.22.2/start#platform-1-times", "", "light", 1200, 560},
 		{"progress", "/operations/" + going.ID, `document.querySelector("progress").value > 0`, "light", 1200, 640},
 		{"narrow", registry + "/shop/checkout/-/image/v1.5.0", `document.querySelector("progress").value > 0`, "dark", 390, 844},
 		{"narrow-start", registry + "/shop/nginx/-/image/1.22.2/start", "", "light", 390, 844},

@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"flag"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -22,6 +23,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/access"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/console"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/embedded"
+	wire "github.com/streaming-snapshotter/streaming-snapshotter/converter/service/starts"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
@@ -183,6 +185,18 @@ func (c *consoleOf) artifacts(t *testing.T, i service.Image) (n int) {
 		}
 	}
 	return n
+}
+
+// report has a node report a start of the image that an operation has converted.
+func (c *consoleOf) report(t *testing.T, op service.Operation, node int, profile string, reads float64) {
+	t.Helper()
+	a := op.Artifacts[0]
+	r := wire.Report{Node: fmt.Sprintf("%032x", node), Starts: []wire.Start{{
+		Manifest: a.Subject, Artifact: a.Digest, Profile: profile, Pull: 0.2, Reads: reads, Bytes: 40e6, Missed: int64(reads * 1e6), Misses: 9,
+	}}}
+	if got, err := c.Report(t.Context(), op.Registry, op.Repository, r); err != nil || got.Counted != 1 {
+		t.Fatalf("report: %+v, %v", got, err)
+	}
 }
 
 func (c *consoleOf) last(t *testing.T, i service.Image) service.Operation {
@@ -427,6 +441,10 @@ func checkAccessible(t *testing.T, c *consoleOf, b *browser, axe string, image s
 	}
 	if _, err := c.SetSettings(t.Context(), service.Settings{Registry: image.Registry, Repository: "shop/*", Active: true, By: "olivia"}, false); err != nil {
 		t.Fatal(err)
+	}
+	for n := range 30 {
+		c.report(t, done, n, "none", 3+float64(n)/10)
+		c.report(t, done, n, "static", 1+float64(n)/20)
 	}
 	other := small(t, 3)
 	held := c.push(t, "shop/other", "v1", other)

@@ -4,6 +4,8 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -20,7 +22,7 @@ import (
 )
 
 // TestServiceReadme runs README's words about the conversion service as they stand: Debian's docker-registry tells `streamctl serve` of an image that skopeo copies into
-// it, and without another command its artifact is there, and a node streams it.
+// it, and without another command its artifact is there, and a node streams it. The node reports how long the start took, and the console shows it.
 func TestServiceReadme(t *testing.T) {
 	dir := tempDir(t)
 	g, err := guest()
@@ -42,7 +44,7 @@ func TestServiceReadme(t *testing.T) {
 
 	const ref = "127.0.0.1:5055/team/app:v1"
 	run(t, "streamctl", "verify", ref)
-	n := startNode(t, node.Options{Stream: []string{"127.0.0.1:5055/*"}})
+	n := startNode(t, node.Options{Stream: []string{"127.0.0.1:5055/*"}, Config: "report = 'http://127.0.0.1:8480'\n"})
 	if err := n.Pull(t.Context(), ref); err != nil {
 		t.Fatal(err)
 	}
@@ -56,6 +58,60 @@ func TestServiceReadme(t *testing.T) {
 	}
 	if err := json.Unmarshal([]byte(run(t, "streaming-snapshotter", "status", "--config", n.ConfigFile(), "-o", "json")), &status); err != nil || status.Streamed != 1 {
 		t.Errorf("the node has streamed %d images, %v", status.Streamed, err)
+	}
+
+	if out := run(t, "streamctl", "show", "--starts", "--server", readmeService, ref); !strings.Contains(out, "No node has reported a start") {
+		t.Errorf("before the start is over the service shows\n%s", out)
+	}
+	if _, err := n.Crictl(t.Context(), "rmi", ref); err != nil { // then the start is over
+		t.Fatal(err)
+	}
+	var info struct {
+		Platforms []struct{ Starts *shownStarts }
+	}
+	eventually(t, "the node reports the start", func() bool {
+		out := run(t, "streamctl", "show", "-o", "json", "--server", readmeService, ref)
+		if err := json.Unmarshal([]byte(out), &info); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return info.Platforms[0].Starts != nil
+	})
+	got := info.Platforms[0].Starts
+	if got.Nodes != 1 || len(got.Variants) != 1 {
+		t.Fatalf("reported was %+v", got)
+	}
+	// The image's static profile was fetched beside the pull; bytes are those of the files that were read, and times are no more than all of it took.
+	if v := got.Variants[0]; !v.Current || v.Profile != "static" || v.Starts != 1 || v.Reads.Count != 1 || v.Reads.Median <= 0 || v.Ready.Count != 0 || v.Bytes <= 0 || v.MissedBytes > v.Bytes {
+		t.Errorf("reported was %+v", v)
+	}
+	if out := run(t, "streamctl", "show", "--starts", "--server", readmeService, ref); !strings.Contains(out, "linux/amd64  yes  static") {
+		t.Errorf("streamctl show --starts prints\n%s", out)
+	}
+	resp, err := http.Get(readmeService + "/registries/127.0.0.1:5055/team/app/-/image/v1/start")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if page, err := io.ReadAll(resp.Body); err != nil || !strings.Contains(string(page), "Half of the starts take") || !strings.Contains(string(page), "With a static profile, now: half of the starts within") {
+		t.Errorf("the console shows, %v\n%s", err, page)
+	}
+}
+
+// readmeService is README's.
+const readmeService = "http://127.0.0.1:8480"
+
+// shownStarts are what of a platform's is looked at.
+type shownStarts struct {
+	Nodes    int
+	Variants []struct {
+		Profile      string
+		Current      bool
+		Starts       int
+		Reads, Ready struct {
+			Count  int
+			Median float64
+		}
+		Bytes, MissedBytes int64
 	}
 }
 

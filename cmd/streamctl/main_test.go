@@ -305,7 +305,7 @@ func TestFailure(t *testing.T) {
 
 func TestUsage(t *testing.T) {
 	for _, args := range [][]string{
-		{"show"}, {"show", "a", "--repository", "b"}, {"update", "--repository", "a"}, {"update", "--repository", "a", "--enable-streaming", "maybe"},
+		{"show"}, {"show", "a", "--repository", "b"}, {"show", "host.example/a", "--starts"}, {"show", "-n", "host.example", "--repository", "b", "--starts"}, {"update", "--repository", "a"}, {"update", "--repository", "a", "--enable-streaming", "maybe"},
 		{"update", "-n", "host.example", "--repository", "a", "--enable-streaming", "true"}, {"show", "-n", "host.example", "--repository", "a"},
 		{"operation", "show", "--id", "a"}, {"operation", "list"}, {"operation", "cancel", "-n", "host.example", "-t", "a:b"},
 		{"operation", "show"}, {"operation", "show", "--repository", "a"}, {"operation", "show", "--id", "a", "-t", "b"},

@@ -195,6 +195,10 @@ func checkSame(t *testing.T, image string) {
 	if stdout, _ := succeed(t, "show", image); !strings.Contains(stdout, "linux/amd64") || !strings.Contains(stdout, "operation ") {
 		t.Errorf("show prints %s", stdout)
 	}
+	// What nodes report is in integration, TestServiceReadme.
+	if stdout, _ := succeed(t, "show", "--starts", image); !strings.Contains(stdout, "No node has reported a start of "+image[:strings.Index(image, "/")]) {
+		t.Errorf("show --starts prints %s", stdout)
+	}
 }
 
 func checkSettings(t *testing.T, host string) {

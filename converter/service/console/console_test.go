@@ -201,7 +201,13 @@ func example() *told {
 		image: service.ImageInfo{
 			Image: image, Tag: "v1", MediaType: "application/vnd.oci.image.index.v1+json", Last: &succeeded,
 			Platforms: []service.PlatformInfo{
-				{Platform: "linux/amd64", Digest: dig("amd64"), Size: 79e6, Layers: []service.LayerInfo{layer}, Streaming: streaming, Referrers: []service.ReferrerInfo{referrer}},
+				{Platform: "linux/amd64", Digest: dig("amd64"), Size: 79e6, Layers: []service.LayerInfo{layer}, Streaming: streaming, Referrers: []service.ReferrerInfo{referrer}, Starts: &service.StartsInfo{
+					Nodes: 41, Variants: []service.StartsOfOne{
+						{Artifact: dig("artifact"), Profile: "static", Current: true, Starts: 40, Last: at(time.Minute), Reads: service.StartTimes{Count: 40, Median: 0.8, P90: 2}, Missed: 1e6},
+						{Artifact: dig("before"), Profile: "none", Starts: 1200, Last: at(72 * time.Hour), Reads: service.StartTimes{Count: 1190, Median: 3.2, P90: 8}, Missed: 9e6},
+						{Artifact: dig("first"), Profile: "none", Starts: 2, Last: at(99 * time.Hour)},
+					},
+				}},
 				{Platform: "linux/arm64", Digest: dig("arm64"), Size: 79e6, Layers: []service.LayerInfo{layer}},
 				{Platform: "windows/amd64", Digest: dig("windows"), Size: 79e6, Layers: []service.LayerInfo{layer}},
 			},

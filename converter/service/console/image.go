@@ -50,6 +50,7 @@ type platformView struct {
 	ID    string
 	Badge badge
 	Linux bool
+	Times *timesView // nil: no node has reported a start
 }
 
 // referrerRow is a row of the referrers, of the image itself or of a platform of it.
@@ -78,7 +79,7 @@ func (c *Console) look(r *http.Request, at place) (imageBody, error) {
 		b.Referrers = append(b.Referrers, referrer(ref, "the image"))
 	}
 	for i, p := range info.Platforms {
-		v := platformView{PlatformInfo: p, ID: "platform-" + strconv.Itoa(i+1), Linux: strings.HasPrefix(p.Platform, "linux/")}
+		v := platformView{PlatformInfo: p, ID: "platform-" + strconv.Itoa(i+1), Linux: strings.HasPrefix(p.Platform, "linux/"), Times: timesOfPlatform(p)}
 		switch {
 		case p.Streaming != nil:
 			b.Streaming++

@@ -247,7 +247,8 @@ func TestHostile(t *testing.T) {
 	s.image = service.ImageInfo{Image: image, Tag: evil, MediaType: evil, Last: &o, Platforms: []service.PlatformInfo{{Platform: "linux/" + evil, Digest: digest.Digest(evil),
 		Layers:    []service.LayerInfo{{Digest: digest.Digest(evil), MediaType: evil}},
 		Referrers: []service.ReferrerInfo{{Digest: digest.Digest(evil), ArtifactType: evil, MediaType: evil, Annotations: map[string]string{evil: evil}}},
-		Streaming: &service.StreamingInfo{Artifact: digest.Digest(evil), Profile: evil, Layers: []service.LayerMap{{Source: digest.Digest(evil), TarSize: -5, Hot: []service.Span{{Off: -9, Len: 1 << 62}}}}}}}}
+		Streaming: &service.StreamingInfo{Artifact: digest.Digest(evil), Profile: evil, Layers: []service.LayerMap{{Source: digest.Digest(evil), TarSize: -5, Hot: []service.Span{{Off: -9, Len: 1 << 62}}}}},
+		Starts:    &service.StartsInfo{Nodes: -1, Variants: []service.StartsOfOne{{Artifact: digest.Digest(evil), Profile: evil, Reads: service.StartTimes{Count: 1, Median: -1, P90: 1e300}}}}}}}
 	_, as := serve(t, s)
 	owner := as("olivia")
 	tag := imagePath(host, image.Repository, evil)

@@ -285,3 +285,52 @@ func TestFormat(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// TestTimes: how long starts take is there in words and numbers beside the bars, with how it was before.
+func TestTimes(t *testing.T) {
+	s := example()
+	_, as := serve(t, s)
+	b := as("rita")
+	image := imagePath(host, "team/app", "v1")
+	_, page := b.get(image + "/start")
+	root := parse(t, page)
+	text := strings.Join(strings.Fields(textOf(root)), " ")
+	for _, want := range []string{
+		"Half of the starts take 0.80 s or less now, with a static profile, and nine of ten 2.0 s.", "Before, with no profile, half of them took 3.2 s or less: that is 75 % less now.",
+		"until nothing more of it was read for the start, as about 41 nodes have reported", "0 to 8.0 s", "not known", "9.0 MB",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the page lacks %q", want)
+		}
+	}
+	bars := map[string]string{}
+	for _, svg := range all(root, "svg") {
+		if label, _ := attr(svg, "aria-label"); strings.HasPrefix(label, "With ") {
+			for _, rect := range all(svg, "rect") {
+				class, _ := attr(rect, "class")
+				width, _ := attr(rect, "width")
+				bars[label] += class + " " + width + ";"
+			}
+		}
+	}
+	if len(bars) != 2 || bars["With a static profile, now: half of the starts within 0.80 s, nine of ten within 2.0 s"] != "all 1000;heat-2 250;heat-4 100;" {
+		t.Errorf("bars are %v", bars)
+	}
+	if _, page := b.get(image); !strings.Contains(strings.Join(strings.Fields(textOf(parse(t, page))), " "), "Half of the starts take 0.80 s or less, of 40 starts") {
+		t.Error("the overview does not say how long a start takes")
+	}
+
+	// With a probe's word for all of them, that counts; without any report the page says how there would be one.
+	starts := s.image.Platforms[0].Starts
+	for i := range starts.Variants {
+		starts.Variants[i].Ready = service.StartTimes{Count: 3, Median: 5, P90: 6}
+	}
+	starts.Variants[0].Current = false
+	if _, page := b.get(image + "/start"); !strings.Contains(page, "Kubernetes had the pod ready by its probe") || !strings.Contains(page, "No node has reported a start that reads the image as it is now") {
+		t.Error("the page does not say whose word the times are")
+	}
+	s.image.Platforms[0].Starts = nil
+	if _, page := b.get(image + "/start"); !strings.Contains(page, "No node has reported a start of this image") {
+		t.Error("the page does not say that nothing was reported")
+	}
+}
