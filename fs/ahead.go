@@ -63,7 +63,7 @@ func callsAhead(target string, ranges []Range, step int64) ([]call, error) {
 		if err != nil {
 			return nil, err
 		}
-		calls = append(calls, call{unix.SYS_OPENAT, [5]uintptr{0, uintptr(unsafe.Pointer(p)), unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK}, unsafe.Pointer(p)})
+		calls = append(calls, call{trap: unix.SYS_OPENAT, args: [5]uintptr{0, uintptr(unsafe.Pointer(p)), unix.O_RDONLY | unix.O_NOFOLLOW | unix.O_NONBLOCK}, keep: unsafe.Pointer(p)})
 		for off, end := r.Off, r.Off+r.Size; off < end; off += step {
 			calls = append(calls, call{trap: unix.SYS_READAHEAD, args: [5]uintptr{1, uintptr(off), uintptr(min(step, end-off))}})
 		}

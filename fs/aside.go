@@ -14,6 +14,7 @@ type call struct {
 	trap uintptr
 	args [5]uintptr
 	keep unsafe.Pointer
+	may  unix.Errno // an error that does not end the child
 }
 
 // aside makes system calls that may wait for this process to answer a FUSE request, in a child of its own, up to the first that fails.
@@ -99,6 +100,9 @@ func run(fd int, calls []call) {
 	for i := 0; err == 0 && i < len(calls); i++ {
 		c := &calls[i]
 		_, _, err = unix.RawSyscall6(c.trap, c.args[0], c.args[1], c.args[2], c.args[3], c.args[4], 0)
+		if err == c.may {
+			err = 0
+		}
 	}
 	unix.RawSyscall(unix.SYS_EXIT_GROUP, uintptr(err), 0, 0)
 }
@@ -107,7 +111,7 @@ func run(fd int, calls []call) {
 func callOpen(path string, flags int) (call, error) {
 	p, err := unix.BytePtrFromString(path)
 	at := unix.AT_FDCWD
-	return call{unix.SYS_OPENAT, [5]uintptr{uintptr(at), uintptr(unsafe.Pointer(p)), uintptr(flags)}, unsafe.Pointer(p)}, err
+	return call{trap: unix.SYS_OPENAT, args: [5]uintptr{uintptr(at), uintptr(unsafe.Pointer(p)), uintptr(flags)}, keep: unsafe.Pointer(p)}, err
 }
 
 // callDieWithParent has the kernel kill the child when the thread that has forked it ends: with this process, as the Go runtime keeps its threads.
@@ -121,13 +125,13 @@ func callPoll(fd int32) call {
 		wait unix.Timespec
 		fd   unix.PollFd
 	}{fd: unix.PollFd{Fd: fd, Events: unix.POLLIN}}
-	return call{unix.SYS_PPOLL, [5]uintptr{uintptr(unsafe.Pointer(&p.fd)), 1, uintptr(unsafe.Pointer(&p.wait))}, unsafe.Pointer(p)}
+	return call{trap: unix.SYS_PPOLL, args: [5]uintptr{uintptr(unsafe.Pointer(&p.fd)), 1, uintptr(unsafe.Pointer(&p.wait))}, keep: unsafe.Pointer(p)}
 }
 
 // callRead reads from fd into p, which is shared memory.
 func callRead(fd uintptr, p []byte) call {
 	at := unsafe.Pointer(unsafe.SliceData(p))
-	return call{unix.SYS_READ, [5]uintptr{fd, uintptr(at), uintptr(len(p))}, at}
+	return call{trap: unix.SYS_READ, args: [5]uintptr{fd, uintptr(at), uintptr(len(p))}, keep: at}
 }
 
 // callClose closes fd, unlike the end of the child with an error that counts.
@@ -141,5 +145,5 @@ func callCreate(fd uintptr) call {
 // callLoop attaches to the loop device fd what config says.
 func callLoop(fd uintptr, config *unix.LoopConfig) call {
 	at := unsafe.Pointer(config)
-	return call{unix.SYS_IOCTL, [5]uintptr{fd, unix.LOOP_CONFIGURE, uintptr(at)}, at}
+	return call{trap: unix.SYS_IOCTL, args: [5]uintptr{fd, unix.LOOP_CONFIGURE, uintptr(at)}, keep: at}
 }

@@ -38,7 +38,7 @@ import (
 // Device is an image's data device: the layers' tars of a chain laid end to end.
 type Device interface {
 	// ReadAt fills p from off and returns len(p), or less at the end of the device, or an error, which the reader sees as EIO. Less
-	// elsewhere is an error too. ctx ends when the reader is killed, or the mount is gone. Called from many goroutines.
+	// elsewhere is an error too. An empty p asks whether it may be read at all. ctx ends when the reader is killed, or the mount is gone. Called from many goroutines.
 	ReadAt(ctx context.Context, p []byte, off int64) (int, error)
 	Size() int64
 }

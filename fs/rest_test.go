@@ -28,7 +28,7 @@ func TestRest(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	tree, err := openTree(f, img.Device)
+	tree, err := openTree("image", f, img.Device)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -284,7 +284,7 @@ func (s *Server) resumeTree(p *kept) error {
 	if p.metadata == nil {
 		return errors.New("its metadata image is not kept")
 	}
-	t, err := openTree(p.metadata, s.newLateDevice(p.about.ID, p.about.Size))
+	t, err := openTree(p.about.ID, p.metadata, s.newLateDevice(p.about.ID, p.about.Size))
 	if err != nil {
 		return err
 	}

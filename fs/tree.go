@@ -19,6 +19,7 @@ import (
 // function of the EROFS inode number (nid), and nothing is remembered of an open file.
 type tree struct {
 	fuse.RawFileSystem
+	id      string
 	image   *erofs.Image
 	mapped  []byte // what image reads; set and unmapped under Server.mu
 	device  Device
@@ -35,7 +36,7 @@ func (s *Server) mountTree(m *mount, img Image, target string) error {
 		return err
 	}
 	defer metadata.Close()
-	t, err := openTree(metadata, img.Device)
+	t, err := openTree(img.ID, metadata, img.Device)
 	if err != nil {
 		return err
 	}
@@ -92,7 +93,7 @@ func (s *Server) startTree(t *tree, start func(sessionOptions) (*session, error)
 	return err
 }
 
-func openTree(metadata *os.File, dev Device) (*tree, error) {
+func openTree(id string, metadata *os.File, dev Device) (*tree, error) {
 	mem, err := mapped.Open(metadata)
 	if err != nil {
 		return nil, err
@@ -104,6 +105,7 @@ func openTree(metadata *os.File, dev Device) (*tree, error) {
 	}
 	t := &tree{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(),
+		id:            id,
 		image:         image,
 		mapped:        mem,
 		device:        dev,
@@ -163,6 +165,9 @@ func (t *tree) read(ctx context.Context, node uint64, off int64, p []byte) (int,
 		case hole:
 			clear(part)
 		case data != nil:
+			if _, err := t.device.ReadAt(ctx, nil, 0); err != nil { // whether what is of the device's files may be read
+				return 0, err
+			}
 			part = part[:copy(part, data)]
 		default:
 			if err := readFull(ctx, t.device, part, dev); err != nil {
