@@ -66,7 +66,7 @@ var layers = map[string]struct{ ours, clearOf []string }{
 	"cmd/streaming-snapshotter/install": {[]string{"cmd/streaming-snapshotter/blobs", "cmd/streaming-snapshotter/traps", "deploy"}, []string{"net/http", fuse, ggcr}},
 	"deploy/image":                      {nil, []string{containerd, fuse}},
 	"deploy":                            {nil, []string{"os", "net/http", containerd, fuse, ggcr}},
-	"cmd/streaming-snapshotter":         {[]string{"cmd/metrics", "cmd/streaming-snapshotter/blobs", "cmd/streaming-snapshotter/fdstore", "cmd/streaming-snapshotter/install", "cmd/streaming-snapshotter/report", "cmd/streaming-snapshotter/traps", "cmd/tomlfile", "converter/service/starts", "credentials", "criproxy", "events", "fs", "fs/cache", "kubeapi", "plain", "registryclient", "snapshot", "snapshot/reason", "snapshot/span", "snapshot/stream", "trust", "trust/notary"}, []string{ggcr}},
+	"cmd/streaming-snapshotter":         {[]string{"cmd/metrics", "cmd/streaming-snapshotter/blobs", "cmd/streaming-snapshotter/fdstore", "cmd/streaming-snapshotter/install", "cmd/streaming-snapshotter/report", "cmd/streaming-snapshotter/traps", "cmd/tomlfile", "converter/service/starts", "credentials", "criproxy", "events", "fs", "fs/cache", "kubeapi", "plain", "registryclient", "snapshot", "snapshot/ledger", "snapshot/reason", "snapshot/span", "snapshot/stream", "trust", "trust/notary"}, []string{ggcr}},
 	"converter/service/access/oidctest": {nil, nil},
 	"fs/erofs/erofstest":                {[]string{"fs/erofs"}, nil},
 	"kubeapi/kubeapitest":               {nil, nil},

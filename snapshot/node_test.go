@@ -31,6 +31,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
@@ -57,7 +58,10 @@ type testNode struct {
 	onForget          func()
 	policy            func(registryclient.Repository) (trust.Policy, trust.Verifier)
 
-	starts chan stream.Start // that were told of
+	starts   chan stream.Start // that were told of
+	deadline time.Duration     // of proofs; 0: nothing is proven
+	proofs   chan stream.Proof
+	ledger   *ledger.Ledger
 }
 
 // logBuffer counts the lines that operators would see.
@@ -105,13 +109,21 @@ func (n *testNode) start() {
 	mounts, err := fs.New(fs.Options{Dir: filepath.Join(n.root, "devices"), Mode: n.mode})
 	check(err)
 	n.mounts = mounts
-	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{Limit: n.limit})
+	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{Limit: n.limit, OnLie: func(index digest.Digest, _ int, _ error) { n.images.Lied(index) }})
 	check(err)
 	n.chunks = chunks
 	client, err := registryclient.New(registryclient.Options{Budget: n.budget})
 	check(err)
+	trust := stream.Trust{}
+	if n.deadline > 0 {
+		n.ledger, err = ledger.Open(filepath.Join(n.root, "trust"), nil)
+		check(err)
+		n.proofs = make(chan stream.Proof, 100)
+		trust = stream.Trust{Ledger: n.ledger, Deadline: n.deadline, OnProof: func(p stream.Proof) { n.proofs <- p }}
+	}
 	n.images, err = stream.New(stream.Options{
-		Root: n.root, Registry: client, Cache: chunks, Mounter: mounts,
+		Trust: trust,
+		Root:  n.root, Registry: client, Cache: chunks, Mounter: mounts,
 		Allow: func(r registryclient.Repository) error {
 			if r == registryclient.Repository(n.reg.Host()+"/unlisted") {
 				return errors.New("it is not listed")

@@ -44,6 +44,8 @@ type Images interface {
 	// Mount mounts the chain of the first n layers of image id at target. It needs no network for an image that was found
 	// before, in this life of the daemon or an earlier one.
 	Mount(ctx context.Context, id string, n int, target string) error
+	// Usable says why image id must not serve another pull, or nil. It waits for nothing.
+	Usable(id string) error
 	// Unmount undoes Mount; a target that is not mounted is no error.
 	Unmount(target string) error
 	// Mounted reports whether what is mounted at target is served, be it mounted in an earlier life of the daemon.

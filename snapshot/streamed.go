@@ -147,7 +147,7 @@ func (s *Snapshotter) lookup(ref, parent string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, sn := range s.streamed {
-		if sn.ref == ref && sn.parent == parent {
+		if sn.ref == ref && sn.parent == parent && s.images.Usable(sn.image) == nil {
 			return true
 		}
 	}

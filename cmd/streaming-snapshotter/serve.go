@@ -9,10 +9,12 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
@@ -23,6 +25,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
@@ -68,8 +71,14 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 	if err != nil {
 		return n, err
 	}
+	var lied atomic.Pointer[stream.Store]
 	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{
 		NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root), OnDisk: logDisk, OnDamage: logDamage(), OnRest: n.rest,
+		OnLie: func(index digest.Digest, _ int, _ error) {
+			if s := lied.Load(); s != nil {
+				s.Lied(index)
+			}
+		},
 	}); err != nil {
 		return n, err
 	}
@@ -95,9 +104,16 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 	if cri != nil {
 		images.OnForget = cri.Sweep
 	}
+	if !foreign { // whoever looks at a mount does not want all of it
+		if images.Trust.Ledger, err = ledger.Open(filepath.Join(c.Root, "trust"), nil); err != nil {
+			return n, err
+		}
+		images.Trust.Deadline = c.ProofDeadline.D
+	}
 	if n.images, err = stream.New(images); err != nil {
 		return n, err
 	}
+	lied.Store(n.images)
 	close(opened)
 	if cri != nil {
 		cri.Follow(n.pulled, n.reg.Forget)

@@ -87,6 +87,7 @@ func (s *Store) wake() {
 	case s.started <- struct{}{}:
 	default: // it is told already
 	}
+	s.wakeProver()
 }
 
 // incomplete lists the images that were started and are not completed, or are mounted through the daemon, which may not be needed, or from files that are not proven.
@@ -94,6 +95,9 @@ func (s *Store) wake() {
 func (s *Store) incomplete() (ids []string) {
 	dirs, _ := os.ReadDir(filepath.Join(s.o.Root, "images"))
 	for _, d := range dirs {
+		if img, err := s.load(d.Name()); err != nil || !s.proven(img.rec) || img.refused() != nil {
+			continue // its proof comes first, and leaves here what it has read
+		}
 		has := func(name string) bool {
 			_, err := os.Stat(filepath.Join(s.imageDir(d.Name()), name))
 			return err == nil

@@ -16,7 +16,7 @@ import (
 // it has not yet proven, and replaces these mounts later, for those that come then. What is mounted so since a former life is proven again, too, and if the disk has
 // damaged any of it, mended and mounted anew: the old mount may have the damage in its page cache.
 //
-// Only whole images are, and only once their first start is recorded: nobody sees what is read of such a mount.
+// Only whole images are, of which each layer was proven to be the image's (see proof.go: nobody could put such a mount into quarantine), and only once their first start is recorded: nobody sees what is read of such a mount.
 
 // directName is the metadata image of the whole chain with each layer that is not empty as a device of its own, in the image's directory.
 const directName = "direct.erofs"
@@ -48,6 +48,9 @@ func (s *Store) unproven(id string) bool {
 
 // makeDirect proves what is here of img and replaces its mounts, if all is.
 func (s *Store) makeDirect(ctx context.Context, img *image, use *deviceUse) error {
+	if !s.proven(img.rec) {
+		return nil // such a mount could not be put into quarantine: see there. The proof wakes us
+	}
 	for _, l := range use.layers {
 		for {
 			now := time.Now()
@@ -121,7 +124,7 @@ func (d *device) parts() (layers []*cache.Layer, bases []int64) {
 // direct returns how img is mounted without the daemon, nil if it cannot be now. The caller holds mu, and the device is open.
 func (img *image) direct() *fs.Direct {
 	dir := img.store.imageDir(img.id)
-	if !img.started() {
+	if !img.started() || !img.store.proven(img.rec) {
 		return nil
 	}
 	d := &fs.Direct{Metadata: filepath.Join(dir, directName)}

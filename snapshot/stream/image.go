@@ -41,6 +41,9 @@ type Mounter interface {
 	Replace(img fs.Image, target string) (gone <-chan struct{}, err error)
 	// ReadAhead has the kernel read what is mounted at target.
 	ReadAhead(target string, ranges []fs.Range) error
+	// Targets lists where image id is mounted, in whatever way; Invalidate has the kernel forget what it has read of its files there.
+	Targets(id string) []string
+	Invalidate(id string) error
 }
 
 // image is an image that can be streamed.
@@ -49,6 +52,7 @@ type image struct {
 	id    string
 	rec   *record
 	size  atomic.Int64 // of its tars, for the status; 0 if nobody has asked
+	bad   atomic.Pointer[refusal]
 
 	profile atomic.Pointer[ocispec.Descriptor] // whose hot blob came, or comes
 	vetted  []*vetted                          // nil: not read yet; guarded by store.mu
@@ -57,7 +61,8 @@ type image struct {
 	mu     sync.Mutex
 	mounts int     // targets mounted, and other uses
 	dev    *device // open while mounts > 0
-	proven bool    // all of it was, in this life
+	proven bool    // all that is on disk was verified, in this life
+	noted  bool    // that it was mounted
 	hot    *ahead  // what the next container's start will read, see warm; nil is nothing
 }
 
@@ -70,6 +75,9 @@ func (img *image) mount(ctx context.Context, n int, target string) (err error) {
 	}
 	img.mu.Lock()
 	defer img.mu.Unlock()
+	if err := img.refused(); err != nil { // under mu: see detach
+		return fmt.Errorf("mount %s: %w", target, err)
+	}
 	meta, err := img.metadata(ctx, n)
 	if err == nil {
 		i := fs.Image{ID: img.id, Metadata: meta, Device: img.dev, Started: img.started()}
@@ -86,6 +94,7 @@ func (img *image) mount(ctx context.Context, n int, target string) (err error) {
 		return fmt.Errorf("mount %s: %w", target, err)
 	}
 	img.mounts++
+	img.store.noteMounted(img)
 	img.store.mu.Lock()
 	img.store.targets[target] = img
 	img.store.mu.Unlock()
@@ -197,7 +206,7 @@ func (img *image) release() {
 }
 
 func (img *image) open(ctx context.Context) (_ *device, err error) {
-	d := &device{}
+	d := &device{image: img}
 	defer func() {
 		if err != nil {
 			d.close()
@@ -282,6 +291,7 @@ func (img *image) makeMetadata(ctx context.Context, dev *device, path string, n 
 
 // device is an image's data device over the cache: the layers' tars end to end, each at a 512-aligned base, zeros between.
 type device struct {
+	image   *image
 	indexes []*artifact.Index
 	digests []digest.Digest // of indexes
 	layers  []*cache.Layer
@@ -293,7 +303,19 @@ type device struct {
 
 func (d *device) Size() int64 { return d.size }
 
+// ReadAt has no bytes of an image in quarantine, be it put there meanwhile.
 func (d *device) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	n, err := 0, d.image.refused()
+	if err == nil {
+		n, err = d.read(ctx, p, off)
+	}
+	if refused := d.image.refused(); refused != nil {
+		return 0, refused
+	}
+	return n, err
+}
+
+func (d *device) read(ctx context.Context, p []byte, off int64) (int, error) {
 	n := 0
 	for n < len(p) && off < d.size {
 		i := sort.Search(len(d.bases), func(i int) bool { return d.bases[i] > off }) - 1

@@ -175,7 +175,10 @@ func (src *source) check(manifest digest.Digest, m *artifact.Manifest) error {
 func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manifest digest.Digest, raw []byte, m *artifact.Manifest, src *source, hot *hotFetch, vet *vetting) (_ *image, err error) {
 	rec := &record{
 		Version: recordVersion, Artifact: digest.FromBytes(raw), Manifest: manifest, Config: m.Config.Digest, Repository: repo,
-		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers,
+		ChainIDs: src.chainIDs, DiffIDs: src.diffIDs, Layers: m.Layers, Converter: m.Converter,
+	}
+	if err := s.refuse(rec); err != nil {
+		return nil, err
 	}
 	for _, l := range src.manifest.Layers {
 		rec.Sources = append(rec.Sources, ocispec.Descriptor{MediaType: l.MediaType, Digest: l.Digest, Size: l.Size})

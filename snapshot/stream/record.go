@@ -35,7 +35,8 @@ type record struct {
 	ChainIDs   []digest.Digest           `json:"chainIDs"`         // of the image's own config, bottom first
 	DiffIDs    []digest.Digest           `json:"diffIDs"`          // likewise
 	Layers     []artifact.Layer          `json:"layers"`
-	Sources    []ocispec.Descriptor      `json:"sources,omitempty"` // the image's own layers: type, digest, size. Releases before it wrote none
+	Sources    []ocispec.Descriptor      `json:"sources,omitempty"`   // the image's own layers: type, digest, size. Releases before it wrote none
+	Converter  string                    `json:"converter,omitempty"` // as the artifact claims
 }
 
 func loadRecord(dir string) (*record, error) {

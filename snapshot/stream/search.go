@@ -57,7 +57,7 @@ func (s *Store) stale(q *search) bool {
 	if q.err != nil {
 		return time.Now().After(q.expires)
 	}
-	return s.images[q.image.id] != q.image
+	return s.images[q.image.id] != q.image || q.image.refused() != nil
 }
 
 func (s *Store) search(ctx context.Context, q *search, key searchKey) {

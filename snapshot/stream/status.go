@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 
@@ -19,10 +20,13 @@ type ImageStatus struct {
 	Repository registryclient.Repository `json:"repository"`
 	Manifest   digest.Digest             `json:"manifest"` // of the platform manifest
 	Layers     int                       `json:"layers"`
-	Size       int64                     `json:"size"`     // bytes of the tars, of one that is there twice once
-	Local      int64                     `json:"local"`    // bytes of them that are here
-	Complete   bool                      `json:"complete"` // all was here once
-	Reads      cache.LayerStats          `json:"reads"`    // of its layers, since it is in use
+	Size       int64                     `json:"size"`                 // bytes of the tars, of one that is there twice once
+	Local      int64                     `json:"local"`                // bytes of them that are here
+	Complete   bool                      `json:"complete"`             // all was here once
+	Reads      cache.LayerStats          `json:"reads"`                // of its layers, since it is in use
+	Proven     int                       `json:"proven"`               // layers that were proven
+	ProofDue   *time.Time                `json:"proofDue,omitempty"`   // of an image that was mounted and is not proven
+	Quarantine string                    `json:"quarantine,omitempty"` // why the artifact is in quarantine
 }
 
 // Status lists the images on disk, by repository. It reads no chunk and asks nobody; the first time it decodes the indexes of an image that is not in use.
@@ -47,6 +51,17 @@ func (s *Store) Status() (list []ImageStatus, err error) {
 	return list, err
 }
 
+// onDisk returns the images whose records can be read.
+func (s *Store) onDisk() (list []*image) {
+	dirs, _ := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	for _, d := range dirs {
+		if img, err := s.load(d.Name()); err == nil {
+			list = append(list, img)
+		}
+	}
+	return list
+}
+
 // Size returns the bytes of an image's own layers, as the registry has them; 0 if that is not known.
 func (s *Store) Size(id string) (total int64) {
 	img, err := s.load(id)
@@ -63,6 +78,7 @@ func (img *image) status() ImageStatus {
 	st := ImageStatus{ID: img.id, Repository: img.rec.Repository, Manifest: img.rec.Manifest, Layers: len(img.rec.Layers)}
 	_, err := os.Stat(filepath.Join(img.store.imageDir(img.id), completedName))
 	st.Complete = err == nil
+	img.trustStatus(&st)
 	// Who holds mu may be asking the registry: then it is the disk that says how much is here.
 	if img.mu.TryLock() {
 		defer img.mu.Unlock()
@@ -78,6 +94,25 @@ func (img *image) status() ImageStatus {
 		st.Local = min(used, st.Size)
 	}
 	return st
+}
+
+// trustStatus adds what is known of the image's proof.
+func (img *image) trustStatus(st *ImageStatus) {
+	s := img.store
+	if s.o.Trust.Ledger == nil {
+		return
+	}
+	for i := range img.rec.Layers {
+		if s.o.Trust.Ledger.Proven(img.rec.key(i)) {
+			st.Proven++
+		}
+	}
+	if err := img.refused(); err != nil {
+		st.Quarantine = err.Error()
+	} else if at, err := s.mountedAt(img.id); err == nil && st.Proven < st.Layers {
+		due := at.Add(s.deadline())
+		st.ProofDue = &due
+	}
 }
 
 // addTo adds what an open device knows.

@@ -14,6 +14,7 @@
 //	    trust.json         verdicts on the artifact's signatures, with the envelopes, see trust.go
 //	    first-use.json     record of the image's first start on this node (.part: in the making), see firstuse.go: a profile in its JSON form
 //	    completed          all of the image was fetched, see complete.go
+//	    mounted            when the image was mounted first, from when its proof is due, see proof.go
 //	    direct.erofs       metadata image of the whole chain for the cache's files, see direct.go
 //	    <n>.erofs          metadata image of the chain of the first n layers: of the whole chain made when the image is
 //	                       found, so that what cannot be mounted falls back, of others when they are first mounted
@@ -38,7 +39,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -91,6 +91,8 @@ type Options struct {
 	Background int64
 	// NoReadAhead: the kernel reads nothing before a container does, so that a record of what was read has nothing else.
 	NoReadAhead bool
+	// Trust is what is proven of the images.
+	Trust Trust
 	// OnForget is called after an image was forgotten. Nil is nobody.
 	OnForget func()
 	Log      *slog.Logger // nil is slog.Default()
@@ -105,7 +107,8 @@ type Store struct {
 
 	started    chan struct{} // gets a value when an image's first start is over, or one is mounted: complete looks what there is to do
 	completing atomic.Pointer[image]
-	quit       context.CancelFunc // of complete
+	quit       context.CancelFunc // of complete and prove
+	proofs     proofs
 
 	mu       sync.Mutex
 	closed   bool
@@ -139,6 +142,7 @@ func New(o Options) (*Store, error) {
 		o: o, log: cmp.Or(o.Log, slog.Default()), closing: make(chan struct{}), started: make(chan struct{}, 1),
 		searches: map[searchKey]*search{}, images: map[string]*image{}, targets: map[string]*image{}, pins: map[string]int{}, hots: map[*hotFetch]bool{},
 		merges: semaphore.NewWeighted(mergeHeaders),
+		proofs: newProofs(),
 	}
 	if err := s.sweep(); err != nil {
 		return nil, err
@@ -147,6 +151,9 @@ func New(o Options) (*Store, error) {
 	s.quit = cancel
 	if o.Background > 0 {
 		s.running.Go(func() { s.complete(ctx) })
+	}
+	if o.Trust.Ledger != nil {
+		s.running.Go(func() { s.prove(ctx) })
 	}
 	return s, nil
 }
@@ -244,9 +251,7 @@ func (s *Store) add(rec *record) (img *image, isNew bool, err error) {
 	} else {
 		isNew = true
 	}
-	img = &image{store: s, id: id, rec: rec}
-	s.images[id] = img
-	return img, isNew, nil
+	return s.newImage(id, rec), isNew, nil
 }
 
 // drop undoes add for an image that turned out not to be mountable.
@@ -282,9 +287,7 @@ func (s *Store) load(id string) (*image, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load streamed image %s, which must be pulled again if that stays: %w", id, err)
 	}
-	img := &image{store: s, id: id, rec: rec}
-	s.images[id] = img
-	return img, nil
+	return s.newImage(id, rec), nil
 }
 
 // Forget drops an image that nothing uses any more, and the indexes and cached chunks of layers that only it used.
@@ -342,46 +345,4 @@ func (s *Store) sweep() error {
 		}
 	}
 	return s.sweepIndexes()
-}
-
-// discardIndexes removes what a search has fetched in vain.
-func (s *Store) discardIndexes() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.sweepIndexes()
-}
-
-// sweepIndexes removes indexes and cached layers that no image on disk names, once every image's record can be read. The caller holds s.mu or is alone.
-func (s *Store) sweepIndexes() error {
-	used := map[string]bool{}
-	for name := range s.pins {
-		used[name] = true
-	}
-	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
-	if err != nil {
-		return err
-	}
-	for _, d := range dirs {
-		rec, err := loadRecord(s.imageDir(d.Name()))
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil // it names what this release does not know
-		}
-		for _, l := range rec.Layers {
-			used[l.IndexDigest.Encoded()] = true
-		}
-	}
-	files, err := os.ReadDir(filepath.Join(s.o.Root, "indexes"))
-	if err != nil {
-		return err
-	}
-	for _, f := range files {
-		// One that is being written belongs to whoever names it, too.
-		if name, _, _ := strings.Cut(f.Name(), tmpInfix); !used[name] {
-			os.Remove(filepath.Join(s.o.Root, "indexes", f.Name()))
-		}
-	}
-	return s.o.Cache.Retain(func(index digest.Digest) bool { return used[index.Encoded()] })
 }

@@ -1,0 +1,320 @@
+package stream
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
+)
+
+// Every layer of an image that is in use is proven: its tar is hashed, as the artifact's index has it, and compared with the diffID of the image's own config, and the index's headers with the tar's own. That
+// takes one reading of the layer, from the cache or through it, whatever the cache has and may keep. It is done in the background, one layer at a time, the one first whose deadline comes first; until half of its
+// time is over only while no container waits for the registry, and at all times no faster than is needed. What was proven is remembered (package ledger), by the digests of tar and index.
+//
+// A difference counts when it was found twice: the second time with an index that was read anew, by archive/tar alone, in bytes that have their digests. So neither a disk nor a
+// page of memory that is damaged, nor a mistake in one of the two ways, stops what runs: see derive. What remains is a lie: see quarantine.go.
+//
+// A layer that cannot be read, because its registry is away say, is tried again, and its image told of when its time is over.
+const (
+	mountedName = "mounted" // in the image's directory: when it was mounted first, RFC 3339
+
+	// defaultDeadline is how long after its first mount an image is proven at the latest.
+	defaultDeadline = time.Hour
+	// proofRate is the least speed of proofs, bytes of blobs per second, and localFactor how much faster what is here is read.
+	proofRate   = 8 << 20
+	localFactor = 8
+	// proofStall is how long one chunk may take, and a layer may take proofSlice and a second for each sliceRate bytes, twice as long each time, or others have their turn: one registry must not keep the rest unproven.
+	proofStall = time.Minute
+	proofSlice = 2 * time.Minute
+	sliceRate  = 4 << 20
+	// provenAtOnce is how many layers of an image are proven side by side when a pull waits for it.
+	provenAtOnce = 4
+)
+
+var (
+	errSlow      = errors.New("the layer takes so long that others are proven first")
+	errForgotten = errors.New("the image was removed")
+)
+
+// Trust is what a Store proves, and remembers of that.
+type Trust struct {
+	Ledger   *ledger.Ledger // nil: nothing is proven, and nothing in quarantine
+	Deadline time.Duration  // of an image's proof, from its first mount on; 0 is an hour
+	// OnProof is told of what was proven, was not in time, or was put into quarantine. It must not block. Nil is nobody.
+	OnProof func(Proof)
+}
+
+// ProofKind is what happened.
+type ProofKind string
+
+const (
+	Proven      ProofKind = "proven"      // a layer
+	Overdue     ProofKind = "overdue"     // an image, once in each life of the daemon
+	Quarantined ProofKind = "quarantined" // a layer's index, and with it each image that names it
+)
+
+// Proof is what OnProof is told.
+type Proof struct {
+	Kind     ProofKind
+	ID       string // of the image: the hex of the artifact's digest
+	Image    string // repository and manifest digest
+	Config   digest.Digest
+	Layer    int // of Proven and Quarantined
+	Key      ledger.Key
+	Bytes    int64              // of Proven: of the tar
+	Err      error              // of Overdue: why the last try has failed, or nil
+	Evidence *ledger.Quarantine // of Quarantined
+}
+
+// ProofStatus is how far the proofs are.
+type ProofStatus struct {
+	Waiting     int `json:"waiting"`     // layers in use that are not proven
+	Overdue     int `json:"overdue"`     // of them, those whose time is over
+	Proven      int `json:"proven"`      // layers, in all
+	Quarantined int `json:"quarantined"` // indexes, in all
+}
+
+func (rec *record) key(layer int) ledger.Key {
+	return ledger.Key{DiffID: rec.DiffIDs[layer], Index: rec.Layers[layer].IndexDigest}
+}
+
+func (s *Store) deadline() time.Duration { return cmp.Or(s.o.Trust.Deadline, defaultDeadline) }
+
+// proven reports whether all layers of rec are, or need not be.
+func (s *Store) proven(rec *record) bool {
+	if s.o.Trust.Ledger == nil {
+		return true
+	}
+	for i := range rec.Layers {
+		if !s.o.Trust.Ledger.Proven(rec.key(i)) {
+			return false
+		}
+	}
+	return true
+}
+
+// Lied has the layer of an index proven at once: cache.Options.OnLie.
+func (s *Store) Lied(index digest.Digest) {
+	s.proofs.mu.Lock()
+	s.proofs.urgent[index] = true
+	s.proofs.mu.Unlock()
+	s.wakeProver()
+}
+
+func (s *Store) wakeProver() {
+	select {
+	case s.proofs.kick <- struct{}{}:
+	default: // it is told already
+	}
+}
+
+// prove proves layers until ctx ends.
+func (s *Store) prove(ctx context.Context) {
+	for ctx.Err() == nil {
+		if err := s.o.Trust.Ledger.Save(); err != nil {
+			s.log.Error("a quarantine counts in memory alone", "error", err)
+		}
+		jobs, wait := s.jobs()
+		if len(jobs) == 0 {
+			var due <-chan time.Time
+			if wait > 0 {
+				due = time.After(wait)
+			}
+			select {
+			case <-s.proofs.kick:
+			case <-due:
+			case <-ctx.Done():
+			}
+			continue
+		}
+		left := int64(0)
+		for _, j := range jobs {
+			left += j.image.rec.Layers[j.layer].Size
+		}
+		err := s.proveJob(ctx, jobs[0], left)
+		if ctx.Err() == nil {
+			s.ended(jobs[0], err)
+		}
+	}
+}
+
+func (s *Store) tell(p Proof, img *image) {
+	p.ID, p.Image, p.Config = img.id, img.name(), img.rec.Config
+	if s.o.Trust.OnProof != nil {
+		s.o.Trust.OnProof(p)
+	}
+}
+
+// name is the image as the log has it.
+func (img *image) name() string { return string(img.rec.Repository) + "@" + img.rec.Manifest.String() }
+
+// Proofs returns how far the proofs are.
+func (s *Store) Proofs() (st ProofStatus) {
+	if s.o.Trust.Ledger == nil {
+		return st
+	}
+	now := time.Now()
+	for _, j := range s.toProve() {
+		st.Waiting++
+		if !j.deadline.After(now) {
+			st.Overdue++
+		}
+	}
+	proven, quarantined := s.o.Trust.Ledger.List()
+	st.Proven, st.Quarantined = len(proven), len(quarantined)
+	return st
+}
+
+func (s *Store) proveJob(ctx context.Context, j *job, left int64) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	img := j.image
+	stall := time.AfterFunc(proofStall, func() { cancel(fmt.Errorf("nothing came for %v", proofStall)) })
+	defer stall.Stop()
+	img.mu.Lock()
+	use, err := img.use(ctx)
+	img.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	defer use.Close()
+	p := &proofPacer{store: s, job: j, stall: stall, left: left, from: time.Now(), slice: sliceOf(img.rec.Layers[j.layer].Size, j.attempt.n)}
+	err = s.proveLayer(ctx, use, j.layer, p.wait)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		err = cause
+	}
+	return err
+}
+
+// sliceOf is how long a layer of so many bytes may take after n tries.
+func sliceOf(size int64, n int) time.Duration {
+	return (proofSlice + time.Duration(size/sliceRate)*time.Second) << min(n, 6)
+}
+
+// Prove proves the layers of image id that are not yet, side by side and as fast as they come, for a pull that waits for it. progress is told of bytes of blobs before they come. An error that is ErrQuarantined
+// says that the artifact lies.
+func (s *Store) Prove(ctx context.Context, id string, progress func(n int64)) error {
+	img, err := s.load(id)
+	if err != nil {
+		return err
+	}
+	img.mu.Lock()
+	use, err := img.use(ctx)
+	img.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	defer use.Close()
+	rec := img.rec
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(provenAtOnce)
+	for i := range rec.Layers {
+		if s.o.Trust.Ledger.Proven(rec.key(i)) || slices.IndexFunc(use.digests, func(d digest.Digest) bool { return d == use.digests[i] }) < i {
+			continue
+		}
+		g.Go(func() error {
+			return s.proveLayer(gctx, use, i, func(ctx context.Context, _ func(), _ bool, n int64) error {
+				progress(n)
+				return ctx.Err()
+			})
+		})
+	}
+	return g.Wait()
+}
+
+// pace is asked before the next n bytes of a blob are read, or those of what is here in their place. It may pause what is under way.
+type pace func(ctx context.Context, pause func(), here bool, n int64) error
+
+// proofPacer is the pace of a proof in the background.
+type proofPacer struct {
+	store *Store
+	job   *job
+	stall *time.Timer
+	left  int64 // bytes of all that is to be proven
+	from  time.Time
+	slice time.Duration
+
+	due    time.Duration // since from: when as much may have been read
+	paused time.Duration
+}
+
+func (p *proofPacer) wait(ctx context.Context, pause func(), here bool, n int64) error {
+	s, j := p.store, p.job
+	if s.forgotten(j.image) {
+		return errForgotten
+	}
+	p.stall.Stop()
+	defer p.stall.Reset(proofStall)
+	if j.urgent {
+		return ctx.Err()
+	}
+	if time.Since(p.from)-p.paused > p.slice {
+		return errSlow
+	}
+	half := j.begun.Add(s.deadline() / 2)
+	if quiet := s.o.StartQuiet / quietShare; time.Since(s.o.Cache.Waited()) < quiet && time.Now().Before(half) {
+		pause()
+		began := time.Now()
+		short, cancel := context.WithDeadline(ctx, half)
+		s.waitQuiet(short)
+		cancel()
+		p.paused += time.Since(began)
+	}
+	rate := max(float64(proofRate), float64(p.left)/max(time.Until(j.deadline)-s.deadline()/8, time.Second).Seconds())
+	if here {
+		rate *= localFactor
+	}
+	p.due += time.Duration(float64(n) / rate * float64(time.Second))
+	if wait := p.due + p.paused - time.Since(p.from); wait > 0 {
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+		}
+	}
+	return ctx.Err()
+}
+
+// proveLayer proves a layer, and remembers it. An error that is ErrQuarantined says that it is none of the image's, and was put into quarantine; with others nothing is known.
+func (s *Store) proveLayer(ctx context.Context, use *deviceUse, i int, pace pace) error {
+	img := use.image
+	rec := img.rec
+	x := use.indexes[i]
+	err := s.derive(ctx, use, i, x, false, pace)
+	if errors.As(err, new(difference)) {
+		s.log.Warn("a layer differs from what the image's config promises; it is looked at again", "image", img.name(), "layer", i, "difference", err)
+		if x, err = s.openIndex(ctx, rec.Repository, rec.Layers[i]); err == nil {
+			err = s.derive(ctx, use, i, x, true, pace)
+		}
+	}
+	if d := (difference{}); errors.As(err, &d) {
+		return s.quarantine(img, i, d.error)
+	}
+	if err != nil {
+		return fmt.Errorf("prove layer %d: %w", i, err)
+	}
+	p := ledger.Proof{Key: rec.key(i), At: time.Now(), Bytes: x.TarSize, Artifact: rec.Artifact, Manifest: rec.Manifest, Repository: string(rec.Repository)}
+	if err := s.o.Trust.Ledger.Prove(p); err != nil {
+		return err
+	}
+	s.log.Info("a layer is proven", "image", img.name(), "layer", i, "diffID", p.DiffID, "bytes", p.Bytes)
+	s.tell(Proof{Kind: Proven, Layer: i, Key: p.Key, Bytes: p.Bytes}, img)
+	s.wake()
+	return nil
+}
+
+// readChunk reads a chunk's n bytes, into buf if it has room.
+func readChunk(r io.Reader, buf []byte, n int64) ([]byte, error) {
+	if int64(cap(buf)) < n {
+		buf = make([]byte, n)
+	}
+	_, err := io.ReadFull(r, buf[:n])
+	return buf[:n], err
+}

@@ -1,0 +1,145 @@
+package stream
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
+)
+
+// An artifact whose index lies is in quarantine, and each image of it: the merged tree was made from that index, so that the data of the other layers under it means nothing either. What runs on it gets
+// I/O errors for what it reads, what the kernel has cached of it is dropped, and it is detached from where it was mounted, so that no container starts on it. That holds over restarts, and for whatever
+// artifact names the index later, until somebody clears it.
+
+// ErrQuarantined says that an artifact is in quarantine. Reads, mounts and pulls of it fail with it.
+var ErrQuarantined = errors.New("the streaming artifact is in quarantine: it is not what the image's config promises")
+
+// refusal is why an image is not read.
+type refusal struct {
+	q     ledger.Quarantine
+	image string
+	layer int
+}
+
+func (r *refusal) Error() string {
+	return fmt.Sprintf("%v: image %s, layer %d, artifact %s, since %s: %s. Delete its pods, remove the image from the node (crictl rmi) and pull it again: the artifact is not used any more. "+
+		"`streamctl verify` proves what is in the registry; whoever may push to the repository may have attached it",
+		ErrQuarantined, r.image, r.layer, r.q.Artifact, r.q.At.Format(time.RFC3339), r.q.Why)
+}
+
+func (r *refusal) Unwrap() error { return ErrQuarantined }
+
+// refuse returns why an image of rec must not be used, or nil.
+func (s *Store) refuse(rec *record) error {
+	if r := s.refusalOf(rec); r != nil {
+		return r
+	}
+	return nil
+}
+
+func (s *Store) refusalOf(rec *record) *refusal {
+	if s.o.Trust.Ledger == nil {
+		return nil
+	}
+	for i, l := range rec.Layers {
+		if q, ok := s.o.Trust.Ledger.Quarantined(l.IndexDigest); ok {
+			return &refusal{q, string(rec.Repository) + "@" + rec.Manifest.String(), i}
+		}
+	}
+	return nil
+}
+
+// refused returns why img is not read, or nil.
+func (img *image) refused() error {
+	if r := img.bad.Load(); r != nil {
+		return r
+	}
+	return nil
+}
+
+// newImage is the image of a record. The caller holds mu: whoever puts an index into quarantine after this looked at the ledger finds the image in the set.
+func (s *Store) newImage(id string, rec *record) *image {
+	img := &image{store: s, id: id, rec: rec}
+	img.bad.Store(s.refusalOf(rec))
+	s.images[id] = img
+	return img
+}
+
+// Usable says why image id must not be used for another pull, or nil. It asks nobody.
+func (s *Store) Usable(id string) error {
+	img, err := s.load(id)
+	if err != nil {
+		return err
+	}
+	return img.refused()
+}
+
+// quarantine puts the index of layer i of img into quarantine; why is the difference. Its error is ErrQuarantined.
+func (s *Store) quarantine(img *image, i int, why error) error {
+	rec := img.rec
+	q := ledger.Quarantine{
+		Key: rec.key(i), At: time.Now(), Artifact: rec.Artifact, Manifest: rec.Manifest, Repository: string(rec.Repository), Converter: rec.Converter, Why: why.Error(),
+		Signer: s.Signature(img.id, rec.Repository).Signer,
+	}
+	if err := s.o.Trust.Ledger.Quarantine(q); err != nil {
+		s.log.Error("a quarantine counts in memory alone for now", "error", err)
+	}
+	for _, other := range s.withIndex(q.Index) {
+		r := s.refusalOf(other.rec)
+		other.bad.Store(r)
+		s.log.Error("a streaming artifact is in quarantine", "image", other.name(), "artifact", rec.Artifact, "signer", q.Signer, "converter", rec.Converter, "layer", r.layer, "difference", why)
+		s.detach(other)
+		s.tell(Proof{Kind: Quarantined, Layer: r.layer, Key: q.Key, Evidence: &q}, other)
+	}
+	return &refusal{q, img.name(), i}
+}
+
+// withIndex loads the images on disk that name an index.
+func (s *Store) withIndex(index digest.Digest) (list []*image) {
+	for _, img := range s.onDisk() {
+		if slices.ContainsFunc(img.rec.Layers, func(l artifact.Layer) bool { return l.IndexDigest == index }) {
+			list = append(list, img)
+		}
+	}
+	return list
+}
+
+// detach has the kernel forget what it has of an image in quarantine, and unmounts it, so that the next container finds nothing there. What uses it goes on, and gets errors.
+func (s *Store) detach(img *image) {
+	img.mu.Lock() // a mount that began before is there now, or failed
+	targets := s.o.Mounter.Targets(img.id)
+	s.mu.Lock()
+	for target, other := range s.targets {
+		if other == img && !slices.Contains(targets, target) {
+			targets = append(targets, target)
+		}
+	}
+	s.mu.Unlock()
+	img.mu.Unlock()
+	if err := s.o.Mounter.Invalidate(img.id); err != nil {
+		s.log.Error("the kernel may have data of an artifact in quarantine in its cache: delete the pods of the image", "image", img.name(), "error", err)
+	}
+	for _, target := range targets {
+		if err := s.Unmount(target); err != nil && !errors.Is(err, unix.EBUSY) {
+			s.log.Error("an image in quarantine is mounted still", "image", img.name(), "mount", target, "error", err)
+		}
+	}
+}
+
+// ClearQuarantine ends the quarantine of an index, which is then proven anew; fs.ErrNotExist if there is none. Images of it are mounted again when a container starts.
+func (s *Store) ClearQuarantine(index digest.Digest) error {
+	if err := s.o.Trust.Ledger.Clear(index); err != nil {
+		return err
+	}
+	for _, img := range s.withIndex(index) {
+		img.bad.Store(s.refusalOf(img.rec))
+	}
+	s.wakeProver()
+	return nil
+}
