@@ -515,9 +515,9 @@ func TestRefused(t *testing.T) {
 
 	// What a store is asked by is signed, and whoever has it may read.
 	remove = e.registry.Inject(reads(layers(t, img)[0]), -1, func(*registrytest.Registry, http.Handler) http.Handler {
-		return http.RedirectHandler("http://127.0.0.1:1/blob?X-Amz-Signature=secret\u202e", http.StatusTemporaryRedirect)
+		return http.RedirectHandler("s3://store/blob?X-Amz-Signature=secret\u202e", http.StatusTemporaryRedirect)
 	})
-	if op := await(t, s.Service, submit(t, s.Service, i).ID, in(Failed)); !strings.Contains(op.Message, "127.0.0.1:1/blob") || strings.Contains(op.Message, "secret") {
+	if op := await(t, s.Service, submit(t, s.Service, i).ID, in(Failed)); !strings.Contains(op.Message, "s3://store/blob") || strings.Contains(op.Message, "secret") {
 		t.Error(show(op))
 	}
 	remove()

@@ -116,6 +116,7 @@ func TestStopped(t *testing.T) {
 		{"attaching", attaches},
 	} {
 		t.Run(phase.name, func(t *testing.T) {
+			t.Parallel() // they wait most of the time
 			e := newEnv(t)
 			i := e.push("app", image(t, "amd64", 100_000))
 			idle := e.startIdle()
