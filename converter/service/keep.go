@@ -15,37 +15,12 @@ func (v *visit) keep(ctx context.Context) error {
 	if n == 0 {
 		return nil
 	}
-	var tags []*seenTag
-	listed := 0
-	for _, t := range v.tags {
-		switch {
-		case t.State == stateDue && !v.listed[t.Tag]:
-			continue // an event told of it, and it is not there
-		case t.State == stateDue:
-			return nil // nobody knows yet what is the newest
-		case t.Missing.IsZero():
-			listed++
-		case time.Since(t.Missing) > longMissing:
-			continue
-		}
-		tags = append(tags, t)
+	newest, known := newestTags(v.tags, v.listed, n)
+	if !known {
+		return nil
 	}
-	if listed == 0 {
-		return nil // a list without any is the registry's mistake, or the images go too, and their artifacts with them
-	}
-	slices.SortFunc(tags, newestFirst)
 	kept := map[digest.Digest]bool{}
-	listed = 0
-	for i, t := range tags { // the newest ones, whether those that the list lacks are there or not
-		if t.Missing.IsZero() {
-			listed++
-		}
-		if i >= n && (listed > n || !t.Missing.IsZero()) {
-			continue
-		}
-		if t.Digest == "" {
-			return nil // it was not looked at yet
-		}
+	for _, t := range newest {
 		if err := v.addManifests(ctx, kept, t.Digest); err != nil {
 			return err
 		}
@@ -65,4 +40,42 @@ func (v *visit) keep(ctx context.Context) error {
 		delete(v.made, dgst)
 	}
 	return nil
+}
+
+// newestTags returns the n newest of the tags whether the registry, which lists those in listed, has them all or not: the newest of all, of which it may lack
+// some by mistake, and as many that it lists. It is false if nobody knows them.
+func newestTags(all map[string]*seenTag, listed map[string]bool, n int) (newest []*seenTag, known bool) {
+	var tags []*seenTag
+	there := 0
+	for _, t := range all {
+		switch {
+		case t.State == stateDue && !listed[t.Tag]:
+			continue // an event told of it, and it is not there
+		case t.State == stateDue:
+			return nil, false
+		case listed[t.Tag]:
+			there++
+		case !t.Missing.IsZero() && time.Since(t.Missing) > longMissing:
+			continue
+		}
+		tags = append(tags, t)
+	}
+	if there == 0 {
+		return nil, false // a list without any is the registry's mistake, or the images go too, and their artifacts with them
+	}
+	slices.SortFunc(tags, newestFirst)
+	there = 0
+	for i, t := range tags {
+		if listed[t.Tag] {
+			there++
+		}
+		if i >= n && (there > n || !listed[t.Tag]) {
+			continue
+		}
+		if t.Digest == "" {
+			return nil, false // it was not looked at yet
+		}
+		newest = append(newest, t)
+	}
+	return newest, true
 }
