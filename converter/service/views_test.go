@@ -132,3 +132,19 @@ func TestViewsOfWhatIsNot(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// TestPlaceKept: whoever asks a repository again does not ask for a token again.
+func TestPlaceKept(t *testing.T) {
+	w := newWorld(t)
+	w.push("app", "v1", image(t, "amd64", 1000))
+	w.reg.RequireToken(registrytest.TokenOptions{})
+	for range 3 {
+		if _, err := w.Resolve(t.Context(), w.host, "app", "v1"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tokens, _ := w.reg.Count(func(q registrytest.Request) bool { return strings.HasPrefix(q.Path, "/token") })
+	if tokens != 1 {
+		t.Errorf("%d tokens, want 1", tokens)
+	}
+}
