@@ -64,16 +64,21 @@ func Run(ctx context.Context, c Config, o Options) (err error) {
 	if p.service, err = serviceConfig(p.c, o); err != nil {
 		return err
 	}
-	p.service.Audit = func(d service.Deed) {
-		who := access.With(context.Background(), &access.Identity{Name: "streamctl", Kind: "service"})
-		p.gate.Audit(who, access.Entry{
-			Action: d.Action, Registry: d.Registry, Repository: d.Repository, Target: d.Digest.String(), Outcome: access.OutcomeOK, Detail: d.Target + ": " + d.Detail,
-		})
-	}
+	p.service.Audit = deeds(p.gate)
 	if c.BehindProxy && len(c.Proxies) == 0 {
 		o.Log.Warn("behind_proxy without trusted_proxies: everybody has the proxy's address, in the audit log and where failed logins are counted")
 	}
 	return p.run(ctx)
+}
+
+// deeds writes what the service does by itself into the audit log.
+func deeds(g *access.Gate) func(service.Deed) {
+	who := access.With(context.Background(), &access.Identity{Name: "streamctl", Kind: "service"})
+	return func(d service.Deed) {
+		g.Audit(who, access.Entry{
+			Action: d.Action, Registry: d.Registry, Repository: d.Repository, Target: d.Digest.String(), Outcome: access.OutcomeOK, Detail: d.Target + ": " + d.Detail,
+		})
+	}
 }
 
 // process is the service from its start to its end.

@@ -245,6 +245,19 @@ func TestAuditFileMovedAway(t *testing.T) {
 	}
 }
 
+// TestDeeds: what the service does by itself is in the audit log, under its own name.
+func TestDeeds(t *testing.T) {
+	var b bytes.Buffer
+	gate, err := newGate(Config{Data: t.TempDir()}, &b, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	deeds(gate)(service.Deed{Action: "delete", Image: service.Image{Registry: "r", Repository: "team/app", Digest: "sha256:1"}, Target: "sha256:2", Detail: "gone"})
+	if got := b.String(); !strings.Contains(got, `"who":"streamctl","kind":"service","action":"delete","registry":"r","repository":"team/app","target":"sha256:1","outcome":"ok","detail":"sha256:2: gone"}`) {
+		t.Error(got)
+	}
+}
+
 // TestLogFormat: structured as JSON, or as text.
 func TestLogFormat(t *testing.T) {
 	for format, want := range map[string]string{"json": `"level":"WARN","msg":"x","n":1}`, "text": "level=WARN msg=x n=1"} {
