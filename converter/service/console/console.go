@@ -266,6 +266,9 @@ func (c *Console) exists(r *http.Request, at place) error {
 	if at.Registry == "" {
 		return nil
 	}
+	if at.Repository != "" && service.CheckRepository(at.Repository) != nil && service.CheckPattern(at.Repository) != nil {
+		return service.ErrNotFound // what rights are of must be what is asked for: REPOSITORY:TAG is neither
+	}
 	id := access.From(r.Context())
 	if !id.MaySome(access.Reader, at.Registry) || at.Repository != "" && !id.May(access.Reader, at.Registry, at.Repository) {
 		return service.ErrNotFound

@@ -12,6 +12,20 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 )
 
+// TestImpossibleNames: what no repository can be called is not found, whatever one may do in what a pattern makes of it.
+func TestImpossibleNames(t *testing.T) {
+	s := example()
+	_, as := serve(t, s)
+	for _, name := range []string{"team/app:x-public", "Team/app"} {
+		if status, _ := as("olivia").get(imagePath(host, name, "v1")); status != http.StatusNotFound {
+			t.Errorf("%s is %d", name, status)
+		}
+		if status, _, _ := as("olivia").post(imagePath(host, name, "v1")+"/create", url.Values{"digest": {dig("index").String()}}); status != http.StatusNotFound || len(s.done()) > 0 {
+			t.Errorf("%s is %d, and %q was done", name, status, s.done())
+		}
+	}
+}
+
 // TestRoles: what somebody may not do is not offered, and is refused; what they may not see does not exist.
 func TestRoles(t *testing.T) {
 	s := example()
