@@ -12,7 +12,7 @@ import (
 // ContentType is the format's.
 const ContentType = "text/plain; version=0.0.4; charset=utf-8"
 
-// Metric is one metric. Labels take a few values that are known beforehand: never an image, a digest or a host.
+// Metric is one metric. Labels take a few values that are known beforehand: never an image or a digest, and a host only if the configuration names it.
 type Metric struct {
 	Name, Kind, Help string
 	Samples          []Sample

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"io"
+	"maps"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -104,6 +106,11 @@ func metricsOf(s service.Stats, deliveries [len(webhook.Results)]int64, ready bo
 	for i, state := range states {
 		names[i] = string(state)
 	}
+	registries := slices.Sorted(maps.Keys(s.Auto.ReconcileFailures))
+	reconciled := 0.0
+	if !s.Auto.Reconciled.IsZero() {
+		reconciled = float64(s.Auto.Reconciled.Unix())
+	}
 	return []metrics.Metric{
 		{Name: "build_info", Kind: "gauge", Help: "The service's version.", Samples: []metrics.Sample{{Label: "version", Value: version, N: 1}}},
 		metrics.Gauge("ready", "1 while requests are answered and NATS is there.", metrics.Flag(ready)),
@@ -116,5 +123,10 @@ func metricsOf(s service.Stats, deliveries [len(webhook.Results)]int64, ready bo
 		{Name: "conversion_seconds_total", Kind: "counter", Help: "Seconds that its conversions took.", Samples: []metrics.Sample{{N: s.Seconds}}},
 		metrics.Gauge("temporary_bytes", "Bytes of converted layers that wait for their push.", float64(s.Disk)),
 		metrics.By("counter", "webhook_deliveries_total", "Deliveries of webhooks to this process, by what became of them.", "result", webhook.Results[:], func(i int) int64 { return deliveries[i] }),
+		metrics.Counter("events", "Events of webhooks that told this process of something to look at.", int64(s.Auto.Events)),
+		metrics.Gauge("tags_due", "Tags that wait to be looked at, as this process has seen it last.", float64(s.Auto.Due)),
+		metrics.Counter("artifacts_deleted", "Artifacts and profiles that this process deleted by itself: their image was gone, or not one of the newest.", int64(s.Auto.Deleted)),
+		metrics.Gauge("last_reconcile_timestamp_seconds", "When the registry that was not looked through for longest was, by any process; 0 if one was not yet.", reconciled),
+		metrics.By("counter", "reconcile_failures_total", "Repositories that this process could not look through, by registry.", "registry", registries, func(i int) int64 { return int64(s.Auto.ReconcileFailures[registries[i]]) }),
 	}
 }

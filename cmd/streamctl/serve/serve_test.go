@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/metrics"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/webhook"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
@@ -378,6 +379,24 @@ func TestSessionKey(t *testing.T) {
 	}
 	if st, err := os.Stat(filepath.Join(c.Data, "session.key")); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("%v, %v", st, err)
+	}
+}
+
+// TestAutoMetrics: that auto-conversion fails can be seen.
+func TestAutoMetrics(t *testing.T) {
+	var s service.Stats
+	s.Auto = service.AutoStats{Events: 1, Due: 2, Deleted: 3, Reconciled: time.Unix(4, 0), ReconcileFailures: map[string]uint64{"b.example": 6, "a.example": 5}}
+	var b bytes.Buffer
+	if err := metrics.Write(&b, "", metricsOf(s, [len(webhook.Results)]int64{webhook.Refused: 7}, true, "v")); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"events_total 1", "tags_due 2", "artifacts_deleted_total 3", "last_reconcile_timestamp_seconds 4", "reconcile_failures_total{registry=\"a.example\"} 5\nreconcile_failures_total{registry=\"b.example\"} 6",
+		"webhook_deliveries_total{result=\"refused\"} 7",
+	} {
+		if !strings.Contains(b.String(), "\n"+line+"\n") {
+			t.Errorf("no %s in\n%s", line, &b)
+		}
 	}
 }
 
