@@ -187,6 +187,7 @@ type ProfileManifest struct {
 	Hot     ocispec.Descriptor // the hot blob; its media type is HotMediaType
 	Source  string             // ProfileStatic, ProfileRecorded or ProfileLearned
 	Created time.Time          // of a recorded or learned one, when; of a static one, the image's creation time. Zero if unknown
+	Hints   map[string]string  // annotations that say where the signature of the artifact is; only written, never read back
 }
 
 // Encode returns the manifest as JSON, the same bytes for the same m.
@@ -207,6 +208,9 @@ func (m *ProfileManifest) Encode() ([]byte, error) {
 	}
 	if !m.Created.IsZero() {
 		o.Annotations[ocispec.AnnotationCreated] = m.Created.UTC().Format(time.RFC3339Nano)
+	}
+	for key, value := range m.Hints {
+		o.Annotations[key] = value
 	}
 	b, err := json.MarshalIndent(&o, "", "  ")
 	if err != nil {

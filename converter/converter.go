@@ -17,12 +17,14 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // Options say how to convert.
@@ -32,6 +34,9 @@ type Options struct {
 	TempDir  string   // where converted layers wait for their push; "" is os.TempDir
 	Record   *Record  // of layers converted before; nil is none
 	Progress Progress // nil is silent
+
+	Signer          trust.Signer // signs artifacts, also those that are there and that it has not signed; nil is none
+	SigningOptional bool         // that it cannot is a warning
 
 	// Reserve, unless nil, is called before a layer is converted to what is expected to have n bytes, and may wait, for room in TempDir say.
 	// It returns how many bytes may be written. A layer that becomes larger is begun anew with twice as many, unless there is no more room
@@ -62,14 +67,15 @@ const (
 
 // Created says what Create did for one platform.
 type Created struct {
-	Platform string             `json:"platform"`
-	Status   string             `json:"status"`
-	Subject  ocispec.Descriptor `json:"subject"`
-	Artifact ocispec.Descriptor `json:"artifact"`
-	Layers   []CreatedLayer     `json:"layers,omitempty"` // none when the artifact was there before
-	Seconds  float64            `json:"seconds"`
-	Profile  *Profile           `json:"profile,omitempty"` // the static one, if it was made now
-	Warnings []string           `json:"warnings,omitempty"`
+	Platform  string             `json:"platform"`
+	Status    string             `json:"status"`
+	Subject   ocispec.Descriptor `json:"subject"`
+	Artifact  ocispec.Descriptor `json:"artifact"`
+	Layers    []CreatedLayer     `json:"layers,omitempty"` // none when the artifact was there before
+	Seconds   float64            `json:"seconds"`
+	Signature *Signed            `json:"signature,omitempty"` // if one was asked for
+	Profile   *Profile           `json:"profile,omitempty"`   // the static one, if it was made now
+	Warnings  []string           `json:"warnings,omitempty"`
 }
 
 // CreatedLayer is a layer of a new artifact.
@@ -128,6 +134,9 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 			if a.manifest != nil {
 				c.Status, c.Artifact = StatusExists, a.desc
 				o.Progress.report(Event{Kind: ArtifactFound, Platform: c.Platform, Digest: a.desc.Digest, Total: img.bytes()})
+				if err := c.sign(ctx, p, o); err != nil {
+					return c, err
+				}
 				if o.Static {
 					err = c.addStatic(ctx, p, img, a.manifest, o)
 				}
@@ -169,12 +178,15 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 	c.Status, c.Seconds = StatusCreated, elapsed.Seconds()
 	o.Progress.report(Event{Kind: ArtifactAttached, Platform: c.Platform, Digest: c.Artifact.Digest, Elapsed: elapsed})
 
+	if err := c.sign(ctx, p, o); err != nil { // before an old one that is signed goes
+		return c, errors.Join(err, c.unsigned(ctx, p, old))
+	}
 	for _, a := range old {
 		if a.desc.Digest == c.Artifact.Digest {
 			continue
 		}
 		// The new artifact is attached and good; that an old one stays is no reason to call the conversion failed.
-		if err := p.Delete(ctx, a.desc.Digest, img.desc.Digest); err != nil {
+		if _, err := deleteSigned(ctx, p, a.desc.Digest, img.desc.Digest); err != nil {
 			if ctx.Err() != nil {
 				return c, err
 			}
@@ -192,6 +204,33 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 		err = c.addStatic(ctx, p, img, m, o)
 	}
 	return c, err
+}
+
+// sign signs the artifact, if that is asked for.
+func (c *Created) sign(ctx context.Context, p Place, o CreateOptions) error {
+	if o.Signer == nil {
+		return nil
+	}
+	s, err := sign(ctx, p, c.Artifact, o.Signer)
+	if err == nil && s.Status == StatusCreated && c.Status == StatusExists {
+		s.Warnings, err = rewriteHints(ctx, p, c.Subject.Digest, s.hints, false)
+	}
+	if err != nil && o.SigningOptional && ctx.Err() == nil {
+		c.Warnings = append(c.Warnings, fmt.Sprintf("the artifact %s is not signed: %v", c.Artifact.Digest, err))
+		return nil
+	}
+	s.Platform, c.Signature = c.Platform, &s
+	c.Warnings = append(c.Warnings, s.Warnings...)
+	return err
+}
+
+// unsigned takes the artifact away again that could not be signed, unless it was there before: the next conversion begins anew, and has its layers.
+func (c *Created) unsigned(ctx context.Context, p Place, old []attached) error {
+	if ctx.Err() != nil || slices.ContainsFunc(old, func(a attached) bool { return a.desc.Digest == c.Artifact.Digest }) {
+		return nil
+	}
+	_, err := deleteSigned(ctx, p, c.Artifact.Digest, c.Subject.Digest)
+	return err
 }
 
 // attachedOf is a referrer of a type that has manifests M.

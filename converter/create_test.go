@@ -488,7 +488,7 @@ func TestTLS(t *testing.T) {
 	if _, err := Verify(t.Context(), p, ref, VerifyOptions{}); err != nil {
 		t.Error(err)
 	}
-	if _, err := Inspect(t.Context(), p, ref, nil); err != nil {
+	if _, err := Inspect(t.Context(), p, ref, nil, nil); err != nil {
 		t.Error(err)
 	}
 }
@@ -501,11 +501,11 @@ func TestNotThere(t *testing.T) {
 			if _, err := Create(t.Context(), p, ref, CreateOptions{}); CodeOf(err) != ResourceNotFound || !errors.Is(err, ErrNotFound) {
 				t.Errorf("create %s: %v", ref, err)
 			}
-			if _, err := Inspect(t.Context(), p, ref, nil); !errors.Is(err, ErrNotFound) {
+			if _, err := Inspect(t.Context(), p, ref, nil, nil); !errors.Is(err, ErrNotFound) {
 				t.Errorf("inspect %s: %v", ref, err)
 			}
 		}
-		if _, err := Inspect(t.Context(), p, "v1", nil); !errors.Is(err, ErrNotFound) {
+		if _, err := Inspect(t.Context(), p, "v1", nil, nil); !errors.Is(err, ErrNotFound) {
 			t.Errorf("inspect without an artifact: %v", err)
 		}
 	})
@@ -518,13 +518,13 @@ func TestInspectWithoutRanges(t *testing.T) {
 	testImage{layers: layersOf(1, 2)}.put(t, p, "v1")
 	create(t, r.Host()+"/app:v1", CreateOptions{})
 	r.Reset()
-	if _, err := Inspect(t.Context(), p, "v1", nil); err != nil {
+	if _, err := Inspect(t.Context(), p, "v1", nil, nil); err != nil {
 		t.Error(err)
 	}
 	_, ranged := r.Count(registrytest.OfBlobs)
 	r.Inject(registrytest.Blobs, -1, registrytest.IgnoreRange())
 	r.Reset()
-	if _, err := Inspect(t.Context(), p, "v1", nil); err != nil {
+	if _, err := Inspect(t.Context(), p, "v1", nil, nil); err != nil {
 		t.Error(err)
 	}
 	if _, whole := r.Count(registrytest.OfBlobs); ranged >= whole/10 {
@@ -539,7 +539,7 @@ func TestInspect(t *testing.T) {
 		d := img.put(t, p, "v1")
 		c := create(t, image+":v1", CreateOptions{})[0]
 		for _, ref := range []string{"v1", d.Digest.String(), c.Artifact.Digest.String()} {
-			list, err := Inspect(t.Context(), p, ref, nil)
+			list, err := Inspect(t.Context(), p, ref, nil, nil)
 			if err != nil || len(list) != 1 {
 				t.Fatalf("inspect %s: %v, %+v", ref, err, list)
 			}

@@ -17,6 +17,7 @@ const (
 	UnsupportedMediaType     Code = "UNSUPPORTED_MEDIATYPE"
 	UnsupportedArtifactType  Code = "UNSUPPORTED_ARTIFACT_TYPE"
 	ImageNotRunnable         Code = "IMAGE_NOT_RUNNABLE"
+	SigningFailed            Code = "SIGNING_FAILED" // ours alone: Azure signs nothing
 )
 
 // Message returns the sentence that goes with the code.
@@ -34,6 +35,8 @@ func (c Code) Message() string {
 		return "Conversion isn't supported for the image ArtifactType."
 	case ImageNotRunnable:
 		return "Conversion isn't supported for nonrunnable images."
+	case SigningFailed:
+		return "The artifact could not be signed."
 	}
 	return "Conversion operation failed due to an unknown error."
 }

@@ -14,19 +14,20 @@ import (
 
 // Inspection describes an artifact. Sizes are bytes.
 type Inspection struct {
-	Platform  string           `json:"platform"`
-	Subject   digest.Digest    `json:"subject"`
-	Artifact  digest.Digest    `json:"artifact"`
-	Config    digest.Digest    `json:"config"`
-	Converter string           `json:"converter,omitempty"` // as the artifact says
-	Created   *time.Time       `json:"created,omitempty"`
-	Layers    []InspectedLayer `json:"layers"`
-	Size      int64            `json:"size"`       // of all layers' blobs
-	IndexSize int64            `json:"indexSize"`  // of the indexes in them: what a pull fetches
-	Source    int64            `json:"sourceSize"` // of the image's layers; 0 if the image is not there
-	TarSize   int64            `json:"tarSize"`
-	Chunks    int              `json:"chunks"`
-	Profiles  []Profile        `json:"profiles"` // of the subject
+	Platform   string           `json:"platform"`
+	Subject    digest.Digest    `json:"subject"`
+	Artifact   digest.Digest    `json:"artifact"`
+	Config     digest.Digest    `json:"config"`
+	Converter  string           `json:"converter,omitempty"` // as the artifact says
+	Created    *time.Time       `json:"created,omitempty"`
+	Layers     []InspectedLayer `json:"layers"`
+	Size       int64            `json:"size"`       // of all layers' blobs
+	IndexSize  int64            `json:"indexSize"`  // of the indexes in them: what a pull fetches
+	Source     int64            `json:"sourceSize"` // of the image's layers; 0 if the image is not there
+	TarSize    int64            `json:"tarSize"`
+	Chunks     int              `json:"chunks"`
+	Profiles   []Profile        `json:"profiles"`   // of the subject
+	Signatures []Signature      `json:"signatures"` // of the artifact
 }
 
 // InspectedLayer describes a layer of an artifact. Sizes are bytes.
@@ -43,8 +44,8 @@ type InspectedLayer struct {
 }
 
 // Inspect describes the artifacts of the image that ref names, or the artifact that it names itself, and the image's profiles, from their
-// manifests, indexes and lists.
-func Inspect(ctx context.Context, p Place, ref string, platforms []ocispec.Platform) ([]Inspection, error) {
+// manifests, indexes and lists, and what judge, unless it is nil, says of its signatures.
+func Inspect(ctx context.Context, p Place, ref string, platforms []ocispec.Platform, judge Judge) ([]Inspection, error) {
 	list, err := artifactsNamed(ctx, p, ref, platforms)
 	if err != nil {
 		return nil, err
@@ -54,7 +55,7 @@ func Inspect(ctx context.Context, p Place, ref string, platforms []ocispec.Platf
 		if a.manifest == nil {
 			return all, fmt.Errorf("artifact %s: %w", a.desc.Digest, a.err)
 		}
-		i, err := inspect(ctx, p, a)
+		i, err := inspect(ctx, p, a, judge)
 		if err != nil {
 			return all, fmt.Errorf("artifact %s: %w", a.desc.Digest, err)
 		}
@@ -63,7 +64,7 @@ func Inspect(ctx context.Context, p Place, ref string, platforms []ocispec.Platf
 	return all, nil
 }
 
-func inspect(ctx context.Context, p Place, a attached) (Inspection, error) {
+func inspect(ctx context.Context, p Place, a attached, judge Judge) (Inspection, error) {
 	m := a.manifest
 	res := Inspection{
 		Platform: platformString(m.Platform), Subject: m.Subject.Digest, Artifact: a.desc.Digest, Config: m.Config.Digest, Converter: m.Converter,
@@ -101,7 +102,10 @@ func inspect(ctx context.Context, p Place, a attached) (Inspection, error) {
 		res.Chunks += x.NumChunks()
 	}
 	var err error
-	res.Profiles, err = describeProfiles(ctx, p, m.Subject.Digest)
+	if res.Profiles, err = describeProfiles(ctx, p, m.Subject.Digest); err != nil || judge == nil {
+		return res, err
+	}
+	res.Signatures, err = signaturesOf(ctx, p, a.desc, judge)
 	return res, err
 }
 

@@ -40,7 +40,7 @@ func AttachProfile(ctx context.Context, p Place, ref string, profile *artifact.P
 	}
 	for _, a := range list {
 		if a.manifest != nil && covers(a.manifest, profile) {
-			return attachProfile(ctx, p, a.manifest, profile, source, created, o)
+			return attachProfile(ctx, p, a.manifest, a.desc.Digest, profile, source, created, o)
 		}
 	}
 	return Profile{}, nil, fmt.Errorf("%w: no artifact of %s in %s has all of the profile's layers: it was made of another", ErrNotFound, ref, p)
@@ -56,7 +56,7 @@ func covers(m *artifact.Manifest, profile *artifact.Profile) bool {
 	return true
 }
 
-func attachProfile(ctx context.Context, p Place, a *artifact.Manifest, profile *artifact.Profile, source string, created time.Time, o Options) (Profile, []string, error) {
+func attachProfile(ctx context.Context, p Place, a *artifact.Manifest, of digest.Digest, profile *artifact.Profile, source string, created time.Time, o Options) (Profile, []string, error) {
 	res := Profile{Source: source, Chunks: len(profile.Chunks)}
 	if len(profile.Chunks) == 0 {
 		return res, nil, errors.New("a profile without a chunk is of no use")
@@ -74,9 +74,8 @@ func attachProfile(ctx context.Context, p Place, a *artifact.Manifest, profile *
 	if m.Hot, err = writeHot(ctx, p, a, profile, hot, o); err != nil {
 		return res, nil, fmt.Errorf("hot blob for %s: %w", a.Subject.Digest, err)
 	}
-	raw, err := m.Encode()
-	if err != nil {
-		return res, nil, fmt.Errorf("encode manifest of the profile: %w", err)
+	if m.Hints, err = hintOf(ctx, p, of); err != nil {
+		return res, nil, err
 	}
 	blobs := []struct {
 		desc ocispec.Descriptor
@@ -90,12 +89,9 @@ func attachProfile(ctx context.Context, p Place, a *artifact.Manifest, profile *
 			return res, nil, fmt.Errorf("push %s: %w", b.desc.Digest, err)
 		}
 	}
-	d := ocispec.Descriptor{
-		MediaType: ocispec.MediaTypeImageManifest, ArtifactType: artifact.ProfileType,
-		Digest: digest.FromBytes(raw), Size: int64(len(raw)),
-	}
-	if err := p.PutManifest(ctx, d, raw, ""); err != nil {
-		return res, nil, fmt.Errorf("attach profile to %s: %w", a.Subject.Digest, err)
+	d, err := putProfile(ctx, p, m)
+	if err != nil {
+		return res, nil, err
 	}
 	res = describeProfile(d.Digest, m, profile)
 	gone := func(f attachedProfile) bool {
@@ -103,6 +99,22 @@ func attachProfile(ctx context.Context, p Place, a *artifact.Manifest, profile *
 	}
 	warnings, err := deleteProfiles(ctx, p, a.Subject.Digest, old, gone)
 	return res, warnings, err
+}
+
+// putProfile attaches a profile whose hot blob is there.
+func putProfile(ctx context.Context, p Place, m *artifact.ProfileManifest) (ocispec.Descriptor, error) {
+	raw, err := m.Encode()
+	if err != nil {
+		return ocispec.Descriptor{}, fmt.Errorf("encode manifest of the profile: %w", err)
+	}
+	d := ocispec.Descriptor{
+		MediaType: ocispec.MediaTypeImageManifest, ArtifactType: artifact.ProfileType,
+		Digest: digest.FromBytes(raw), Size: int64(len(raw)),
+	}
+	if err := p.PutManifest(ctx, d, raw, ""); err != nil {
+		return d, fmt.Errorf("attach profile to %s: %w", m.Subject.Digest, err)
+	}
+	return d, nil
 }
 
 func describeProfile(dgst digest.Digest, m *artifact.ProfileManifest, profile *artifact.Profile) Profile {

@@ -107,7 +107,7 @@ func TestAttachProfile(t *testing.T) {
 		learned := attach(t, p, "v1", profile, artifact.ProfileLearned, at)
 		profile.Chunks = profile.Chunks[:2]
 		newer := attach(t, p, "v1", profile, artifact.ProfileRecorded, at)
-		list, err := Inspect(t.Context(), p, "v1", nil)
+		list, err := Inspect(t.Context(), p, "v1", nil, nil)
 		if err != nil || len(list) != 1 {
 			t.Fatalf("inspect: %v, %+v", err, list)
 		}

@@ -2,7 +2,6 @@ package converter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -113,7 +112,7 @@ func artifactsNamed(ctx context.Context, p Place, ref string, want []ocispec.Pla
 }
 
 // DeleteArtifacts deletes the artifacts of the image that ref names, or the artifact that it names itself, and the profiles of
-// what has no artifact any more; nothing else. It returns what it deleted, also with an error.
+// what has no artifact any more, and their signatures; nothing else. It returns what it deleted, also with an error.
 func DeleteArtifacts(ctx context.Context, p Place, ref string, platforms []ocispec.Platform) ([]digest.Digest, error) {
 	list, err := artifactsNamed(ctx, p, ref, platforms)
 	if err != nil {
@@ -130,10 +129,10 @@ func DeleteArtifacts(ctx context.Context, p Place, ref string, platforms []ocisp
 			subject = c.Subject.Digest
 			subjects = append(subjects, subject)
 		}
-		if err := p.Delete(ctx, a.desc.Digest, subject); err != nil && !errors.Is(err, ErrNotFound) {
+		gone, err := deleteSigned(ctx, p, a.desc.Digest, subject)
+		if deleted = append(deleted, gone...); err != nil {
 			return deleted, fmt.Errorf("delete artifact %s: %w", a.desc.Digest, err)
 		}
-		deleted = append(deleted, a.desc.Digest)
 	}
 	slices.Sort(subjects)
 	for _, s := range slices.Compact(subjects) {
@@ -158,7 +157,7 @@ func deleteProfilesAlone(ctx context.Context, p Place, subject digest.Digest) (d
 	return deleteOurs(ctx, p, subject, list)
 }
 
-// DeleteReferrers deletes the artifacts and profiles of subject whether it is there itself or not, and nothing else that refers to it. It returns what it
+// DeleteReferrers deletes the artifacts and profiles of subject, and their signatures, whether it is there itself or not, and nothing else that refers to it. It returns what it
 // deleted, also with an error.
 func DeleteReferrers(ctx context.Context, p Place, subject digest.Digest) (deleted []digest.Digest, err error) {
 	list, err := p.Referrers(ctx, subject)
@@ -174,10 +173,10 @@ func deleteOurs(ctx context.Context, p Place, subject digest.Digest, list []ocis
 		if d.ArtifactType != artifact.ArtifactType && d.ArtifactType != artifact.ProfileType {
 			continue
 		}
-		if err := p.Delete(ctx, d.Digest, subject); err != nil && !errors.Is(err, ErrNotFound) {
+		gone, err := deleteSigned(ctx, p, d.Digest, subject)
+		if deleted = append(deleted, gone...); err != nil {
 			return deleted, fmt.Errorf("delete %s, which refers to %s: %w", d.Digest, subject, err)
 		}
-		deleted = append(deleted, d.Digest)
 	}
 	return deleted, nil
 }

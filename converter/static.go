@@ -51,7 +51,7 @@ func (c *Created) tryStatic(ctx context.Context, p Place, img *image, a *artifac
 	if err != nil {
 		return err
 	}
-	got, warnings, err := attachProfile(ctx, p, a, profile, artifact.ProfileStatic, img.created, o.Options)
+	got, warnings, err := attachProfile(ctx, p, a, c.Artifact.Digest, profile, artifact.ProfileStatic, img.created, o.Options)
 	c.Warnings = append(c.Warnings, warnings...)
 	if err == nil {
 		c.Profile = &got

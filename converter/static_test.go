@@ -179,7 +179,7 @@ func TestStaticOfAnotherRelease(t *testing.T) {
 	if err := p.PutManifest(t.Context(), ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(raw), Size: int64(len(raw))}, raw, ""); err != nil {
 		t.Fatal(err)
 	}
-	if list, err := Inspect(t.Context(), p, "v1", nil); err != nil || len(list) != 1 || len(list[0].Profiles) != 0 {
+	if list, err := Inspect(t.Context(), p, "v1", nil, nil); err != nil || len(list) != 1 || len(list[0].Profiles) != 0 {
 		t.Errorf("inspect: %+v, %v, want no profile", list, err)
 	}
 	if again := create(t, image+":v1", CreateOptions{Static: true})[0]; again.Profile == nil || again.Profile.Digest != good.Digest {

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // ErrDifferent: an artifact is not what its image says it must be.
@@ -28,6 +29,10 @@ type Verified struct {
 
 	Bytes    int64     `json:"bytes"`    // of the artifact's blobs
 	Profiles []Profile `json:"profiles"` // of the subject
+
+	Image      digest.Digest   `json:"image,omitempty"`      // what ref named: the subject, or an index that it is in. None if ref named the artifact
+	DiffIDs    []digest.Digest `json:"diffIDs"`              // of the tars, by the image's config: they are what was hashed
+	Signatures []Signature     `json:"signatures,omitempty"` // of the artifact, if they were looked at
 }
 
 // VerifyOptions say what Verify looks at, and how.
@@ -35,6 +40,10 @@ type VerifyOptions struct {
 	Platforms []ocispec.Platform
 	Jobs      int // layers read at once; 0 is as for Options.Jobs
 	Progress  Progress
+
+	Image  digest.Digest // unless it is "", the image that artifacts must be of: their subject, or an index that lists it
+	Judge  Judge         // of the signatures; nil is not to look at them
+	Signed bool          // an artifact without a signature that Judge finds good is an error of package trust's
 }
 
 // Verify proves the artifacts of the image that ref names, or the artifact that it names itself: that the subject is there
@@ -43,19 +52,63 @@ type VerifyOptions struct {
 // reader says; and of the image's profiles, that what is in their hot blobs is the artifact's. The first difference is an error that is
 // ErrDifferent.
 func Verify(ctx context.Context, p Place, ref string, o VerifyOptions) ([]Verified, error) {
-	list, err := artifactsNamed(ctx, p, ref, o.Platforms)
+	named, err := p.Resolve(ctx, ref)
+	if err != nil {
+		return nil, resolveError(p, ref, err)
+	}
+	list, err := artifactsNamed(ctx, p, named.Digest.String(), o.Platforms)
 	if err != nil {
 		return nil, err
 	}
+	of := map[digest.Digest]bool{}
+	if o.Image != "" {
+		subjects, err := subjectsOf(ctx, p, o.Image.String(), nil)
+		if err != nil {
+			return nil, err
+		}
+		for _, s := range subjects {
+			of[s.desc.Digest] = true
+		}
+	}
 	var done []Verified
 	for _, a := range list {
+		if o.Image != "" && a.manifest != nil && !of[a.manifest.Subject.Digest] {
+			return done, fmt.Errorf("artifact %s: %w", a.desc.Digest, different("it is of %s, which is not %s nor in it", a.manifest.Subject.Digest, o.Image))
+		}
 		v, err := verify(ctx, p, a, o)
+		if err == nil {
+			err = verifySignatures(ctx, p, a, &v, o)
+		}
 		if err != nil {
 			return done, fmt.Errorf("artifact %s: %w", a.desc.Digest, err)
+		}
+		if v.Image = o.Image; v.Image == "" && named.Digest != a.desc.Digest {
+			v.Image = named.Digest
 		}
 		done = append(done, v)
 	}
 	return done, nil
+}
+
+// verifySignatures has the signatures judged, and wants a good one if that is asked for.
+func verifySignatures(ctx context.Context, p Place, a attached, v *Verified, o VerifyOptions) (err error) {
+	if o.Judge == nil {
+		return nil
+	}
+	if v.Signatures, err = signaturesOf(ctx, p, a.desc, o.Judge); err != nil || !o.Signed {
+		return err
+	}
+	var errs []error
+	for _, s := range v.Signatures {
+		if s.err == nil {
+			return nil
+		}
+		errs = append(errs, s.err)
+	}
+	if len(errs) == 0 {
+		return trust.ErrMissing
+	}
+	return errors.Join(errs...)
 }
 
 func different(format string, args ...any) error {
@@ -89,6 +142,7 @@ func verify(ctx context.Context, p Place, a attached, o VerifyOptions) (Verified
 	if err := compareManifest(m, img); err != nil {
 		return v, err
 	}
+	v.DiffIDs = img.diffIDs
 	if v.Bytes, err = verifyLayers(ctx, p, m, img, o); err != nil {
 		return v, err
 	}

@@ -28,6 +28,7 @@ func newCreate() *cobra.Command {
 		force   bool
 		profile = profileFlag("static")
 		wait    waitFlags
+		key     signFlags
 	)
 	cmd := &cobra.Command{
 		Use:   "create REF",
@@ -35,11 +36,12 @@ func newCreate() *cobra.Command {
 		Long: `Convert an image and attach its streaming artifact.
 
 REF is an image of a registry (HOST/REPO:TAG or HOST/REPO@DIGEST) or of an OCI layout (oci:DIR:TAG). Of an index, every
-Linux platform is converted. The image itself is not changed. An image that has its artifact already is left alone.
+Linux platform is converted. The image itself is not changed. An image that has its artifact already is left alone, but
+for a signature that is asked for and not there.
 
 With --server the conversion service converts it, and this command waits for the end.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, n, err := image.atService(cmd, args, "jobs", "chunk-size", "temp-dir", "record", "profile")
+			c, n, err := image.atService(cmd, args, append([]string{"jobs", "chunk-size", "temp-dir", "record", "profile"}, key.names()...)...)
 			if err != nil {
 				return err
 			}
@@ -57,9 +59,13 @@ With --server the conversion service converts it, and this command waits for the
 			if err != nil {
 				return err
 			}
+			signer, err := key.signer(cmd, false)
+			if err != nil {
+				return err
+			}
 			progress := newProgress(cmd.ErrOrStderr(), "converted")
 			o := converter.CreateOptions{Options: conv.options(), Platforms: platforms, Force: force, Static: profile == "static"}
-			o.Progress = progress.report
+			o.Progress, o.Signer = progress.report, signer
 			done, err := converter.Create(cmd.Context(), p, ref, o)
 			progress.stop()
 			return printResult(cmd, output, name, done, err)
@@ -69,6 +75,7 @@ With --server the conversion service converts it, and this command waits for the
 	conv.add(cmd)
 	output.add(cmd)
 	wait.add(cmd)
+	key.add(cmd, "sign", "sign the artifacts with this key of notation's signingkeys.json; \"\" is its default")
 	cmd.Flags().Var(&profile, "profile", "static: find out from the image's files what its start reads, and attach that; or none")
 	cmd.Flags().BoolVar(&force, "force", false, "convert all layers again, attach the new artifact, then delete the one before")
 	return cmd
@@ -128,7 +135,7 @@ func warnExists(w io.Writer, image string) {
 func printCreated(w io.Writer, res createResult) error {
 	for _, c := range res.Artifacts {
 		if c.Status != converter.StatusCreated {
-			printProfile(w, c)
+			printAttached(w, c)
 			continue
 		}
 		fmt.Fprintf(w, "%s %s\n", c.Platform, c.Artifact.Digest)
@@ -150,12 +157,16 @@ func printCreated(w io.Writer, res createResult) error {
 		if err := t.Flush(); err != nil {
 			return err
 		}
-		printProfile(w, c)
+		printAttached(w, c)
 	}
 	return nil
 }
 
-func printProfile(w io.Writer, c converter.Created) {
+// printAttached prints what is attached beside the artifact.
+func printAttached(w io.Writer, c converter.Created) {
+	if s := c.Signature; s != nil {
+		printSigned(w, *s)
+	}
 	if p := c.Profile; p != nil {
 		fmt.Fprintf(w, "%s %s: %s profile, %d chunks, %s\n", c.Platform, p.Digest, p.Source, p.Chunks, size(p.Size))
 	}

@@ -18,7 +18,8 @@ func newInspect() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "inspect REF",
 		Short: "Describe the streaming artifacts of an image",
-		Long: `Describe the streaming artifacts of an image: layers, chunks, sizes, their ratio to the source, and profiles.
+		Long: `Describe the streaming artifacts of an image: layers, chunks, sizes, their ratio to the source, profiles, and signatures as they
+describe themselves.
 
 Only manifests and indexes are read; verify reads everything.`,
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -26,7 +27,7 @@ Only manifests and indexes are read; verify reads everything.`,
 			if err != nil {
 				return err
 			}
-			list, err := converter.Inspect(cmd.Context(), p, ref, platforms)
+			list, err := converter.Inspect(cmd.Context(), p, ref, platforms, describeSignature)
 			if err != nil {
 				return err
 			}
@@ -61,8 +62,14 @@ func printInspection(w io.Writer, a converter.Inspection) error {
 	}
 	fmt.Fprintf(t, "all\t\t%s\t\t%s\t%s\t%s\t%s\t%s\t%d\n", size(a.Source), size(a.Size), ratio(a.Size, a.Source), size(a.IndexSize),
 		size(a.TarSize), size(headers), a.Chunks)
-	if err := t.Flush(); err != nil || len(a.Profiles) == 0 {
+	if err := t.Flush(); err != nil {
 		return err
+	}
+	for _, s := range a.Signatures {
+		fmt.Fprintln(w, "signature", printSignature(s, false))
+	}
+	if len(a.Profiles) == 0 {
+		return nil
 	}
 	fmt.Fprintln(t, "PROFILE\tDIGEST\tCREATED\tCHUNKS\tSIZE")
 	for _, p := range a.Profiles {

@@ -86,7 +86,7 @@ func newRoot() *cobra.Command {
 		}
 		return usageError{fmt.Errorf("%s: %w", cmd.Name(), err)}
 	})
-	root.AddCommand(newCreate(), newShow(), newUpdate(), newOperation(), newListReferrers(), newInspect(), newVerify(), newDelete(), newImport(), newCopy(), newProfile(), newConfigure(), newServe(),
+	root.AddCommand(newCreate(), newShow(), newUpdate(), newOperation(), newListReferrers(), newInspect(), newVerify(), newSign(), newDelete(), newImport(), newCopy(), newProfile(), newConfigure(), newServe(),
 		newVersion())
 	completions(root)
 	return root

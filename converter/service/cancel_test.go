@@ -3,6 +3,9 @@ package service
 import (
 	"context"
 	"errors"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust/trusttest"
 	"net/http"
 	"strings"
 	"testing"
@@ -175,5 +178,18 @@ func TestTakeAway(t *testing.T) {
 	}
 	if _, _, err := p.Manifest(t.Context(), i.Digest.String()); err != nil {
 		t.Errorf("the image: %v", err)
+	}
+	// Its signatures are the image's own, too.
+	subject := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: i.Digest, Size: 1}
+	d, raw, err := trust.Manifest(subject, trusttest.Envelope("application/cose", []byte("envelope")), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	e.registry.PutManifest(i.Repository, "", d.MediaType, raw)
+	if err := takeAway(t.Context(), p, []made{{Subject: i.Digest, Digest: d.Digest}}); err == nil {
+		t.Error("no error")
+	}
+	if _, _, err := p.Manifest(t.Context(), d.Digest.String()); err != nil {
+		t.Errorf("the image's signature: %v", err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // attachTime is how long a manifest that is on its way to the registry may take to arrive when its operation is cancelled: cut off in
@@ -90,15 +91,19 @@ func late(ctx context.Context, d time.Duration) (context.Context, context.Cancel
 }
 
 // takeAway deletes what an operation has made; that it is not there is fine. Whatever a record says, nothing else is deleted than artifacts
-// and profiles.
+// and profiles, and signatures of these.
 func takeAway(ctx context.Context, p converter.Place, list []made) error {
 	var errs []error
 	for _, m := range slices.Backward(list) {
-		d, _, err := p.Manifest(ctx, m.Digest.String())
-		if err == nil && d.ArtifactType != artifact.ArtifactType && d.ArtifactType != artifact.ProfileType {
-			err = fmt.Errorf("%s is neither an artifact nor a profile: it stays", m.Digest)
+		d, raw, err := p.Manifest(ctx, m.Digest.String())
+		if err == nil {
+			err = ours(ctx, p, d, raw)
 		}
 		if err != nil && !errors.Is(err, converter.ErrNotFound) {
+			errs = append(errs, err)
+			continue
+		}
+		if _, err := converter.DeleteSignatures(ctx, p, m.Digest); err != nil {
 			errs = append(errs, err)
 			continue
 		}
@@ -107,4 +112,23 @@ func takeAway(ctx context.Context, p converter.Place, list []made) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// ours is nil if d is an artifact, a profile, or a signature of one: images have signatures, too.
+func ours(ctx context.Context, p converter.Place, d ocispec.Descriptor, raw []byte) error {
+	name := d.Digest
+	if d.ArtifactType == trust.SignatureType {
+		var m ocispec.Manifest
+		if err := json.Unmarshal(raw, &m); err != nil || m.Subject == nil {
+			return fmt.Errorf("%s is a signature of nothing: it stays", name)
+		}
+		var err error
+		if d, _, err = p.Manifest(ctx, m.Subject.Digest.String()); err != nil {
+			return err
+		}
+	}
+	if d.ArtifactType != artifact.ArtifactType && d.ArtifactType != artifact.ProfileType {
+		return fmt.Errorf("%s is neither an artifact nor a profile, nor a signature of one: it stays", name)
+	}
+	return nil
 }

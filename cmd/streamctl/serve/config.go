@@ -37,6 +37,7 @@ type Config struct {
 	LogLevel    tomlfile.Level `toml:"log_level" comment:"debug, info, warn or error."`
 	SessionKey  string         `toml:"session_key_file" comment:"File with 32 bytes or more that seal the console's sessions: replicas must have the same. Empty for one that is made in data_dir."`
 	Convert     convert        `toml:"convert"`
+	Signing     signing        `toml:"signing"`
 	Limits      limits         `toml:"limits"`
 	Times       times          `toml:"times"`
 	NATS        natsConfig     `toml:"nats"`
@@ -134,6 +135,7 @@ func Defaults() Config {
 		LogLevel: tomlfile.Level(slog.LevelInfo), LogFormat: "text",
 		Proxies: []string{},
 		Convert: convert{ChunkSize: 128 << 10, Profile: "static"},
+		Signing: signing{Format: "jws", Required: true},
 		Limits:  limits{Conversions: 2},
 		Times: times{
 			Lease: tomlfile.Duration{D: 30 * time.Second}, Retention: tomlfile.Duration{D: 30 * 24 * time.Hour}, Reconcile: tomlfile.Duration{D: 10 * time.Minute},
@@ -253,6 +255,9 @@ func (c *Config) validate() error {
 	}
 	if c.Convert.Profile != "static" && c.Convert.Profile != "none" {
 		return fmt.Errorf("convert.profile = %q: want static or none", c.Convert.Profile)
+	}
+	if err := c.Signing.validate(); err != nil {
+		return err
 	}
 	if c.Convert.Jobs < 0 || c.Limits.Conversions < 1 {
 		return errors.New("convert.jobs is 0 or more, and limits.conversions 1 or more")

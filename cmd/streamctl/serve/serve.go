@@ -65,6 +65,10 @@ func Run(ctx context.Context, c Config, o Options) (err error) {
 		return err
 	}
 	p.service.Audit = deeds(p.gate)
+	if p.service.Convert.Signer, err = c.Signing.signer(ctx, o.Version); err != nil {
+		return err
+	}
+	p.service.Convert.SigningOptional = !c.Signing.Required
 	if c.BehindProxy && len(c.Proxies) == 0 {
 		o.Log.Warn("behind_proxy without trusted_proxies: everybody has the proxy's address, in the audit log and where failed logins are counted")
 	}

@@ -208,7 +208,7 @@ func TestDocument(t *testing.T) {
 		"Registry": service.RegistryInfo{}, "Repository": service.RepositoryInfo{}, "Settings": service.Settings{}, "Rules": service.Rules{},
 		"Image": service.Image{}, "Tag": service.TagInfo{}, "ImageInfo": service.ImageInfo{}, "Platform": service.PlatformInfo{}, "Layer": service.LayerInfo{},
 		"Referrer": service.ReferrerInfo{}, "Manifest": manifest{}, "Streaming": service.StreamingInfo{}, "LayerMap": service.LayerMap{}, "Span": service.Span{},
-		"Verified": converter.Verified{}, "Profile": converter.Profile{}, "Storage": service.StorageInfo{},
+		"Verified": converter.Verified{}, "Signature": converter.Signature{}, "Profile": converter.Profile{}, "Storage": service.StorageInfo{},
 		"Starts": service.StartsInfo{}, "StartsOfOne": service.StartsOfOne{}, "StartTimes": service.StartTimes{}, "StartBucket": starts.Bucket{}, "Reported": service.Reported{},
 	}
 	asked := map[string]any{"AzureFormat": azureFormat{}, "AzureChange": azureChange{}, "Conversion": conversion{}, "SettingsChange": change{}, "StartsReport": starts.Report{}, "Start": starts.Start{}}
@@ -249,6 +249,9 @@ func jsonFields(t reflect.Type, fields map[string]bool) {
 		name, options, _ := strings.Cut(f.Tag.Get("json"), ",")
 		if f.Anonymous && name == "" {
 			jsonFields(f.Type, fields)
+			continue
+		}
+		if !f.IsExported() {
 			continue
 		}
 		fields[name] = !strings.Contains(options, "omit")
