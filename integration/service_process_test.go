@@ -92,34 +92,40 @@ var natsProgram = sync.OnceValues(func() (string, error) {
 	return program, nil
 })
 
-// startNATS runs that many NATS servers, several as a cluster.
-func startNATS(t *testing.T, n int) (servers []*daemon) {
+// newNATS is a NATS server that does not run yet; more is what its configuration has besides.
+func newNATS(t *testing.T, addr, more string) *daemon {
 	t.Helper()
 	program, err := natsProgram()
 	if err != nil {
 		t.Fatal(err)
 	}
+	dir := tempDir(t)
+	config := filepath.Join(dir, "nats.conf")
+	if err := os.WriteFile(config, fmt.Appendf(nil, "server_name: %q\nlisten: %q\njetstream: {store_dir: %q}\n%s", addr, addr, dir, more), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return &daemon{t: t, addr: addr, args: []string{program, "--config", config}, up: func(addr string) error {
+		c, err := net.Dial("tcp", addr)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	}}
+}
+
+// startNATS runs that many NATS servers, several as a cluster.
+func startNATS(t *testing.T, n int) (servers []*daemon) {
+	t.Helper()
 	var routes []string
 	for range n {
 		routes = append(routes, address(t))
 	}
 	for i := range n {
-		dir, addr := tempDir(t), address(t)
-		text := fmt.Sprintf("server_name: n%d\nlisten: %q\njetstream: {store_dir: %q}\n", i, addr, dir)
+		more := ""
 		if n > 1 {
-			text += fmt.Sprintf("cluster: {name: test, listen: %q, routes: [nats://%s]}\n", routes[i], strings.Join(routes, ", nats://"))
+			more = fmt.Sprintf("cluster: {name: test, listen: %q, routes: [nats://%s]}\n", routes[i], strings.Join(routes, ", nats://"))
 		}
-		config := filepath.Join(dir, "nats.conf")
-		if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		d := &daemon{t: t, addr: addr, args: []string{program, "--config", config}, up: func(addr string) error {
-			c, err := net.Dial("tcp", addr)
-			if err == nil {
-				c.Close()
-			}
-			return err
-		}}
+		d := newNATS(t, address(t), more)
 		d.run()
 		servers = append(servers, d)
 	}
