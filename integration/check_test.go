@@ -80,8 +80,25 @@ func TestCheck(t *testing.T) {
 			if c := runCheck(t, n, registry.Host()+"/none:v1"); c.exit != 2 || len(c.Traps) > 0 {
 				t.Errorf("no image: %+v", c)
 			}
+			checkOtherContainerd(t, n)
 			checkTraps(t, n, pull)
 		})
+	}
+}
+
+// checkOtherContainerd has the daemon's configuration say another socket of containerd's, at which nobody answers.
+func checkOtherContainerd(t *testing.T, n *node.Node) {
+	t.Helper()
+	text, err := os.ReadFile(n.ConfigFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	config := filepath.Join(tempDir(t), "config.toml")
+	if err := os.WriteFile(config, []byte(strings.Replace(string(text), "/run/c.sock", "/run/none.sock", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if c := runCheck(t, n, "--config", config); c.exit != 1 || !slices.Equal(c.codes(), []traps.Code{"CRI_CONTAINERD"}) {
+		t.Errorf("another containerd: %+v", c)
 	}
 }
 

@@ -59,7 +59,7 @@ func TestContainerdVersions(t *testing.T) {
 		}
 		for _, pull := range pulls {
 			t.Run(version+"/"+string(pull), func(t *testing.T) {
-				n := startNode(t, node.Options{Programs: programs, Pull: pull, Pause: pause, Stream: []string{registry.Host() + "/*"}, Config: "cache_size = \"1GiB\"\ncri_containerd = \"DIR/run/c.sock\"\n"})
+				n := startNode(t, node.Options{Programs: programs, Pull: pull, Pause: pause, Stream: []string{registry.Host() + "/*"}, Config: "cache_size = \"1GiB\""})
 				c := runCheck(t, n, ref)
 				wantPull := "local"
 				if pull == node.Transfer {

@@ -19,7 +19,6 @@ const keys = "/run/containerd/keys"
 // criConfig configures the proxy.
 const criConfig = `
 cri_proxy = "DIR/run/p.sock"
-cri_containerd = "DIR/run/c.sock"
 cri_credentials_key = "` + keys + `/DIR/key"
 `
 

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -50,6 +51,7 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 	if first {
 		h.interruptedInstall(install)
 		h.killedInstall(install)
+		h.installUnderContainers(install)
 	}
 	// As a pod with hostPID does it.
 	h.must("unshare", "-m", "sh", "-c", `mkdir -p /run/pod && mount -t tmpfs none /run/pod && mkdir /run/pod/host && mount --rbind / /run/pod/host && cp "$0" /run/pod/program && mount -t tmpfs none /etc && exec /run/pod/program "$@" --root /run/pod/host`,
@@ -86,6 +88,7 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 		h.uninstallAtAnyPrice(host)
 	case first:
 		h.failedUninstall()
+		h.killedUninstall(install)
 		h.busyUninstall(c.App)
 	default:
 		h.refusedUninstall(host)
@@ -149,9 +152,14 @@ func (h *hosted) watch() *watcher {
 		h.Fatalf("after the pull: %+v", s)
 	}
 	w := h.watcher()
-	h.ctr("run", "--detach", node.NoShares, "--snapshotter", node.Snapshotter, "--log-uri", "file://"+w.log, h.c.App, w.id, "/guest", "watch", "/data")
+	h.must("sh", "-c", h.runs(w))
 	w.awaitPass(h.T)
 	return w
+}
+
+// runs is a shell command that runs the container of a watcher.
+func (h *hosted) runs(w *watcher) string {
+	return strings.Join([]string{filepath.Join(filepath.Dir(h.containerd()), "ctr"), "--namespace", node.Namespace, "run", "--detach", node.NoShares, "--snapshotter", node.Snapshotter, "--log-uri", "file://" + w.log, h.c.App, w.id, "/guest", "watch", "/data"}, " ")
 }
 
 func (h *hosted) watcher() *watcher {
@@ -293,6 +301,29 @@ func (h *hosted) killedInstall(install []string) {
 	h.fails("has put nothing on this host", newProgram, "uninstall")
 }
 
+// installUnderContainers: what an install that has failed, or was killed, would undo is the files of a container that has come once containerd was restarted. So it stands.
+func (h *hosted) installUnderContainers(install []string) {
+	h.Helper()
+	for how, end := range map[string]string{"failed": "exit 7", "killed": "kill -KILL $PPID"} {
+		w := h.watcher()
+		come := fmt.Sprintf("%s; crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull %s && %s; %s", restartContainerd, h.c.App, h.runs(w), end)
+		out, err := tryRun(h.T, append([]string{newProgram}, append(install, "--restart-containerd", come)...)...)
+		if err == nil || how == "failed" && (!strings.Contains(err.Error(), "exit status 7") || !strings.Contains(out, node.Namespace+"/"+w.id)) {
+			h.Fatalf("an install that %s says %v\n%s", how, err, out)
+		}
+		w.awaitPass(h.T)
+		if out, err := tryRun(h.T, newProgram, "uninstall"); err == nil || !strings.Contains(err.Error(), node.Namespace+"/"+w.id) || strings.Contains(out, "nothing is undone") != (how == "killed") {
+			h.Errorf("an uninstall after an install that %s under a container: %v\n%s", how, err, out)
+		}
+		if out := h.must(append([]string{newProgram}, install...)...); !strings.Contains(out, "nothing to do") {
+			h.Errorf("an install after one that %s under a container: %s", how, out)
+		}
+		w.awaitPass(h.T)
+		h.remove(w)
+		h.uninstall(h.c.App)
+	}
+}
+
 // upgrade puts a newer program in the place of the one that serves a container, and, if broken is true, tries one that does not start then.
 func (h *hosted) upgrade(w *watcher, install []string, broken bool) {
 	h.Helper()
@@ -324,8 +355,56 @@ func (h *hosted) upgrade(w *watcher, install []string, broken bool) {
 		h.Fatal(err)
 	}
 	h.fails("uninstall first", newer, "install", "--config", moved)
+	if broken {
+		h.otherProxies(newer, moved)
+	}
 	if after := h.must("systemctl", "show", "--property", "MainPID", "--value", "containerd"); after != pid {
 		h.Error("an upgrade has restarted containerd")
+	}
+}
+
+// otherProxies: an upgrade whose proxy of CRI does not listen fails, and one without the proxy that a kubelet has its image service from is refused.
+func (h *hosted) otherProxies(program, config string) {
+	h.Helper()
+	is, err := os.ReadFile(configOfInstall)
+	if err != nil {
+		h.Fatal(err)
+	}
+	installed := h.files()
+	for _, c := range []struct{ proxy, kubelets, want string }{
+		{"/etc/passwd", "", "(`cri_proxy`)"},
+		{"", "/run/streaming-snapshotter/cri.sock", "has its image service at"},
+	} {
+		if c.kubelets == "" && h.c.Old == "" {
+			continue // an upgrade waits for a minute: under FULL=1
+		}
+		if err := os.WriteFile(config, fmt.Appendf(slices.Clip(is), "cri_proxy = %q\n", c.proxy), 0o600); err != nil {
+			h.Fatal(err)
+		}
+		end := func() {}
+		if c.kubelets != "" {
+			end = h.kubelet(c.kubelets)
+		}
+		h.fails(c.want, program, "install", "--config", config)
+		end()
+		h.asInstalled(maps.Clone(installed), "an upgrade with another proxy of CRI")
+	}
+}
+
+// kubelet runs what is called so, with its image service at a socket.
+func (h *hosted) kubelet(socket string) (end func()) {
+	h.Helper()
+	kubelet := &exec.Cmd{Path: "/bin/sh", Args: []string{"kubelet", "-c", "read line", "--image-service-endpoint=unix://" + socket}}
+	in, err := kubelet.StdinPipe()
+	if err == nil {
+		err = kubelet.Start()
+	}
+	if err != nil {
+		h.Fatal(err)
+	}
+	return func() {
+		in.Close()
+		kubelet.Wait() // its status is that of read
 	}
 }
 
@@ -395,17 +474,9 @@ func (h *hosted) inTheWay(w *watcher) {
 	if err := os.WriteFile(configOfInstall, config, 0o644); err != nil {
 		h.Fatal(err)
 	}
-	kubelet := &exec.Cmd{Path: "/bin/sh", Args: []string{"kubelet", "-c", "read line", "--image-service-endpoint=unix:///run/streaming-snapshotter/cri.sock"}}
-	in, err := kubelet.StdinPipe()
-	if err == nil {
-		err = kubelet.Start()
-	}
-	if err != nil {
-		h.Fatal(err)
-	}
-	h.fails(fmt.Sprintf("kubelet (process %d) has its image service at", kubelet.Process.Pid), node.InstalledPath, "uninstall")
-	in.Close()
-	kubelet.Wait() // its status is that of read
+	end := h.kubelet("/run/streaming-snapshotter/cri.sock")
+	h.fails("has its image service at unix:///run/streaming-snapshotter/cri.sock", node.InstalledPath, "uninstall")
+	end()
 }
 
 // failedUninstall: a container comes in the middle of it; then, containerd does not come back, once, when the snapshots are gone already. All is as installed again, and the image runs.
@@ -414,8 +485,7 @@ func (h *hosted) failedUninstall() {
 	installed := h.files()
 	w := h.watcher()
 	w.id = "late"
-	ctr := strings.Join([]string{filepath.Join(filepath.Dir(h.containerd()), "ctr"), "--namespace", node.Namespace, "run", "--detach", node.NoShares, "--snapshotter", node.Snapshotter, "--log-uri", "file://" + w.log, h.c.App, w.id, "/guest", "watch", "/data"}, " ")
-	h.fails(node.Namespace+"/"+w.id, node.InstalledPath, "uninstall", "--restart-containerd", restartContainerd+"; "+h.once(ctr, "true"))
+	h.fails(node.Namespace+"/"+w.id, node.InstalledPath, "uninstall", "--restart-containerd", restartContainerd+"; "+h.once(h.runs(w), "true"))
 	h.asInstalled(installed, "an uninstall in the middle of which a container has come")
 	w.awaitPass(h.T)
 	h.remove(w)
@@ -425,6 +495,26 @@ func (h *hosted) failedUninstall() {
 		h.Errorf("after a failed uninstall: %+v", s)
 	}
 	h.reads(h.c.App, systemdSeed, node.Snapshotter)
+}
+
+// killedUninstall: it is killed before containerd is restarted, the first time, when nothing new is to use the snapshotter, and the second, when the snapshots are gone and the files are
+// as before the install. All is as installed again then.
+func (h *hosted) killedUninstall(install []string) {
+	h.Helper()
+	installed := h.files()
+	for at := range 2 {
+		count := filepath.Join(tempDir(h.T), "count")
+		c := exec.Command(node.InstalledPath, "uninstall", "--restart-containerd", fmt.Sprintf("echo >>%s; test $(wc -l <%s) -ne %d || { kill -KILL $PPID; exit; }; %s", count, count, at+1, restartContainerd))
+		out, _ := c.CombinedOutput()
+		if st, ok := c.ProcessState.Sys().(syscall.WaitStatus); !ok || !st.Signaled() {
+			h.Fatalf("uninstall was not killed: %v\n%s", c.ProcessState, out)
+		}
+		if out := h.must(append([]string{newProgram}, install...)...); !strings.Contains(out, "cut short is undone first") || !strings.Contains(out, "nothing to do") {
+			h.Errorf("an install after an uninstall that was killed: %s", out)
+		}
+		h.asInstalled(installed, "an uninstall that was killed")
+		h.reads(h.c.App, systemdSeed, node.Snapshotter)
+	}
 }
 
 // refusedUninstall: while the registry is away, what was never downloaded cannot be had, and nothing is changed.
@@ -452,7 +542,7 @@ func (h *hosted) busyUninstall(images ...string) {
 func (h *hosted) uninstall(images ...string) {
 	h.Helper()
 	h.must(node.InstalledPath, "uninstall", "--dry-run")
-	h.must(node.InstalledPath, "uninstall")
+	h.must(node.InstalledPath, "uninstall", "--restart-containerd", "systemctl daemon-reload; "+restartContainerd)
 	h.asBefore(images...)
 }
 
@@ -470,6 +560,12 @@ func (h *hosted) uninstalled() {
 	h.Helper()
 	if out, err := tryRun(h.T, "systemctl", "cat", node.Unit); err == nil {
 		h.Errorf("the unit is still there:\n%s", out)
+	}
+	if out, _ := tryRun(h.T, "systemctl", "is-active", node.Unit, keeperUnit); strings.Contains("\n"+out, "\nactive") {
+		h.Errorf("what was uninstalled runs:\n%s", out)
+	}
+	if out := h.ctr("plugins", "ls"); regexp.MustCompile(`io\.containerd\.snapshotter\.v1\s+` + node.Snapshotter + `\s`).MatchString(out) {
+		h.Errorf("containerd has the snapshotter:\n%s", out)
 	}
 }
 

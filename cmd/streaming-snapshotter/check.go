@@ -25,6 +25,8 @@ const (
 	cacheTooLarge traps.Code = "CACHE_SIZE" // the disk is full before the cache is
 	noHoles       traps.Code = "NO_HOLES"   // the cache gives nothing back
 	noHTTPProxy   traps.Code = "NO_HTTP_PROXY"
+
+	otherContainerd traps.Code = "CRI_CONTAINERD" // the daemon asks where no containerd is
 )
 
 // checkReport is what `check -o json` prints.

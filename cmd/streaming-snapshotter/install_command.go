@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,9 +10,13 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/pelletier/go-toml/v2"
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/install"
 )
@@ -65,7 +70,7 @@ var handlerName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?$`)
 func newInstallCommand(configFile *string) *cobra.Command {
 	var f installFlags
 	var stream []string
-	var runtime string
+	var handler string
 	cmd := &cobra.Command{
 		Use:   "install",
 		Short: "Install or upgrade this program, its units and its part of containerd's configuration on this host",
@@ -82,28 +87,28 @@ Without systemd the daemon is run below supervise, and --restart-containerd has 
 			if *configFile != "" && len(stream) > 0 {
 				return errors.New("--stream is for a configuration that is made: the one that --config gives says itself what is streamed")
 			}
-			if runtime != "" && !handlerName.MatchString(runtime) {
-				return fmt.Errorf("--runtime %q: want a name of lower-case letters, digits and hyphens", runtime)
+			if handler != "" && !handlerName.MatchString(handler) {
+				return fmt.Errorf("--runtime %q: want a name of lower-case letters, digits and hyphens", handler)
 			}
 			var args []string
 			for _, s := range stream {
 				args = append(args, "--stream", s)
 			}
-			if runtime != "" {
-				args = append(args, "--runtime", runtime)
+			if handler != "" {
+				args = append(args, "--runtime", handler)
 			}
 			if done, err := f.onHost(cmd, *configFile, args...); done {
 				return err
 			}
 			return install.Install(cmd.Context(), func() (install.Options, error) {
 				o, err := installOptions(f, *configFile, stream, cmd.OutOrStdout())
-				o.Runtime = runtime
+				o.Runtime = handler
 				return o, err
 			})
 		},
 	}
 	f.add(cmd)
-	cmd.Flags().StringVar(&runtime, "runtime", "", "make a runtime handler of this name, and serve its pods alone (default: all that CRI pulls)")
+	cmd.Flags().StringVar(&handler, "runtime", "", "make a runtime handler of this name, and serve its pods alone (default: all that CRI pulls)")
 	cmd.Flags().StringArrayVar(&stream, "stream", nil, "repositories to stream from, HOST/REPOSITORY with globs, for a configuration that is made; may be repeated")
 	return cmd
 }
@@ -161,22 +166,25 @@ func installOptions(f installFlags, configFile string, stream patterns, out io.W
 			return install.Options{}, err
 		}
 	} else if _, err := os.Stat(defaultConfig); errors.Is(err, os.ErrNotExist) {
-		c.Stream = append(patterns{}, stream...)
+		c.Stream, c.Containerd = append(patterns{}, stream...), cmp.Or(f.containerd, c.Containerd)
 		if err := c.validate(); err != nil {
 			return install.Options{}, err
 		}
-		if text, err = toml.Marshal(map[string]patterns{"stream": c.Stream}); err != nil {
+		keys := map[string]any{"stream": c.Stream}
+		if c.Containerd != defaults().Containerd {
+			keys["cri_containerd"] = c.Containerd
+		}
+		if text, err = toml.Marshal(keys); err != nil {
 			return install.Options{}, err
 		}
 		text = append([]byte("# `streaming-snapshotter config` prints all keys.\n"), text...)
 	} else if len(stream) > 0 && !slices.Equal(stream, c.Stream) {
 		fmt.Fprintf(out, "%s is there and stays as it is, with stream = %q\n", defaultConfig, []string(c.Stream))
 	}
-	if f.containerd != "" {
-		c.Containerd = f.containerd
-	}
+	asks := c.Containerd
+	c.Containerd = cmp.Or(f.containerd, c.Containerd)
 	o := install.Options{
-		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Replace: configFile != "", Address: c.Address, Root: c.Root, CRIProxy: c.CRIProxy, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Fetch: fetchBlobs(c),
+		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Replace: configFile != "", Address: c.Address, Root: c.Root, CRIProxy: c.CRIProxy, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Asks: asks, Fetch: fetchBlobs(c),
 		Containerd: func() (install.Containerd, error) { return runningContainerd(c.Containerd) },
 		Loaded: func(ctx context.Context) ([]string, error) {
 			loaded, err := (&containerdReport{Address: c.Containerd}).ask(ctx)
@@ -193,6 +201,9 @@ func installOptions(f installFlags, configFile string, stream patterns, out io.W
 			if err == nil && !reaches(c.Address) {
 				err = fmt.Errorf("nobody answers at %s", c.Address)
 			}
+			if err == nil && c.CRIProxy != "" {
+				err = servesCRI(ctx, c.CRIProxy)
+			}
 			return err
 		},
 	}
@@ -200,6 +211,21 @@ func installOptions(f installFlags, configFile string, stream patterns, out io.W
 		o.Restart = []string{"/bin/sh", "-c", f.restart}
 	}
 	return o, nil
+}
+
+// servesCRI asks for containerd's image service at a socket: what a kubelet has there.
+func servesCRI(ctx context.Context, socket string) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithNoProxy())
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	if _, err := runtime.NewImageServiceClient(conn).ImageFsInfo(ctx, &runtime.ImageFsInfoRequest{}); err != nil {
+		return fmt.Errorf("containerd's image service at %s (`cri_proxy`): %w", socket, err)
+	}
+	return nil
 }
 
 // runningContainerd says what serves the socket at address.

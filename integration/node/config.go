@@ -75,6 +75,7 @@ disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.tracing.processor
 `
 
 const snapshotterConfig = `address = "DIR/run/s.sock"
+cri_containerd = "DIR/run/c.sock"
 root = "DIR/s"
 hosts_dir = "DIR/certs.d"
 mount_mode = %q

@@ -163,6 +163,7 @@ type record struct {
 	Dirs      []string `json:"dirs"`      // made for them, the deepest last
 	Root      string   `json:"root"`      // the daemon's directory
 	Address   string   `json:"address"`   // and its socket
+	CRIProxy  string   `json:"cri_proxy"` // and that of its proxy of CRI; "" is none
 	Made      bool     `json:"made"`      // there was no Root before the first install
 	Ended     bool     `json:"ended"`     // an uninstall has, but for the removal of Dirs and Root
 	Change    *change  `json:"change,omitempty"`
@@ -171,12 +172,16 @@ type record struct {
 // change is one under way: who finds it, undoes it.
 type change struct {
 	Before  []file   `json:"before"`
+	After   []file   `json:"after"` // what these are to be
 	Dirs    []string `json:"dirs"`
 	Fresh   bool     `json:"fresh"`             // the host had no daemon before, and nothing that it keeps
 	Running bool     `json:"running"`           // the daemon ran before
 	Restart []string `json:"restart,omitempty"` // the command that restarts containerd, if its configuration is changed
+	Name    string   `json:"name"`              // of the snapshotter in it
 	Root    string   `json:"root"`              // the daemon's directory
 	Made    bool     `json:"made"`              // which was not there before
+	Address string   `json:"address"`           // and its socket
+	CRI     string   `json:"cri_proxy"`         // and that of its proxy of CRI; "" is none
 }
 
 // store is the installer's directory.
@@ -232,7 +237,7 @@ func (s *store) begin(files []file, c change) error {
 		return err
 	}
 	_, err := os.Lstat(c.Root)
-	c.Made = c.Fresh && errors.Is(err, fs.ErrNotExist)
+	c.Made, c.After = c.Fresh && errors.Is(err, fs.ErrNotExist), files
 	for _, f := range files {
 		was, err := readFile(f.Path)
 		if err != nil {
@@ -337,11 +342,11 @@ func (s *store) remove() error {
 	return os.RemoveAll(s.dir)
 }
 
-// commit ends a change that stands: files are installed now.
-func (s *store) commit(files []file) error {
-	r := record{Before: slices.Clone(s.Before), Dirs: slices.Clone(s.Dirs), Root: s.Root, Address: s.Address, Made: s.Made || s.Change.Made}
+// commit ends a change that stands: its files are installed now.
+func (s *store) commit() error {
+	r := record{Before: slices.Clone(s.Before), Dirs: slices.Clone(s.Dirs), Root: s.Change.Root, Address: s.Change.Address, CRIProxy: s.Change.CRI, Made: s.Made || s.Change.Made}
 	now := map[string]file{}
-	for _, f := range append(slices.Clone(s.Installed), files...) {
+	for _, f := range append(slices.Clone(s.Installed), s.Change.After...) {
 		now[f.Path] = f
 	}
 	for _, was := range s.Change.Before {

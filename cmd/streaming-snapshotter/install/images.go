@@ -4,12 +4,18 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
+	"path/filepath"
 	"slices"
 	"strings"
 
 	client "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/blobs"
 )
@@ -26,6 +32,45 @@ func eachNamespace(ctx context.Context, cl *client.Client, f func(ctx context.Co
 		}
 	}
 	return nil
+}
+
+// come names the containers and images that have come with a first install, and lose their files if that is undone. Where containerd does not answer, these are the containers that run.
+func (in *installer) come(ctx context.Context, c *change) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	loaded, err := in.o.Loaded(ctx)
+	if err != nil {
+		return mountedFrom(c.Root)
+	}
+	cl, err := client.New(in.o.Socket)
+	if err != nil {
+		return nil, err
+	}
+	defer cl.Close()
+	list, err := users(ctx, cl, c.Name)
+	if err != nil || !slices.Contains(loaded, c.Name) {
+		return list, err
+	}
+	images, err := imagesOf(ctx, cl, c.Name, slices.DeleteFunc(loaded, func(name string) bool { return name == c.Name })...)
+	if err == nil {
+		images, err = lacking(ctx, cl, images)
+	}
+	for _, u := range images {
+		list = append(list, fmt.Sprintf("%s, an image whose layers containerd does not have", u))
+	}
+	return list, err
+}
+
+// mountedFrom lists where files of the snapshotter with this directory are mounted as those of a container.
+func mountedFrom(root string) (list []string, err error) {
+	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+		return m.FSType != "overlay" || !strings.Contains(m.VFSOptions, "="+filepath.Join(root, "snapshots")+"/") ||
+			strings.HasPrefix(filepath.Base(m.Mountpoint), "containerd-mount"), false // what a pull that was cut short has left
+	})
+	for _, m := range mounts {
+		list = append(list, "what runs in "+m.Mountpoint)
+	}
+	return list, err
 }
 
 // users names the containers of a snapshotter, running or not: all lose their files with it.
@@ -53,12 +98,14 @@ type unpacked struct {
 	image     client.Image
 	names     []string // all that it has
 	pinned    bool     // CRI's: what pods themselves are made of
+
+	missing []ocispec.Descriptor // the layers that are not in containerd, as lacking has found them
 }
 
 func (u unpacked) String() string { return u.namespace + "/" + strings.Join(u.names, ", ") }
 
-// imagesOf lists the images that containers could be made of with one snapshotter, and not with the other, if that is not "".
-func imagesOf(ctx context.Context, cl *client.Client, with, without string) (list []unpacked, err error) {
+// imagesOf lists the images that containers could be made of with one snapshotter, or any if that is "", and with none of the others.
+func imagesOf(ctx context.Context, cl *client.Client, with string, without ...string) (list []unpacked, err error) {
 	err = eachNamespace(ctx, cl, func(ctx context.Context, ns string) error {
 		all, err := cl.ListImages(ctx)
 		if err != nil {
@@ -71,10 +118,15 @@ func imagesOf(ctx context.Context, cl *client.Client, with, without string) (lis
 				list[i].names, list[i].pinned = append(list[i].names, img.Name()), list[i].pinned || isPinned(img)
 				continue
 			}
-			is, err := img.IsUnpacked(ctx, with)
-			if err == nil && is && without != "" {
-				is, err = img.IsUnpacked(ctx, without)
-				is = !is
+			is := true
+			if with != "" {
+				is, err = img.IsUnpacked(ctx, with)
+			}
+			for _, other := range without {
+				if err == nil && is {
+					is, err = img.IsUnpacked(ctx, other)
+					is = !is
+				}
 			}
 			if errdefs.IsNotFound(err) {
 				continue // of another platform, or its content is not here: it runs nowhere
@@ -83,7 +135,7 @@ func imagesOf(ctx context.Context, cl *client.Client, with, without string) (lis
 				return fmt.Errorf("%s: %w", img.Name(), err)
 			}
 			if is {
-				list = append(list, unpacked{ns, img, []string{img.Name()}, isPinned(img)})
+				list = append(list, unpacked{namespace: ns, image: img, names: []string{img.Name()}, pinned: isPinned(img)})
 			}
 		}
 		return nil
@@ -96,6 +148,19 @@ func isPinned(img client.Image) bool { return img.Labels()["io.cri-containerd.pi
 // content is where u's layers are, and are to be.
 func (u unpacked) content() blobs.Image {
 	return blobs.Image{Names: u.names, Target: u.image.Target(), Platform: u.image.Platform()}
+}
+
+// lacking lists those of images whose layers are not all in containerd, with these as missing.
+func lacking(ctx context.Context, cl *client.Client, images []unpacked) (list []unpacked, err error) {
+	for _, u := range images {
+		if u.missing, err = blobs.Missing(namespaces.WithNamespace(ctx, u.namespace), cl.ContentStore(), u.content()); err != nil {
+			return nil, fmt.Errorf("%s: %w", u, err)
+		}
+		if len(u.missing) > 0 {
+			list = append(list, u)
+		}
+	}
+	return list, nil
 }
 
 // unpack makes u an image of another snapshotter, as a pull with that would: layers whose blobs are not on the node are fetched. With "" that is all.
@@ -144,22 +209,59 @@ func (in *installer) withoutLayers(ctx context.Context, snapshotter string) ([]u
 		return nil, err
 	}
 	defer cl.Close()
-	all, err := imagesOf(ctx, cl, now, "")
-	var list []unpacked
-	for _, u := range all {
-		if u.namespace != criNamespace || in.o.Runtime != "" && !u.pinned {
-			continue
-		}
-		missing, err := blobs.Missing(namespaces.WithNamespace(ctx, u.namespace), cl.ContentStore(), u.content())
-		if err != nil {
-			return nil, fmt.Errorf("%s: %w", u, err)
-		}
-		if len(missing) > 0 {
-			list = append(list, u)
-		}
+	all, err := imagesOf(ctx, cl, now)
+	if err != nil {
+		return nil, err
 	}
-	return list, err
+	return lacking(ctx, cl, slices.DeleteFunc(all, func(u unpacked) bool { return u.namespace != criNamespace || in.o.Runtime != "" && !u.pinned }))
 }
+
+// announceLayers prints what fetchLayers gets, and refuses to fill the disk with it.
+func (in *installer) announceLayers(p plan) error {
+	sizes := map[digest.Digest]int64{} // images have layers in common
+	for _, u := range p.images {
+		of := int64(0)
+		for _, l := range u.missing {
+			sizes[l.Digest] = l.Size
+			of += l.Size
+		}
+		fmt.Fprintf(in.o.Out, "fetch the layers of %s, %d MB, which containerd has not kept (discard_unpacked_layers), and its next container needs\n", u, megabytes(of))
+	}
+	if len(sizes) == 0 {
+		return nil
+	}
+	need := int64(0)
+	for _, n := range sizes {
+		need += n
+	}
+	room, err := roomIn(p.store)
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(in.o.Out, "fetch %d layers in all, %d MB, into %s, which has room for %d MB\n", len(sizes), megabytes(need), p.store, megabytes(room))
+	if need > room {
+		return fmt.Errorf("nothing was changed: %d MB are to be fetched, and %s has room for %d MB before it is %d%% full, from where on the kubelet removes images and evicts pods: %s",
+			megabytes(need), p.store, megabytes(room), fullAt, withoutFetching)
+	}
+	return nil
+}
+
+// megabytes is n bytes, rounded up.
+func megabytes(n int64) int64 { return (n + 999_999) / 1_000_000 }
+
+// fullAt is how full, in percent, the kubelet lets a disk be: its imageGCHighThresholdPercent, as it is by default.
+const fullAt = 85
+
+// roomIn returns how many bytes there may be more in dir before its file system is too full for the kubelet.
+func roomIn(dir string) (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return 0, &fs.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	return max(0, int64(st.Bavail)-int64(st.Blocks)*(100-fullAt)/100) * st.Bsize, nil
+}
+
+const withoutFetching = "remove what can be pulled again (`crictl rmi`), or have the snapshotter serve a runtime handler alone (--runtime NAME)"
 
 // fetchLayers gets the layers of images that withoutLayers has listed.
 func (in *installer) fetchLayers(ctx context.Context, images []unpacked) error {
@@ -172,8 +274,7 @@ func (in *installer) fetchLayers(ctx context.Context, images []unpacked) error {
 	}
 	defer cl.Close()
 	if err := in.unpackAll(ctx, cl, images, ""); err != nil {
-		return fmt.Errorf("nothing was changed: containerd has not kept the layers of images (discard_unpacked_layers), and they cannot be had: remove what can be pulled again (`crictl rmi`), "+
-			"or have the snapshotter serve a runtime handler alone (--runtime NAME): %w", err)
+		return fmt.Errorf("nothing was changed: containerd has not kept the layers of images (discard_unpacked_layers), and they cannot be had: %s: %w", withoutFetching, err)
 	}
 	return nil
 }

@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -37,6 +38,7 @@ type Options struct {
 	Address, Root string   // as it says
 	CRIProxy      string   // and the socket of its proxy of CRI; "" is none
 	Socket        string   // containerd's
+	Asks          string   // the one that the daemon knows
 	Restart       []string // the command that restarts containerd; nil is systemd's
 	// Containerd says which containerd runs.
 	Containerd func() (Containerd, error)
@@ -78,6 +80,7 @@ type plan struct {
 	name    string     // of the snapshotter in containerd's configuration
 	restart []string   // the command that restarts containerd; nil if that is not needed
 	images  []unpacked // whose layers are fetched before, for their next containers
+	store   string     // containerd's directory, into which
 }
 
 // Install installs, or upgrades. On an error the host is as it was before. options may be asked twice, as what a change that was cut short has left is no ground for them.
@@ -150,7 +153,7 @@ func begin(ctx context.Context, options func() (Options, error)) (in *installer,
 	if in.cleaned = in.s.Ended; in.cleaned {
 		err = in.cleanUp()
 	} else {
-		err = in.rollBack(ctx, true)
+		_, err = in.rollBack(ctx, true)
 	}
 	if err == nil {
 		in.o, err = options()
@@ -161,15 +164,39 @@ func begin(ctx context.Context, options func() (Options, error)) (in *installer,
 // unmoved refuses another directory or socket than those that are in use: containerd has its images and containers there.
 func (in *installer) unmoved() error {
 	for _, k := range []struct{ key, was, is string }{{"root", in.s.Root, in.o.Root}, {"address", in.s.Address, in.o.Address}} {
-		if in.s.installed() && k.was != k.is {
+		if in.s.installed() && filepath.Clean(k.was) != filepath.Clean(k.is) {
 			return fmt.Errorf("nothing was changed: the configuration says %s = %q, and what is installed has %q, where containerd has its images and containers: take the change back, or uninstall first", k.key, k.is, k.was)
 		}
 	}
 	return nil
 }
 
+// ours reports whether a socket is, or was, one of the daemon's for the kubelet.
+func (in *installer) ours(socket string) bool {
+	return socket == filepath.Clean(in.s.CRIProxy) || socket == filepath.Clean(in.o.CRIProxy) || strings.HasPrefix(socket, runDir+"/")
+}
+
+// proxied refuses to leave a kubelet without its image service.
+func (in *installer) proxied() error {
+	by := kubeletsAt(func(socket string) bool { return in.ours(socket) && socket != filepath.Clean(in.o.CRIProxy) })
+	if len(by) > 0 {
+		return fmt.Errorf("nothing was changed: the configuration has cri_proxy = %q: have it as it was, or take this out and restart it first, because it pulls nothing then, and does not start any more:\n  %s", in.o.CRIProxy, strings.Join(by, "\n  "))
+	}
+	return nil
+}
+
+// sameSocket refuses a daemon that would ask another containerd, or none.
+func (in *installer) sameSocket() error {
+	a, err := os.Stat(in.o.Asks)
+	b, err2 := os.Stat(in.o.Socket)
+	if in.o.Asks != in.o.Socket && (err != nil || err2 != nil || !os.SameFile(a, b)) {
+		return fmt.Errorf("nothing was changed: containerd is at %s, and the configuration says cri_containerd = %q: say the former there, too", in.o.Socket, in.o.Asks)
+	}
+	return nil
+}
+
 func (in *installer) plan(ctx context.Context) (p plan, err error) {
-	if err := in.unmoved(); err != nil {
+	if err := errors.Join(in.unmoved(), in.sameSocket(), in.proxied()); err != nil {
 		return p, err
 	}
 	if in.c, err = in.o.Containerd(); err != nil {
@@ -204,7 +231,7 @@ func (in *installer) plan(ctx context.Context) (p plan, err error) {
 	if len(containerd) > 0 || !slices.Contains(loaded, p.name) {
 		p.restart = in.svc.restartContainerd(in.c.Unit)
 	}
-	p.files = append(files, containerd...)
+	p.files, p.store = append(files, containerd...), found.Root
 	if len(containerd) > 0 {
 		p.images, err = in.withoutLayers(ctx, p.name)
 	}
@@ -234,8 +261,8 @@ func (in *installer) announce(p plan) error {
 		}
 		printChange(in.o.Out, was, f)
 	}
-	for _, u := range p.images {
-		fmt.Fprintf(in.o.Out, "fetch the layers of %s, which containerd has not kept (discard_unpacked_layers), and its next container needs\n", u)
+	if err := in.announceLayers(p); err != nil {
+		return err
 	}
 	if p.daemon {
 		if _, bare := in.svc.(*supervised); bare {
@@ -252,7 +279,9 @@ func (in *installer) announce(p plan) error {
 
 // carryOut does what p says, or nothing.
 func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
-	if err := in.s.begin(p.files, change{Fresh: !in.s.installed() && !in.svc.there(ctx), Running: in.svc.running(ctx), Restart: p.restart, Root: in.o.Root}); err != nil {
+	if err := in.s.begin(p.files, change{
+		Fresh: !in.s.installed() && !in.svc.there(ctx), Running: in.svc.running(ctx), Restart: p.restart, Name: p.name, Root: in.o.Root, Address: in.o.Address, CRI: in.o.CRIProxy,
+	}); err != nil {
 		return err
 	}
 	restarted := false
@@ -278,8 +307,7 @@ func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
 			return err
 		}
 	}
-	in.s.Root, in.s.Address = in.o.Root, in.o.Address
-	return in.s.commit(p.files)
+	return in.s.commit()
 }
 
 // restartContainerd does, and waits until it answers and has the snapshotter of this name, if that is not "".
@@ -299,20 +327,40 @@ func (in *installer) restartContainerd(ctx context.Context, command []string, na
 
 // failed undoes a change that has come to err. That something is not undone is never hidden behind an interrupt.
 func (in *installer) failed(ctx context.Context, err error, restarted bool) error {
-	if left := in.rollBack(context.WithoutCancel(ctx), restarted); left != nil {
+	stands, left := in.rollBack(context.WithoutCancel(ctx), restarted)
+	if left != nil {
 		return fmt.Errorf("%v\n%w", err, left)
+	}
+	if stands {
+		return fmt.Errorf("%v\nSo all stays as installed: mend that and install again, or drain the node and uninstall", err)
 	}
 	return err
 }
 
-// rollBack undoes the change that is noted: files, services, and containerd, if that may have been restarted meanwhile. It can be done again.
-func (in *installer) rollBack(ctx context.Context, restarted bool) (err error) {
+// rollBack undoes the change that is noted: files, services, and containerd, if that may have been restarted meanwhile. It can be done again. A first install stands if containers have come
+// since, or images, which would lose their files with it.
+func (in *installer) rollBack(ctx context.Context, restarted bool) (stands bool, err error) {
 	c := in.s.Change
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("not all is as it was before; the next install or uninstall tries again, and %s has the originals: %w", Dir, err)
 		}
 	}()
+	if c.Fresh && restarted {
+		come, err := in.come(ctx, c)
+		if err != nil {
+			return false, err
+		}
+		if len(come) > 0 {
+			fmt.Fprintf(in.o.Out, "nothing is undone, because these have come meanwhile, and would lose the files that they have from the snapshotter %s:\n  %s\n", c.Name, strings.Join(come, "\n  "))
+			return true, in.s.commit()
+		}
+	}
+	return false, in.undo(ctx, c, restarted)
+}
+
+// undo is rollBack of what does not stand.
+func (in *installer) undo(ctx context.Context, c *change, restarted bool) error {
 	// What keeps the mounts of a daemon that was there before keeps them on: containers wait for it.
 	if !c.Running {
 		if err := in.svc.stop(ctx, c.Fresh); err != nil {

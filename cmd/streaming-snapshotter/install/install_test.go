@@ -348,7 +348,7 @@ func TestUpgrade(t *testing.T) {
 			err = apply(t.Context(), files)
 		}
 		if err == nil {
-			err = s.commit(files)
+			err = s.commit()
 		}
 		if err != nil {
 			t.Fatal(err)

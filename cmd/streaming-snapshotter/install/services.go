@@ -109,7 +109,9 @@ func (s *systemd) show(ctx context.Context, unit, property string) string {
 	return strings.TrimSpace(out)
 }
 
-func (s *systemd) there(ctx context.Context) bool { return s.show(ctx, unit, "LoadState") == "loaded" }
+func (s *systemd) there(ctx context.Context) bool {
+	return s.show(ctx, unit, "LoadState") == "loaded" || s.running(ctx)
+}
 
 func (s *systemd) running(ctx context.Context) bool {
 	return slices.Contains([]string{"active", "activating", "reloading"}, s.show(ctx, unit, "ActiveState"))
@@ -132,11 +134,19 @@ func (s *systemd) start(ctx context.Context) error {
 }
 
 func (s *systemd) stop(ctx context.Context, all bool) error {
+	ended := func(u string) bool {
+		return slices.Contains([]string{"inactive", "failed"}, s.show(ctx, u, "ActiveState"))
+	}
 	var errs []error
 	for _, u := range []string{unit, keeperUnit} {
-		if (u == unit || all) && s.show(ctx, u, "LoadState") == "loaded" {
-			errs = append(errs, run(ctx, "systemctl", "stop", u))
+		if u != unit && !all || s.show(ctx, u, "LoadState") != "loaded" && ended(u) {
+			continue // systemd does not stop a unit that it does not know; one whose file is gone it knows for as long as that runs
 		}
+		err := run(ctx, "systemctl", "stop", u)
+		if err == nil && !ended(u) {
+			err = fmt.Errorf("%s was stopped, and is %q", u, s.show(ctx, u, "ActiveState"))
+		}
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
@@ -191,7 +201,7 @@ func (*supervised) pid() int {
 	written, _ := strconv.Atoi(strings.TrimSpace(string(b)))
 	for _, p := range append([]process{{pid: written, args: argumentsOf(written)}}, processes()...) {
 		exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", p.pid))
-		if err == nil && strings.TrimSuffix(exe, " (deleted)") == Path && len(p.args) > 1 && p.args[1] == "supervise" && slices.Contains(p.args, "serve") {
+		if err == nil && hosts(p.pid) && strings.TrimSuffix(exe, " (deleted)") == Path && len(p.args) > 1 && p.args[1] == "supervise" && slices.Contains(p.args, "serve") {
 			return p.pid
 		}
 	}

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 
@@ -23,7 +22,7 @@ type removal struct {
 	files   []file // as they were
 	kept    []string
 	restart []string
-	name    string // of the snapshotter; "" if containerd's configuration does not have it any more
+	name    string // of the snapshotter; "" if containerd does not have it any more
 	before  string // the snapshotter that CRI pulls with then
 	images  []unpacked
 	idle    map[string]bool // snapshots that a container could have, and none has
@@ -47,9 +46,10 @@ func Uninstall(ctx context.Context, options func() (Options, error)) error {
 		return fmt.Errorf("`streaming-snapshotter install` has put nothing on this host: %s has no record", Dir)
 	}
 	in.o.Root, in.o.Address = in.s.Root, in.s.Address // whatever the configuration says by now
-	if by := proxied(in.ours); len(by) > 0 {
+	if by := kubeletsAt(in.ours); len(by) > 0 {
 		return fmt.Errorf("nothing was changed: take that out and restart it first, because without the daemon it pulls nothing, and does not start any more:\n  %s", strings.Join(by, "\n  "))
 	}
+	in.o.CRIProxy = cmp.Or(in.s.CRIProxy, in.o.CRIProxy)
 	cl, err := client.New(o.Socket)
 	if err != nil {
 		return err
@@ -72,11 +72,6 @@ func Uninstall(ctx context.Context, options func() (Options, error)) error {
 		return err
 	}
 	return in.cleanUp()
-}
-
-// ours reports whether a socket is one of the daemon's for the kubelet.
-func (in *installer) ours(socket string) bool {
-	return in.o.CRIProxy != "" && socket == filepath.Clean(in.o.CRIProxy) || strings.HasPrefix(socket, runDir+"/")
 }
 
 // retire has nothing new use the snapshotter, and says what is in the way of the rest.
@@ -116,7 +111,13 @@ func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r remo
 		return r, err
 	}
 	found := traps.Find(dump, traps.Want{Address: in.o.Address, Root: in.o.Root})
-	r.name = found.Snapshotter
+	loaded, err := in.o.Loaded(ctx)
+	if err != nil {
+		return r, err
+	}
+	if r.name = found.Snapshotter; r.name == "" && slices.Contains(loaded, Name) {
+		r.name = Name // its file was put back by others, and it was not restarted since
+	}
 	before, err := in.dump(ctx, r.files)
 	if err != nil {
 		return r, fmt.Errorf("containerd cannot read its configuration as it was before the install: %w", err)
@@ -135,10 +136,17 @@ func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r remo
 	}
 	byRuntime := slices.ContainsFunc(found.Uses, func(u string) bool { return u != "cri" }) // its pods could not be started otherwise
 	if len(r.using) > 0 && (!in.o.Retire || byRuntime || r.name == "") {
-		return r, fmt.Errorf("nothing was changed: drain the node first, these containers have their files from the snapshotter %s:\n  %s", cmp.Or(r.name, Name), strings.Join(r.using, "\n  "))
+		first := "drain the node first"
+		if r.name == "" {
+			first = "containerd does not know the snapshotter any more, without which it cannot remove containers: install again, and drain the node then"
+		}
+		return r, fmt.Errorf("nothing was changed: %s, these containers have their files from the snapshotter %s:\n  %s", first, cmp.Or(r.name, Name), strings.Join(r.using, "\n  "))
 	}
-	if r.name == "" {
-		return r, nil // containerd's configuration has it no more
+	if r.name == "" { // what containerd has of the snapshotter are images without layers
+		if r.images, err = imagesOf(ctx, cl, "", loaded...); err == nil {
+			r.images, err = lacking(ctx, cl, r.images)
+		}
+		return r, err
 	}
 	if !byRuntime {
 		r.retire = plan{name: r.name}
