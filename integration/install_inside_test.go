@@ -509,7 +509,7 @@ func (h *hosted) killedUninstall(install []string) {
 		if st, ok := c.ProcessState.Sys().(syscall.WaitStatus); !ok || !st.Signaled() {
 			h.Fatalf("uninstall was not killed: %v\n%s", c.ProcessState, out)
 		}
-		if out := h.must(append([]string{newProgram}, install...)...); !strings.Contains(out, "cut short is undone first") || !strings.Contains(out, "nothing to do") {
+		if out := h.must(append([]string{node.InstalledPath}, install...)...); !strings.Contains(out, "cut short is undone first") || !strings.Contains(out, "nothing to do") {
 			h.Errorf("an install after an uninstall that was killed: %s", out)
 		}
 		h.asInstalled(installed, "an uninstall that was killed")

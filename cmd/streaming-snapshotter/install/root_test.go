@@ -3,6 +3,7 @@ package install
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -44,5 +45,31 @@ func TestClearRoot(t *testing.T) {
 	}
 	if _, err := os.Stat(root); !os.IsNotExist(err) {
 		t.Errorf("what an install has made is there: %v", err)
+	}
+}
+
+// TestMountedFrom: where containerd cannot be asked, what runs is seen by what is mounted, and what a pull has left is nothing that runs.
+func TestMountedFrom(t *testing.T) {
+	needRoot(t)
+	dir := t.TempDir()
+	if err := unix.Mount("test", dir, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	root := filepath.Join(dir, "root")
+	for _, m := range []struct{ at, below string }{{"container", root}, {"containerd-mount1", root}, {"other", root + ".other"}} {
+		upper, work, lower, at := filepath.Join(m.below, "snapshots", m.at, "fs"), filepath.Join(m.below, "snapshots", m.at, "work"), filepath.Join(dir, "lower"), filepath.Join(dir, m.at)
+		for _, d := range []string{upper, work, lower, at} {
+			if err := os.MkdirAll(d, 0o755); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := unix.Mount("test", at, "overlay", 0, "lowerdir="+lower+",upperdir="+upper+",workdir="+work); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Unmount(at, unix.MNT_DETACH) })
+	}
+	if list, err := mountedFrom(root); err != nil || len(list) != 1 || !strings.HasSuffix(list[0], "/container") {
+		t.Errorf("got %q, %v", list, err)
 	}
 }
