@@ -134,7 +134,7 @@ func TestTrapsAreDocumented(t *testing.T) {
 			documented = append(documented, traps.Code(code))
 		}
 	}
-	want := append(traps.All(), nothingListed, paused, daemonDown, safeMode, cacheTooLarge, noHoles, noHTTPProxy)
+	want := append(traps.All(), nothingListed, paused, daemonDown, safeMode, cacheTooLarge, noHoles, noHTTPProxy, otherContainerd)
 	slices.Sort(want)
 	slices.Sort(documented)
 	if !slices.Equal(documented, want) {

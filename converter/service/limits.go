@@ -19,7 +19,8 @@ const (
 // room is what conversions may use in this process.
 type room struct {
 	conversions *semaphore.Weighted // at once
-	slots       int64               // of conversions
+	beside      *semaphore.Weighted // of those that are at once, each has one of it, and who must be alone has all
+	slots       int64               // of conversions, and of beside
 
 	layers *semaphore.Weighted // at once; nil is any number
 	most   int64               // of them
@@ -30,7 +31,8 @@ type room struct {
 
 func newRoom(l Limits, static bool) *room {
 	conversions, layers := split(l, static)
-	r := &room{conversions: semaphore.NewWeighted(int64(conversions)), slots: int64(conversions), limit: l.Disk}
+	slots := int64(conversions)
+	r := &room{conversions: semaphore.NewWeighted(slots), beside: semaphore.NewWeighted(slots), slots: slots, limit: l.Disk}
 	if layers > 0 {
 		r.layers, r.most = semaphore.NewWeighted(layers), layers
 	}

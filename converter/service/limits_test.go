@@ -8,6 +8,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
 // TestConversions: no more at once than the limit says, whatever waits.
@@ -56,32 +58,33 @@ func TestConversions(t *testing.T) {
 	}
 }
 
-// TestDeadlyAlone: an operation over which processes died is converted alone, so that what is converted beside it does not die with the next one.
+// TestDeadlyAlone: an operation over which processes died is converted alone, so that what is converted beside it does not die with the next one; and it is converted,
+// also when nothing else comes. While it waits for that it can be cancelled.
 func TestDeadlyAlone(t *testing.T) {
 	e := newEnv(t)
 	idle := e.startIdle()
 	innocent, guilty := image(t, "amd64", 10_000), image(t, "amd64", 10_000)
 	first := submit(t, idle.Service, e.push("first", innocent))
-	deadly := newRecord(Request{Image: e.push("deadly", guilty), By: "test"})
-	deadly.take("dead")
-	deadly.Deaths = aloneDeaths - 1
-	if _, err := idle.put(t.Context(), imageKey(deadly.Image), deadly, 0); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := idle.begin(t.Context(), deadly); err != nil {
-		t.Fatal(err)
-	}
-	last := submit(t, idle.Service, e.push("last", image(t, "amd64", 10_000)))
+	deadly, cancelled := e.dead(idle, "deadly", guilty), e.dead(idle, "cancelled", image(t, "amd64", 10_000))
 	h := e.hold(reads(layers(t, innocent)[0]))
-	s := e.start(func(c *Config) { c.Limits.Conversions = 2 })
+	s := e.start(func(c *Config) { c.Limits.Conversions = 3 })
 	h.wait(t)
-	until(t, "both messages", func() bool {
-		i, err := s.consumer.Info(t.Context())
-		return err == nil && i.NumAckPending == 2
+	until(t, "one of them waits until it is alone", func() bool {
+		if s.room.beside.TryAcquire(1) { // there are two
+			s.room.beside.Release(1)
+			return false
+		}
+		return true
 	})
-	if op, err := s.Operation(t.Context(), deadly.ID); err != nil || op.Worker != "dead" {
-		t.Errorf("beside another: %s, %v", show(op), err)
+	for _, id := range []string{deadly.ID, cancelled.ID} {
+		if op, err := s.Operation(t.Context(), id); err != nil || op.Worker != "dead" {
+			t.Errorf("beside another: %s, %v", show(op), err)
+		}
 	}
+	if _, err := s.Cancel(t.Context(), cancelled.ID, "test"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, s.Service, cancelled.ID, in(Canceled))
 	alone := e.hold(reads(layers(t, guilty)[0]))
 	h.release()
 	alone.wait(t)
@@ -89,9 +92,34 @@ func TestDeadlyAlone(t *testing.T) {
 		t.Errorf("%d conversions beside it", st.Running-1)
 	}
 	alone.release()
-	for _, id := range []string{first.ID, deadly.ID, last.ID} {
+	for _, id := range []string{first.ID, deadly.ID} {
 		succeed(t, s.Service, id)
 	}
+}
+
+// dead makes an operation of a process that was killed over it, as others before.
+func (e *env) dead(p process, repository string, img v1.Image, change ...func(*record)) record {
+	e.t.Helper()
+	r := newRecord(Request{Image: e.push(repository, img), By: "test"})
+	r.take("dead")
+	r.Deaths = aloneDeaths - 1
+	for _, f := range change {
+		f(&r)
+	}
+	if _, err := p.put(e.t.Context(), imageKey(r.Image), r, 0); err != nil {
+		e.t.Fatal(err)
+	}
+	if _, err := p.begin(e.t.Context(), r); err != nil {
+		e.t.Fatal(err)
+	}
+	return r
+}
+
+// TestDeadBulk: what a process died over goes on elsewhere also if it was bulk, and nothing else waits.
+func TestDeadBulk(t *testing.T) {
+	e := newEnv(t)
+	r := e.dead(e.startIdle(), "app", image(t, "amd64", 1000), func(r *record) { r.Bulk, r.Deaths = true, 0 })
+	succeed(t, e.start().Service, r.ID)
 }
 
 // TestFair: who asks for very many conversions is not before everybody else with all of them.

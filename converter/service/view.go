@@ -205,18 +205,6 @@ func (v *view) count() map[string]int {
 	return positions
 }
 
-// hasBulk says whether an operation waits that is bulk.
-func (v *view) hasBulk() bool {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	for _, e := range v.ops {
-		if e.rec.Bulk && e.rec.State == NotStarted {
-			return true
-		}
-	}
-	return false
-}
-
 // waiting is how many operations of r's repository wait, or of who asks for r, whichever is more.
 func (v *view) waiting(r record) int {
 	v.mu.Lock()

@@ -47,7 +47,7 @@ func (s *Service) work(ctx context.Context) error {
 // bulkTurns is of how many operations that a process takes one is bulk.
 const bulkTurns = 4
 
-// bulkLook is how long is waited for what is not bulk before bulk is looked for.
+// bulkLook is how long is waited for what is not bulk before bulk is looked for again.
 const bulkLook = 5 * time.Second
 
 // next waits for a message, of which this is the n-th; nil is that ctx has ended.
@@ -57,17 +57,14 @@ func (s *Service) next(ctx context.Context, n int) jetstream.Msg {
 		slices.Reverse(lanes)
 	}
 	for ctx.Err() == nil {
-		wait, cancel := ctx, func() {}
-		if s.view.hasBulk() { // or there is one lane only
-			for _, lane := range lanes {
-				if batch, err := lane.FetchNoWait(1); err == nil {
-					if msg := <-batch.Messages(); msg != nil {
-						return msg
-					}
+		for _, lane := range lanes {
+			if batch, err := lane.FetchNoWait(1); err == nil {
+				if msg := <-batch.Messages(); msg != nil {
+					return msg
 				}
 			}
-			wait, cancel = context.WithTimeout(ctx, bulkLook)
 		}
+		wait, cancel := context.WithTimeout(ctx, bulkLook)
 		msg, err := s.consumer.Next(jetstream.FetchContext(wait))
 		cancel()
 		if err == nil {
@@ -83,15 +80,15 @@ func (s *Service) next(ctx context.Context, n int) jetstream.Msg {
 
 // handle does what a message says, and gives back the slot that it has. What fails here is tried again, by whichever process is given the message then.
 func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
-	held := int64(1)
-	defer func() { s.room.conversions.Release(held) }()
+	defer s.room.conversions.Release(1)
 	id := strings.TrimPrefix(strings.TrimPrefix(msg.Subject(), workPrefix), "bulk.")
-	if s.deadly(id) {
-		s.room.conversions.Release(held)
-		if held = 0; s.alone(ctx, msg) {
-			held = s.room.slots
-		}
+	beside, ok := s.beside(ctx, id, msg)
+	if !ok {
+		_ = msg.NakWithDelay(retryTime)
+		sleep(ctx, retryTime) // or the queue is taken from, and given back, in a circle
+		return
 	}
+	defer s.room.beside.Release(beside)
 	if ctx.Err() != nil {
 		_ = msg.Nak()
 		return
@@ -110,27 +107,51 @@ func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
 	}
 }
 
-// deadly says that an operation may be what its processes die of.
-func (s *Service) deadly(id string) bool {
-	r, _, _ := s.view.record(id)
-	if r.State == Running { // whose process was not heard of
-		r.Deaths++
-	}
-	return r.Deaths >= aloneDeaths && r.Deaths < maxDeaths
-}
+// aloneTries is how often a message of an operation that is to be alone is given back, for a process that has nothing else to do; then this one waits until it has.
+const aloneTries = 5
 
-// alone waits until nothing else is converted here, so that nothing dies along with it. False is that ctx has ended.
-func (s *Service) alone(ctx context.Context, msg jetstream.Msg) bool {
+// beside takes of room.beside what an operation needs: all of it if it may be what its processes die of, so that nothing dies along with it, and none if it is
+// not going to be converted. False is that it is for another process, or for later.
+func (s *Service) beside(ctx context.Context, id string, msg jetstream.Msg) (n int64, ok bool) {
+	converted, deadly := s.dangers(id)
+	if !converted {
+		return 0, true
+	}
+	if n = 1; deadly {
+		n = s.room.slots
+	}
+	if s.room.beside.TryAcquire(n) {
+		return n, true
+	}
+	if meta, err := msg.Metadata(); !deadly || err != nil || meta.NumDelivered < aloneTries {
+		return 0, false
+	}
 	waited, stop := context.WithCancel(ctx)
 	var beat sync.WaitGroup
 	defer beat.Wait()
 	defer stop()
 	beat.Go(func() {
-		for sleep(waited, s.c.Lease/3) {
+		for sleep(waited, min(retryTime, s.c.Lease/3)) {
 			_ = msg.InProgress()
+			if converted, _ := s.dangers(id); !converted { // any more
+				stop()
+			}
 		}
 	})
-	return s.room.conversions.Acquire(ctx, s.room.slots) == nil
+	if s.room.beside.Acquire(waited, n) != nil {
+		return 0, ctx.Err() == nil
+	}
+	return n, true
+}
+
+// dangers says whether an operation is going to be converted, and whether it may be what its processes die of.
+func (s *Service) dangers(id string) (converted, deadly bool) {
+	r, _, known := s.view.record(id)
+	if r.State == Running { // whose process was not heard of
+		r.Deaths++
+	}
+	converted = !known || !r.Cancel && !r.State.Ended() && r.Deaths < maxDeaths
+	return converted, converted && r.Deaths >= aloneDeaths
 }
 
 // take makes the operation this process's; nil is that there is nothing to do any more.

@@ -97,7 +97,7 @@ func TestManySymbols(t *testing.T) {
 	if len(symbols) != maxSymbols {
 		t.Fatalf("%d symbols, want %d", len(symbols), maxSymbols)
 	}
-	if got, most := after.TotalAlloc-before.TotalAlloc, uint64(3*symSize*maxSymbols+4*len(names)); got > most {
+	if got, most := after.TotalAlloc-before.TotalAlloc, uint64(3*symSize*maxSymbols+64<<10); got > most { // a copy of each name were 500 bytes more
 		t.Errorf("%d bytes were allocated for symbols, want at most %d", got, most)
 	}
 
