@@ -432,6 +432,7 @@ func (h *hosted) awayFor(registry string) (back func()) {
 		os.MkdirAll(certs, 0o755), os.WriteFile(filepath.Join(certs, "hosts.toml"), []byte("server = 'http://127.0.0.1:1'\n"), 0o644)); err != nil {
 		h.Fatal(err)
 	}
+	h.must("systemctl", "restart", node.Unit) // which looks at certs.d now and then only
 	return func() {
 		if err := errors.Join(os.WriteFile(configOfInstall, config, 0o644), os.RemoveAll("/etc/containerd/certs.d")); err != nil {
 			h.Error(err)

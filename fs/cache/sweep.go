@@ -125,11 +125,11 @@ func (s *Sweep) local(c artifact.Chunk) []byte {
 	}
 	cache := s.layer.store.cache
 	layers := cache.twins.layers.Load()
-	if layers == nil || s.next < s.lone || !known(*layers, c) {
+	if layers == nil || s.next < s.lone || !known(*layers, s.layer.store.dgst, c) {
 		return nil
 	}
 	b := s.grow(n)
-	if !cache.readTwin(*layers, c, b) {
+	if !cache.readTwin(*layers, s.layer.store.dgst, c, b) {
 		s.lone = s.next + noTwins
 		return nil
 	}
@@ -212,7 +212,7 @@ func (s *Sweep) ask(c artifact.Chunk) (err error) {
 		if d.BlobOffset-end > sweepGap || d.BlobOffset+d.BlobSize-c.BlobOffset > completeRequest {
 			break
 		}
-		if !st.holds(i) && (i < s.lone || !known(layers, d)) {
+		if !st.holds(i) && (i < s.lone || !known(layers, st.dgst, d)) {
 			s.end, end = i+1, d.BlobOffset+d.BlobSize
 		}
 	}

@@ -138,7 +138,7 @@ func (f *fill) copy(ctx context.Context, flights []*flight) (missing []*flight) 
 		ch := s.index.Chunk(fl.chunk)
 		buf := c.bufs.get(int(ch.TarSize))
 		b := buf.mem[:ch.TarSize]
-		if c.readTwin(*layers, ch, b) && s.check(fl.chunk, b) == nil {
+		if c.readTwin(*layers, "", ch, b) && s.check(fl.chunk, b) == nil {
 			buf.b = b
 			c.stats.copied.Add(1)
 			f.deliver(fl, buf, ch.TarOffset, false)
@@ -150,10 +150,13 @@ func (f *fill) copy(ctx context.Context, flights []*flight) (missing []*flight) 
 	return missing
 }
 
-// known reports whether one of layers may have the bytes of ch.
-func known(layers map[digest.Digest]twin, ch artifact.Chunk) bool {
+// known reports whether one of layers, but not, may have the bytes of ch.
+func known(layers map[digest.Digest]twin, not digest.Digest, ch artifact.Chunk) bool {
 	want := key(ch.Digest)
-	for _, tw := range layers {
+	for dgst, tw := range layers {
+		if dgst == not {
+			continue
+		}
 		if _, found := slices.BinarySearchFunc(tw.places, want, func(p place, k uint64) int { return cmp.Compare(p.key, k) }); found {
 			return true
 		}
@@ -161,10 +164,13 @@ func known(layers map[digest.Digest]twin, ch artifact.Chunk) bool {
 	return false
 }
 
-// readTwin fills b with the bytes of ch if one of layers has them on this disk.
-func (c *Cache) readTwin(layers map[digest.Digest]twin, ch artifact.Chunk, b []byte) bool {
+// readTwin fills b with the bytes of ch if one of layers, but not, has them on this disk.
+func (c *Cache) readTwin(layers map[digest.Digest]twin, not digest.Digest, ch artifact.Chunk, b []byte) bool {
 	want, tries := key(ch.Digest), 0
 	for dgst, tw := range layers {
+		if dgst == not {
+			continue
+		}
 		i, _ := slices.BinarySearchFunc(tw.places, want, func(p place, k uint64) int { return cmp.Compare(p.key, k) })
 		for ; i < len(tw.places) && tw.places[i].key == want && tries < maxTwins; i++ {
 			tries++ // a hole costs three system calls
