@@ -134,7 +134,7 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 			if a.manifest != nil {
 				c.Status, c.Artifact = StatusExists, a.desc
 				o.Progress.report(Event{Kind: ArtifactFound, Platform: c.Platform, Digest: a.desc.Digest, Total: img.bytes()})
-				if err := c.sign(ctx, p, o); err != nil {
+				if err := c.sign(ctx, p, o, proof(ctx, p, a)); err != nil {
 					return c, err
 				}
 				if o.Static {
@@ -178,7 +178,7 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 	c.Status, c.Seconds = StatusCreated, elapsed.Seconds()
 	o.Progress.report(Event{Kind: ArtifactAttached, Platform: c.Platform, Digest: c.Artifact.Digest, Elapsed: elapsed})
 
-	if err := c.sign(ctx, p, o); err != nil { // before an old one that is signed goes
+	if err := c.sign(ctx, p, o, nil); err != nil { // before an old one that is signed goes
 		return c, errors.Join(err, c.unsigned(ctx, p, old))
 	}
 	for _, a := range old {
@@ -206,12 +206,12 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 	return c, err
 }
 
-// sign signs the artifact, if that is asked for.
-func (c *Created) sign(ctx context.Context, p Place, o CreateOptions) error {
+// sign signs the artifact, if that is asked for, once it is proven; nil is that it was made now.
+func (c *Created) sign(ctx context.Context, p Place, o CreateOptions, prove func() error) error {
 	if o.Signer == nil {
 		return nil
 	}
-	s, err := sign(ctx, p, c.Artifact, o.Signer)
+	s, err := sign(ctx, p, c.Artifact, o.Signer, prove)
 	if err == nil && s.Status == StatusCreated && c.Status == StatusExists {
 		s.Warnings, err = rewriteHints(ctx, p, c.Subject.Digest, s.hints, false)
 	}

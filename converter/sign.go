@@ -127,7 +127,7 @@ func Sign(ctx context.Context, p Place, ref string, platforms []ocispec.Platform
 		if a.manifest == nil {
 			return done, fmt.Errorf("artifact %s: %w", a.desc.Digest, a.err)
 		}
-		s, err := sign(ctx, p, a.desc, signer)
+		s, err := sign(ctx, p, a.desc, signer, proof(ctx, p, a))
 		s.Platform = platformString(a.manifest.Platform)
 		if err == nil && s.Status == StatusCreated {
 			s.Warnings, err = rewriteHints(ctx, p, a.manifest.Subject.Digest, s.hints, false)
@@ -164,7 +164,7 @@ func Adopt(ctx context.Context, p Place, ref string, platforms []ocispec.Platfor
 }
 
 // sign attaches a signature to the artifact d, unless it has one by the same signer. Errors of the signer have the code SigningFailed.
-func sign(ctx context.Context, p Place, d ocispec.Descriptor, signer trust.Signer) (Signed, error) {
+func sign(ctx context.Context, p Place, d ocispec.Descriptor, signer trust.Signer, prove func() error) (Signed, error) {
 	res := Signed{Artifact: d.Digest, Status: StatusExists}
 	old, err := signatures(ctx, p, d.Digest)
 	if err != nil {
@@ -184,6 +184,11 @@ func sign(ctx context.Context, p Place, d ocispec.Descriptor, signer trust.Signe
 		} else if signed {
 			res.Signature = s.Digest
 			return res, nil
+		}
+	}
+	if prove != nil {
+		if err := prove(); err != nil {
+			return res, fmt.Errorf("artifact %s, which was there, is not signed: %w", d.Digest, err)
 		}
 	}
 	e, annotations, err := signer.Sign(ctx, target(p, d))
@@ -206,6 +211,14 @@ func sign(ctx context.Context, p Place, d ocispec.Descriptor, signer trust.Signe
 	}
 	res.Status, res.Signature, res.hints = StatusCreated, m.Digest, trust.Hints(e.Descriptor())
 	return res, nil
+}
+
+// proof proves an artifact that was found: whoever may push can have attached it, and nobody's key says that it is the image.
+func proof(ctx context.Context, p Place, a attached) func() error {
+	return func() error {
+		_, err := verify(ctx, p, a, VerifyOptions{})
+		return err
+	}
 }
 
 func signingFailed(ctx context.Context, err error) error {

@@ -2,6 +2,7 @@ package converter
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +15,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 func marshal(t *testing.T, v any) string {
@@ -33,6 +35,27 @@ func verifyDiffers(t *testing.T, p Place, ref, says string) {
 		t.Errorf("got %v, want a difference that says %q", err, says)
 	}
 }
+
+// isNotSigned wants the artifact that ref names, and whoever has attached, not to be signed.
+func isNotSigned(t *testing.T, p Place, ref string) {
+	t.Helper()
+	if _, err := Sign(t.Context(), p, ref, nil, noSigner{t}); err == nil {
+		t.Error("it is signed")
+	}
+}
+
+// noSigner must not be asked to sign.
+type noSigner struct{ t *testing.T }
+
+func (s noSigner) Sign(context.Context, trust.Target) (e trust.Envelope, annotations map[string]string, err error) {
+	s.t.Error("what was not proven is to be signed")
+	return e, nil, nil
+}
+
+func (s noSigner) Signed(context.Context, trust.Target, trust.Envelope) (bool, error) {
+	return false, nil
+}
+func (s noSigner) String() string { return "nobody" }
 
 // TestVerifyFlipped: a byte changed anywhere in a layer's blob is found, and so is one missing.
 func TestVerifyFlipped(t *testing.T) {
@@ -136,7 +159,11 @@ func TestVerifyForged(t *testing.T) {
 		}},
 	}
 	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) { verifyDiffers(t, p, forge(tt.change), tt.says) })
+		t.Run(tt.name, func(t *testing.T) {
+			ref := forge(tt.change)
+			verifyDiffers(t, p, ref, tt.says)
+			isNotSigned(t, p, ref)
+		})
 	}
 
 	t.Run("a layer like it but for one name", func(t *testing.T) {
@@ -156,6 +183,7 @@ func TestVerifyForged(t *testing.T) {
 			m.Layers[0] = enc.Layer
 		})
 		verifyDiffers(t, p, ref, "layer 0")
+		isNotSigned(t, p, ref)
 	})
 	if _, err := Verify(t.Context(), p, c.Artifact.Digest.String(), VerifyOptions{}); err != nil {
 		t.Errorf("the honest one: %v", err)
