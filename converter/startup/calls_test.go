@@ -3,6 +3,7 @@ package startup
 import (
 	"bytes"
 	"encoding/binary"
+	"math"
 	"runtime"
 	"strconv"
 	"strings"
@@ -90,14 +91,18 @@ func TestManySymbols(t *testing.T) {
 	}
 	names := "\x00" + strings.Repeat("x", 500) + "\x00"
 	l := testObject(t, nil, nil, offsets, names)
-	var before, after runtime.MemStats
-	runtime.ReadMemStats(&before)
-	symbols := l.obj.symbols(maxSymbols)
-	runtime.ReadMemStats(&after)
-	if len(symbols) != maxSymbols {
-		t.Fatalf("%d symbols, want %d", len(symbols), maxSymbols)
+	got := uint64(math.MaxUint64)
+	for range 5 { // of which the least is that of symbols alone: the runtime and other goroutines allocate, too
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		symbols := l.obj.symbols(maxSymbols)
+		runtime.ReadMemStats(&after)
+		if len(symbols) != maxSymbols {
+			t.Fatalf("%d symbols, want %d", len(symbols), maxSymbols)
+		}
+		got = min(got, after.TotalAlloc-before.TotalAlloc)
 	}
-	if got, most := after.TotalAlloc-before.TotalAlloc, uint64(3*symSize*maxSymbols+64<<10); got > most { // a copy of each name were 500 bytes more
+	if most := uint64(3*symSize*maxSymbols + 4*len(names)); got > most {
 		t.Errorf("%d bytes were allocated for symbols, want at most %d", got, most)
 	}
 

@@ -110,14 +110,20 @@ func (s *Store) incomplete() (ids []string) {
 	return ids
 }
 
-func (s *Store) completeImage(ctx context.Context, id string) error {
+// use returns image id, and holds its device for as long as the caller needs it.
+func (s *Store) use(ctx context.Context, id string) (*image, *deviceUse, error) {
 	img, err := s.load(id)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	img.mu.Lock()
+	defer img.mu.Unlock()
 	use, err := img.use(ctx)
-	img.mu.Unlock()
+	return img, use, err
+}
+
+func (s *Store) completeImage(ctx context.Context, id string) error {
+	img, use, err := s.use(ctx, id)
 	if err != nil {
 		return err
 	}

@@ -202,13 +202,7 @@ func sliceOf(size int64, n int) time.Duration {
 // Prove proves the layers of image id that are not yet, side by side and as fast as they come, for a pull that waits for it. progress is told of bytes of blobs before they come. An error that is ErrQuarantined
 // says that the artifact lies.
 func (s *Store) Prove(ctx context.Context, id string, progress func(n int64)) error {
-	img, err := s.load(id)
-	if err != nil {
-		return err
-	}
-	img.mu.Lock()
-	use, err := img.use(ctx)
-	img.mu.Unlock()
+	img, use, err := s.use(ctx, id)
 	if err != nil {
 		return err
 	}
