@@ -34,6 +34,7 @@ func adminSocket(root string) string { return filepath.Join(root, "admin.sock") 
 //	/status      the status as JSON
 //	/check       ?ref=REF&platform=PLATFORM: what `check REF` says of an image, as JSON. No secret is in it
 //	/blob        ?ref=REF&digest=DIGEST&size=BYTES: a blob of an image, from its registry, with the daemon's credentials; whoever asks verifies it
+//	/quarantine  the artifacts in quarantine, as JSON; POST ?clear=INDEX takes one out of it
 //	/profile     ?manifest=DIGEST of a platform manifest: the record of the image's first start, as JSON
 //	/debug/pprof profiles of the Go runtime
 //
@@ -91,6 +92,8 @@ func (a *admin) private() *http.ServeMux {
 	if a.blob != nil {
 		mux.HandleFunc("GET /blob", a.blob)
 	}
+	mux.HandleFunc("GET /quarantine", a.quarantine)
+	mux.HandleFunc("POST /quarantine", a.quarantine)
 	mux.HandleFunc("GET /profile", func(w http.ResponseWriter, r *http.Request) {
 		if a.n.images == nil {
 			http.Error(w, "the daemon is in safe mode", http.StatusServiceUnavailable)
@@ -167,13 +170,17 @@ func debugLog() *log.Logger { return slog.NewLogLogger(slog.Default().Handler(),
 
 // getFromDaemon gets path from the process whose files are in root. The caller closes the answer.
 func getFromDaemon(ctx context.Context, root, path string) (io.ReadCloser, error) {
+	return fromDaemon(ctx, http.MethodGet, root, path)
+}
+
+func fromDaemon(ctx context.Context, method, root, path string) (io.ReadCloser, error) {
 	c := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true, ResponseHeaderTimeout: time.Minute, // or one that hangs would hold who asks
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{}).DialContext(ctx, "unix", adminSocket(root))
 		},
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://daemon"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://daemon"+path, nil)
 	if err != nil {
 		return nil, err
 	}

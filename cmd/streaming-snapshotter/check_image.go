@@ -216,6 +216,9 @@ func (r *imageReport) print(w io.Writer) {
 		if r.Signer != "" {
 			say(w, "  signed by %s, whose certificate is of %s\n", r.Signer, r.Issuer)
 		}
+		if r.Policy == trust.Proven {
+			say(w, "  before it is used, all of it is fetched and proven, unless it was\n")
+		}
 		for _, text := range r.Warnings {
 			say(w, "  the signature: %s\n", text)
 		}

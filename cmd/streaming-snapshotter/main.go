@@ -93,6 +93,7 @@ func newCommand() *cobra.Command {
 		newInstallCommand(&configFile),
 		newUninstallCommand(&configFile),
 		newPauseCommand(&configFile),
+		newQuarantineCommand(&configFile),
 		newResumeCommand(&configFile),
 		newProfileCommand(&configFile),
 		newSuperviseCommand(),

@@ -76,6 +76,10 @@ func metricsOf(s status, ready bool) []metrics.Metric {
 		metrics.Counter("registry_received_bytes", "Bytes of their answers.", s.Registry.Bytes),
 		metrics.By("gauge", "registry_hosts", "Hosts of registries that were asked, by how they do.", "state", states, func(i int) int64 { return hosts[states[i]] }),
 		metrics.By("gauge", "background_bytes", "Of the image that is being completed: bytes that are here, and all; 0 if there is none.", "state", []string{"done", "total"}, func(i int) int64 { return background[i] }),
+		metrics.Gauge("layers_proven", "Layers that were proven, in all.", float64(s.Proofs.Proven)),
+		metrics.Gauge("proofs_waiting", "Layers in use that are not proven yet.", float64(s.Proofs.Waiting)),
+		metrics.Gauge("proofs_overdue", "Of them, those whose image was mounted longer ago than proof_deadline.", float64(s.Proofs.Overdue)),
+		metrics.Gauge("layers_quarantined", "Layers of artifacts that lie, which are not read any more.", float64(s.Proofs.Quarantined)),
 		metrics.Gauge("goroutines", "Goroutines of the daemon.", float64(s.Goroutines)),
 		metrics.Gauge("heap_bytes", "Bytes of the daemon's heap that are in use.", float64(s.Heap)),
 	}

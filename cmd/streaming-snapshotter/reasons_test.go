@@ -4,7 +4,9 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -34,6 +36,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust/trusttest"
@@ -60,6 +63,9 @@ func newReasonNode(t *testing.T, code reason.Code, failedStarts int) *reasonNode
 		n.ca = trusttest.NewCA(t, "authority", trusttest.NewServer(t))
 		n.notation = trusttest.NewDir(t, n.ca, trusttest.Statement{Name: "all"})
 		policy = fmt.Sprintf("trust_default = 'signed'\nnotation_dir = '%s'\n", n.notation)
+	}
+	if code == reason.Tampered {
+		policy = "trust_default = 'proven'\n"
 	}
 	addConfig(t, n.config, "stream = ['127.0.0.1:*/team/*']\nresolve_timeout = '2s'\n"+policy+"[[trust]]\nrepositories = ['127.0.0.1:*/team/off/*']\npolicy = 'off'")
 	t.Cleanup(func() { unix.Unmount(filepath.Join(n.root, "devices"), unix.MNT_DETACH) })
@@ -149,12 +155,12 @@ func (n *reasonNode) check(t *testing.T, code reason.Code, labels map[string]str
 		if slices.ContainsFunc(r.Traps, func(t traps.Trap) bool { return t.Code == safeMode }) && got == "" {
 			got = code
 		}
-	case reason.NodeFailure: // of the daemon's files: those of check are well
+	case reason.NodeFailure, reason.Tampered: // of the daemon's files, and of what it has proven: those of check are well, and it does not fetch all of an image
 		if r.Image.LastPull != nil && got == "" {
 			got = r.Image.LastPull.Reason
 		}
 	}
-	if got != code || code != reason.SafeMode && code != reason.NodeFailure && (r.Image.Error == "" || r.Image.Remedy == "") {
+	if got != code || code != reason.SafeMode && code != reason.NodeFailure && code != reason.Tampered && (r.Image.Error == "" || r.Image.Remedy == "") {
 		t.Errorf("check says %+v, traps %+v", r.Image, r.Traps)
 	}
 	if want := code != reason.Unreachable && code != reason.Timeout && code != reason.Damaged; len(r.Image.Hosts) != 1 || (r.Image.Hosts[0].Error == "") != want {
@@ -317,6 +323,60 @@ func signed(t *testing.T, reg *registrytest.Registry, sign func(trust.Target) tr
 	return labels
 }
 
+// tampered pushes an image whose artifact has another tar in the place of its layer, and says that it is the layer's.
+func tampered(t *testing.T, reg *registrytest.Registry, ref string) map[string]string {
+	t.Helper()
+	labels := image(t, ref, false)
+	client, err := registryclient.New(registryclient.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	repo, _, _, err := registryclient.ParseReference(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	desc, raw, err := client.Resolve(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var of ocispec.Manifest
+	var config struct {
+		ocispec.Platform
+		RootFS ocispec.RootFS `json:"rootfs"`
+	}
+	if err := errors.Join(json.Unmarshal(raw, &of), json.Unmarshal(configOf(t, client, repo, raw), &config)); err != nil {
+		t.Fatal(err)
+	}
+	m := artifact.Manifest{Subject: ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}, Config: of.Config, Platform: config.Platform}
+	path := strings.TrimPrefix(string(repo), reg.Host()+"/")
+	for i, l := range of.Layers {
+		var tarred, blob bytes.Buffer
+		w := tar.NewWriter(&tarred)
+		if err := errors.Join(w.WriteHeader(&tar.Header{Name: "evil", Mode: 0o4755, Typeflag: tar.TypeReg}), w.Close()); err != nil {
+			t.Fatal(err)
+		}
+		e, err := artifact.EncodeLayer(t.Context(), &blob, &tarred, artifact.EncodeOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := blob.Bytes()
+		diffID, err := hex.DecodeString(config.RootFS.DiffIDs[i].Encoded())
+		if err != nil {
+			t.Fatal(err)
+		}
+		copy(b[e.IndexOffset+40:], diffID) // docs/format.md
+		e.Source, e.Digest, e.IndexDigest = l.Digest, digest.FromBytes(b), digest.FromBytes(b[e.IndexOffset:])
+		m.Layers = append(m.Layers, e.Layer)
+		reg.PutBlob(path, b)
+	}
+	if raw, err = m.Encode(); err != nil {
+		t.Fatal(err)
+	}
+	reg.PutManifest(path, "", ocispec.MediaTypeImageManifest, raw)
+	return labels
+}
+
 // reasonCases provoke each reason at a node and a registry, and return the labels of the image to pull.
 func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string {
 	fault := func(match func(*http.Request) bool, f registrytest.Fault) func(*testing.T, *reasonNode, *registrytest.Registry) map[string]string {
@@ -332,6 +392,9 @@ func reasonCases() map[reason.Code]func(t *testing.T, n *reasonNode, reg *regist
 		}
 	}
 	return map[reason.Code]func(t *testing.T, n *reasonNode, reg *registrytest.Registry) map[string]string{
+		reason.Tampered: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
+			return tampered(t, reg, reg.Host()+"/team/app:v1")
+		},
 		reason.SignatureMissing: func(t *testing.T, _ *reasonNode, reg *registrytest.Registry) map[string]string {
 			return image(t, reg.Host()+"/team/app:v1", true)
 		},
@@ -426,6 +489,44 @@ func TestIndexesRefused(t *testing.T) {
 	s := askStatus(t, n.config, func(status) bool { return true })
 	if text := s.NotStreamed[0].Error; !strings.Contains(text, "took longer than 2s") || !strings.Contains(text, "401") {
 		t.Errorf("the error is %s", text)
+	}
+}
+
+// TestQuarantine: what has lied is listed, also by a daemon that is started again, until it is cleared.
+func TestQuarantine(t *testing.T) {
+	t.Parallel()
+	reg := registrytest.Start(t, registrytest.Options{})
+	n := newReasonNode(t, reason.Tampered, 0)
+	list := func(args ...string) (q []ledger.Quarantine) {
+		t.Helper()
+		p := start(t, append([]string{"quarantine", "-o", "json", "--config", n.config}, args...)...)
+		err := json.NewDecoder(p.stdout).Decode(&q)
+		if waitErr := p.wait(); err != nil || waitErr != nil {
+			t.Fatalf("%v, %v\n%s", err, waitErr, &p.stderr)
+		}
+		return q
+	}
+	if q := list(); len(q) != 0 {
+		t.Errorf("at first: %+v", q)
+	}
+	n.pull(t, tampered(t, reg, reg.Host()+"/team/app:v1"))
+	q := list()
+	if len(q) != 2 || q[0].Repository != reg.Host()+"/team/app" || q[0].Why == "" {
+		t.Fatalf("after a lie: %+v", q)
+	}
+	if text := statusText(t, n.config); !strings.Contains(text, "in quarantine: 2") {
+		t.Errorf("the status says\n%s", text)
+	}
+	n.daemon.signal(unix.SIGTERM)
+	if err := n.daemon.wait(); err != nil {
+		t.Fatal(err)
+	}
+	n.daemon = serving(t, n.config, n.address)
+	if again := list(); len(again) != 2 {
+		t.Errorf("of a daemon that was started again: %+v", again)
+	}
+	if left := list("--clear", q[0].Index.String()); len(left) != 1 || left[0].Index != q[1].Index {
+		t.Errorf("after it was cleared: %+v", left)
 	}
 }
 

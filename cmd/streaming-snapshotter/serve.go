@@ -38,6 +38,7 @@ type node struct {
 	logins sources
 	cri    *criproxy.Store // nil without the proxy of CRI
 	images *stream.Store
+	ledger *ledger.Ledger // nil: nothing is proven
 }
 
 // newNode opens the node's parts with their files in root, which the caller has locked. keep is nil
@@ -105,9 +106,10 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 		images.OnForget = cri.Sweep
 	}
 	if !foreign { // whoever looks at a mount does not want all of it
-		if images.Trust.Ledger, err = ledger.Open(filepath.Join(c.Root, "trust"), nil); err != nil {
+		if n.ledger, err = ledger.Open(filepath.Join(c.Root, "trust"), nil); err != nil {
 			return n, err
 		}
+		images.Trust.Ledger = n.ledger
 		images.Trust.Deadline = c.ProofDeadline.D
 	}
 	if n.images, err = stream.New(images); err != nil {

@@ -36,10 +36,11 @@ type status struct {
 	CacheError    string             `json:"cache_error,omitempty"` // of the cache's disk, the last one; it may work again
 	Cache         cache.Stats        `json:"cache"`                 // since the start
 	Background    *stream.Background `json:"background,omitempty"`  // the image that is being completed
-	Hosts         []host             `json:"hosts"`                 // of registries, those that were asked
-	Goroutines    int                `json:"goroutines"`            // of the daemon: what leaks shows here first
-	Heap          int64              `json:"heap"`                  // of the daemon: bytes of what it has not freed yet
-	Problems      []string           `json:"problems"`              // the last ones, the newest at the end
+	Proofs        stream.ProofStatus `json:"proofs"`
+	Hosts         []host             `json:"hosts"`      // of registries, those that were asked
+	Goroutines    int                `json:"goroutines"` // of the daemon: what leaks shows here first
+	Heap          int64              `json:"heap"`       // of the daemon: bytes of what it has not freed yet
+	Problems      []string           `json:"problems"`   // the last ones, the newest at the end
 	pullCounts
 	NotStreamed []normalPull         `json:"not_streamed"` // the last ones, the newest at the end
 	Images      []imageStatus        `json:"images"`
@@ -144,6 +145,9 @@ func (s status) measure(root string, n *node, seen *seen, w walked) status {
 		if i.Through+i.Direct > 0 {
 			s.MountedCount++
 		}
+	}
+	if n.images != nil {
+		s.Proofs = n.images.Proofs()
 	}
 	if n.reg != nil {
 		s.Registry = n.reg.Stats()

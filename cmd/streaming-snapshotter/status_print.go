@@ -17,6 +17,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
 type statusOptions struct {
@@ -184,6 +185,9 @@ func (s status) print(w io.Writer) {
 	if b := s.Background; b != nil {
 		say(w, "in the background: %s, %s of %s\n", b.Image, bytesText(b.Done), bytesText(b.Total))
 	}
+	if p := s.Proofs; p != (stream.ProofStatus{}) {
+		say(w, "proofs: %d layers are proven, %d wait, %d of them for longer than proof_deadline; in quarantine: %d\n", p.Proven, p.Waiting, p.Overdue, p.Quarantined)
+	}
 	s.printImages(w)
 	if len(s.NotStreamed) > 0 {
 		fmt.Fprintln(w)
@@ -207,17 +211,25 @@ func (s status) printImages(w io.Writer) {
 	}
 	fmt.Fprintln(w)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "IMAGE\tLOCAL\tSIZE\t%\tON DEMAND\tHITS\tMOUNTS\tDIRECT")
+	fmt.Fprintln(t, "IMAGE\tLOCAL\tSIZE\t%\tON DEMAND\tHITS\tMOUNTS\tDIRECT\tPROVEN")
 	for _, i := range s.Images {
 		part := 100.0
 		if i.Size > 0 {
 			part = 100 * float64(i.Local) / float64(i.Size)
 		}
-		say(t, "%s\t%s\t%s\t%.0f\t%s\t%s\t%d\t%d\n", cmp.Or(i.Ref, string(i.Repository)+"@"+short(i.Manifest.String())), bytesText(i.Local), bytesText(i.Size), part,
-			bytesText(i.Reads.MissedBytes), ratio(i.Reads.Hits, i.Reads.Misses), i.Through+i.Direct, i.Direct)
+		say(t, "%s\t%s\t%s\t%.0f\t%s\t%s\t%d\t%d\t%s\n", cmp.Or(i.Ref, string(i.Repository)+"@"+short(i.Manifest.String())), bytesText(i.Local), bytesText(i.Size), part,
+			bytesText(i.Reads.MissedBytes), ratio(i.Reads.Hits, i.Reads.Misses), i.Through+i.Direct, i.Direct, i.proof())
 	}
 	t.Flush()
 	fmt.Fprintln(w)
+}
+
+// proof says how far the image is proven.
+func (i imageStatus) proof() string {
+	if i.Quarantine != "" {
+		return "QUARANTINED"
+	}
+	return fmt.Sprintf("%d/%d", i.Proven, i.Layers)
 }
 
 // short is the beginning of a digest.

@@ -36,9 +36,6 @@ func (c *config) validateTrust() error {
 	if err := r.Validate(); err != nil {
 		return err
 	}
-	if r.Has(trust.Proven) {
-		return errors.New(`this release does not know the policy "proven" yet`)
-	}
 	if c.ProofDeadline.D < minProofDeadline {
 		return fmt.Errorf("proof_deadline = %q: want %v or more", c.ProofDeadline.D, minProofDeadline)
 	}

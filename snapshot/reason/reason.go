@@ -37,6 +37,8 @@ const (
 	Incomplete Code = "INCOMPLETE"
 	// Damaged: bytes are not those of their digest, or the artifact is not valid, or not that image's.
 	Damaged Code = "DAMAGED"
+	// Tampered: the artifact's layers are not those that the image's config lists. It is in quarantine on this node.
+	Tampered Code = "TAMPERED"
 	// SignatureMissing: the repository's policy is signed, and no artifact of the image has a signature.
 	SignatureMissing Code = "SIGNATURE_MISSING"
 	// SignatureInvalid: a signature is malformed, wrong, or of something else.
@@ -59,7 +61,7 @@ const (
 
 // All returns the list, in the order in which a pull meets them.
 func All() []Code {
-	return []Code{NoLabels, NotListed, PolicyOff, Paused, SafeMode, Stopping, NoArtifact, Auth, Unreachable, Timeout, BadAnswer, Incomplete, Damaged,
+	return []Code{NoLabels, NotListed, PolicyOff, Paused, SafeMode, Stopping, NoArtifact, Auth, Unreachable, Timeout, BadAnswer, Incomplete, Damaged, Tampered,
 		SignatureMissing, SignatureInvalid, SignatureUntrusted, SignatureExpired, SignatureRevoked, SignatureUnchecked, Unsupported, Content, NodeFailure}
 }
 
@@ -92,6 +94,8 @@ func (c Code) Remedy() string {
 		return "the registry has lost a part of the artifact, or retention removed it: `streamctl create --force`"
 	case Damaged:
 		return "`streamctl verify` says more, and `streamctl create --force` replaces it; a mirror may be what is damaged"
+	case Tampered:
+		return "`streamctl verify` proves what is in the registry: find out who may push there, and replace the artifact; `streaming-snapshotter quarantine` lists what this node refuses"
 	case SignatureMissing:
 		return "`streamctl sign` signs the artifact that is there, `streamctl create --sign` makes and signs one"
 	case SignatureInvalid:

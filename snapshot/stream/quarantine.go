@@ -77,7 +77,10 @@ func (s *Store) Usable(id string) error {
 	if err != nil {
 		return err
 	}
-	return img.refused()
+	if err := img.refused(); err != nil {
+		return err
+	}
+	return s.trusted(img)
 }
 
 // quarantine puts the index of layer i of img into quarantine; why is the difference. Its error is ErrQuarantined.

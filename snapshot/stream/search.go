@@ -12,6 +12,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // searchKey is what is looked for: one repository may have an artifact of an image that another has without.
@@ -40,7 +41,7 @@ func (s *Store) join(ctx context.Context, key searchKey) (*search, error) {
 	q := s.searches[key]
 	if q == nil {
 		q = &search{done: make(chan struct{})}
-		ctx, q.cancel = context.WithTimeout(context.WithoutCancel(ctx), s.o.Timeout)
+		ctx, q.cancel = context.WithCancel(context.WithoutCancel(ctx))
 		s.searches[key] = q
 		s.running.Go(func() { s.search(ctx, q, key) })
 	}
@@ -68,9 +69,15 @@ func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 	span.Set(ctx, "image", string(key.repo)+"@"+key.manifest.String())
 	start := time.Now()
 	var err error
-	q.image, err = s.lookup(ctx, key.repo, key.manifest)
-	if errors.Is(ctx.Err(), context.DeadlineExceeded) && err != nil {
-		err = fmt.Errorf("the search took longer than %v: %w", s.o.Timeout, err)
+	q.image, err = s.look(ctx, key)
+	for tries := 1; err == nil && s.mustBeProven(q.image, key.repo); tries++ {
+		if err = s.proveFirst(ctx, q.image); !errors.Is(err, ErrQuarantined) || tries == maxProven {
+			break
+		}
+		lie := err
+		if q.image, err = s.look(ctx, key); err != nil { // of another artifact
+			err = errors.Join(lie, err)
+		}
 	}
 	if err != nil {
 		q.err = WithReason(err)
@@ -80,4 +87,34 @@ func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 			q.expires = q.expires.Add(4 * took) // or searches would take most of the time of a normal pull of many layers
 		}
 	}
+}
+
+// look looks for the image, and no longer than a search may last.
+func (s *Store) look(ctx context.Context, key searchKey) (*image, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.o.Timeout)
+	defer cancel()
+	img, err := s.lookup(ctx, key.repo, key.manifest)
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) && err != nil {
+		err = fmt.Errorf("the search took longer than %v: %w", s.o.Timeout, err)
+	}
+	return img, err
+}
+
+// maxProven is how many artifacts of an image are fetched whole by one search, because those before have lied.
+const maxProven = 4
+
+// mustBeProven reports whether the policy of repo wants img to be proven before it is used. Where nothing is proven at all, nobody uses it: that is `check`.
+func (s *Store) mustBeProven(img *image, repo registryclient.Repository) bool {
+	policy, _ := s.policyOf(repo)
+	return policy == trust.Proven && s.o.Trust.Ledger != nil && !s.proven(img.rec)
+}
+
+// proveFirst fetches all of img and proves it. The search for it waits as long as something comes: reads of the registry end by themselves if nothing does.
+func (s *Store) proveFirst(ctx context.Context, img *image) (err error) {
+	ctx, end := span.Start(ctx, "proof")
+	defer func() { end(err) }()
+	if err := s.Prove(ctx, img.id, func(int64) {}); err != nil {
+		return fmt.Errorf("artifact sha256:%s: %w", img.id, err)
+	}
+	return nil
 }

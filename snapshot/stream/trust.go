@@ -244,14 +244,31 @@ func (s *Store) vouch(img *image, got *vetted) error {
 	return nil
 }
 
-// vet says why img must not be mounted by the policy of today, which may be stricter than that of its pull. A signature was checked at the pull, and is again
-// here, without a registry, only if what is trusted has changed since: what has run out meanwhile stays what it was.
+// vet says why img must not be mounted by the policy of today, which may be stricter than that of its pull. What is proven may be. Else a signature is checked
+// again, without a registry, if what is trusted has changed since the pull: what has run out meanwhile stays what it was. If that comes to nothing, the image is proven now.
 func (s *Store) vet(ctx context.Context, img *image) error {
-	_, v := s.policyOf(img.rec.Repository)
-	if v == nil {
+	policy, v := s.policyOf(img.rec.Repository)
+	if policy != trust.Signed && policy != trust.Proven || s.o.Trust.Ledger != nil && s.proven(img.rec) {
 		return nil
 	}
-	err := trust.ErrMissing
+	err := error(trust.ErrMissing)
+	if v != nil {
+		if err = s.vetAgain(ctx, img, v); err == nil {
+			return nil
+		}
+	}
+	if s.o.Trust.Ledger == nil {
+		return fmt.Errorf("streamed image %s of %s is not trusted any more: %w", img.id, img.rec.Repository, err)
+	}
+	if proveErr := s.Prove(ctx, img.id, func(int64) {}); proveErr != nil {
+		return fmt.Errorf("streamed image %s of %s is not trusted any more, and not proven: %w: %w", img.id, img.rec.Repository, err, proveErr)
+	}
+	return nil
+}
+
+// vetAgain checks the signatures that img was trusted for, as far as what is trusted has changed.
+func (s *Store) vetAgain(ctx context.Context, img *image, v trust.Verifier) error {
+	err := error(trust.ErrMissing)
 	for _, g := range s.vettedOf(img) {
 		if g.Epoch == v.Epoch() {
 			return nil
@@ -263,7 +280,19 @@ func (s *Store) vet(ctx context.Context, img *image) error {
 			return s.vouch(img, got)
 		}
 	}
-	return fmt.Errorf("streamed image %s of %s is not trusted any more, and has to be removed and pulled again: %w", img.id, img.rec.Repository, err)
+	return err
+}
+
+// trusted says why img serves no further pull without a search: it was let in by another policy than that of today. It asks nobody.
+func (s *Store) trusted(img *image) error {
+	policy, v := s.policyOf(img.rec.Repository)
+	switch {
+	case policy != trust.Signed && policy != trust.Proven, s.o.Trust.Ledger != nil && s.proven(img.rec):
+		return nil
+	case v != nil && slices.ContainsFunc(s.vettedOf(img), func(g *vetted) bool { return g.Epoch == v.Epoch() }):
+		return nil
+	}
+	return trust.ErrMissing
 }
 
 // Signature is what is known of who has signed an image's artifact.

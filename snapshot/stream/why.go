@@ -21,6 +21,7 @@ var codes = []struct {
 	is   error
 	code reason.Code
 }{
+	{ErrQuarantined, reason.Tampered},
 	{trust.ErrRevoked, reason.SignatureRevoked},
 	{trust.ErrExpired, reason.SignatureExpired},
 	{trust.ErrUntrusted, reason.SignatureUntrusted},
