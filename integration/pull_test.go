@@ -1,6 +1,7 @@
 package integration_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"maps"
 	"net/http"
@@ -13,10 +14,15 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust/trusttest"
 )
 
 // TestPull pulls and runs with each of containerd's configurations, by tag and by digest, with crictl and with ctr, an image and an image
@@ -218,31 +224,55 @@ func TestCtrWithLocalPull(t *testing.T) {
 }
 
 // TestRoundTrips counts the dependent round trips that the snapshotter adds to a pull: two if the image has a profile, three if not, whatever the number of layers, and one
-// more on the first contact with a registry that has the referrers tag schema only. Each of its requests is delayed by the same second, so
-// those that wait for one another begin a second apart.
+// more on the first contact with a registry that has the referrers tag schema only. Where artifacts must be signed it is one more at most, whoever has signed; that takes
+// `streamctl sign --adopt` for an image with a profile that somebody else has signed. Each of its requests is delayed by the same second, so those that wait for one another
+// begin a second apart.
 func TestRoundTrips(t *testing.T) {
 	const delay = time.Second
+	ca := trusttest.NewCA(t, "authority", nil)
+	key, cert := ca.Issue(t, "build", trusttest.Leaf{}).Files(t, t.TempDir())
+	config := fmt.Sprintf("trust_default = \"signed\"\nnotation_dir = %q\n", trusttest.NewDir(t, ca, trusttest.Statement{Name: "all"}))
 	for name, c := range map[string]struct {
 		options registrytest.Options
 		layers  int
 		profile string
-		rounds  []int // of one pull after the other
+		signed  string // "" is not; ours, foreign or adopted
+		rounds  []int  // of one pull after the other
 	}{
-		"three layers":       {registrytest.Options{}, 3, "static", []int{2, 2}},
-		"120 layers":         {registrytest.Options{}, 120, "static", []int{2}},
-		"without profile":    {registrytest.Options{}, 3, "none", []int{3, 3}},
-		"tag schema":         {registrytest.Options{NoReferrers: true}, 3, "static", []int{3, 2}},
-		"tag schema without": {registrytest.Options{NoReferrers: true}, 3, "none", []int{4, 3}},
+		"three layers":               {registrytest.Options{}, 3, "static", "", []int{2, 2}},
+		"120 layers":                 {registrytest.Options{}, 120, "static", "", []int{2}},
+		"without profile":            {registrytest.Options{}, 3, "none", "", []int{3, 3}},
+		"tag schema":                 {registrytest.Options{NoReferrers: true}, 3, "static", "", []int{3, 2}},
+		"tag schema without":         {registrytest.Options{NoReferrers: true}, 3, "none", "", []int{4, 3}},
+		"signed":                     {registrytest.Options{}, 3, "static", "ours", []int{3, 3}},
+		"signed without profile":     {registrytest.Options{}, 3, "none", "ours", []int{3}},
+		"signed, tag schema without": {registrytest.Options{NoReferrers: true}, 3, "none", "ours", []int{4, 3}},
+		"foreign without profile":    {registrytest.Options{}, 3, "none", "foreign", []int{4}},
+		"foreign, adopted":           {registrytest.Options{}, 3, "static", "adopted", []int{2}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			registry := startRegistry(t, c.options)
-			n := startNode(t, node.Options{Stream: []string{registry.Host() + "/*"}})
+			o := node.Options{Stream: []string{registry.Host() + "/*"}}
+			if c.signed != "" {
+				o.Config = config
+			}
+			n := startNode(t, o)
 			for i, want := range c.rounds {
 				ref := fmt.Sprintf("%s/app%d:v1", registry.Host(), i)
 				push(t, ref, func(dir string, guest []byte) (v1.Image, error) {
 					return ociimage.Layers(dir, guest, c.layers, uint64(i))
 				})
 				run(t, "streamctl", "create", "--record", "", "--profile", c.profile, ref)
+				switch c.signed {
+				case "ours":
+					run(t, "streamctl", "sign", "--sign-key", key, "--sign-cert", cert, ref)
+				case "foreign", "adopted":
+					run(t, "streamctl", "sign", "--sign-key", key, "--sign-cert", cert, ref)
+					withoutHints(t, registry, ref)
+				}
+				if c.signed == "adopted" {
+					run(t, "streamctl", "sign", "--adopt", ref)
+				}
 				remove := registry.Inject(snapshotters, -1, registrytest.Delay(delay))
 				pullStreamed(t, registry, n, ref)
 				remove()
@@ -264,6 +294,60 @@ func TestRoundTrips(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// withoutHints takes away from the signatures of an image's artifact what only ours have.
+func withoutHints(t *testing.T, registry *registrytest.Registry, ref string) {
+	t.Helper()
+	client, err := registryclient.New(registryclient.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	repo, _, _, err := registryclient.ParseReference(ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, _, err := client.Resolve(t.Context(), ref)
+	if err != nil {
+		t.Fatal(err)
+	}
+	artifacts, err := client.Referrers(t.Context(), repo, image.Digest, artifact.ArtifactType)
+	if err != nil || len(artifacts) != 1 {
+		t.Fatalf("artifacts: %v, %v", artifacts, err)
+	}
+	signatures, err := client.Referrers(t.Context(), repo, artifacts[0].Digest, trust.SignatureType)
+	if err != nil || len(signatures) != 1 {
+		t.Fatalf("signatures: %v, %v", signatures, err)
+	}
+	raw, err := client.Manifest(t.Context(), repo, signatures[0].Digest, 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var m ocispec.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		t.Fatal(err)
+	}
+	for _, hint := range []string{trust.HintDigest, trust.HintSize, trust.HintType} {
+		delete(m.Annotations, hint)
+	}
+	if raw, err = json.Marshal(m); err != nil {
+		t.Fatal(err)
+	}
+	name := strings.TrimPrefix(string(repo), registry.Host()+"/")
+	registry.PutManifest(name, "", ocispec.MediaTypeImageManifest, raw)
+	gone, err := http.NewRequestWithContext(t.Context(), http.MethodDelete, "http://"+registry.Host()+"/v2/"+name+"/manifests/"+signatures[0].Digest.String(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(gone)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode/100 != 2 {
+		t.Fatalf("delete: %s", resp.Status)
 	}
 }
 
