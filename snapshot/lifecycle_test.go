@@ -1,6 +1,7 @@
 package snapshot
 
 import (
+	"bytes"
 	"context"
 	"io"
 	"net/http"
@@ -13,10 +14,12 @@ import (
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
@@ -341,5 +344,35 @@ func TestEndSearches(t *testing.T) {
 	}
 	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); reason.Of(err) != reason.Stopping {
 		t.Errorf("after Close: got %v, want STOPPING", err)
+	}
+}
+
+// An old proof stays as long as an image on the node names what it is of.
+func TestOldProofs(t *testing.T) {
+	n := newTestNodeWith(t, func(n *testNode) { n.deadline = time.Hour })
+	tars := threeLayers(t)
+	img := n.push("app", tars...)
+	n.convert(img)
+	n.prepareAll(img, 0, "")
+	used := ledger.Key{DiffID: digest.FromBytes(tars[0]), Index: n.artifactOf(img).Layers[0].IndexDigest}
+	other := ledger.Key{DiffID: digest.FromString("removed"), Index: digest.FromString("long ago")}
+	for _, k := range []ledger.Key{used, other} {
+		if err := n.ledger.Prove(ledger.Proof{Key: k, At: time.Now().AddDate(-1, 0, 0)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	n.restart()
+	if !n.ledger.Proven(used) || n.ledger.Proven(other) {
+		t.Errorf("after a restart: of an image that is here: %v, of none: %v", n.ledger.Proven(used), n.ledger.Proven(other))
+	}
+	// What cannot be read may name it.
+	if err := n.ledger.Prove(ledger.Proof{Key: other, At: time.Now().AddDate(-1, 0, 0)}); err != nil {
+		t.Fatal(err)
+	}
+	n.stop()
+	n.rewrite(n.only("images", "*", "image.json"), func(b []byte) []byte { return bytes.Replace(b, []byte(`"version":1`), []byte(`"version":2`), 1) })
+	n.start()
+	if !n.ledger.Proven(other) {
+		t.Error("dropped beside a record of a newer release")
 	}
 }

@@ -319,6 +319,13 @@ func (l *Ledger) Clear(index digest.Digest) error {
 	return nil
 }
 
+// Count returns how many proofs and how many quarantines are entered.
+func (l *Ledger) Count() (proofs, quarantines int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.proven), len(l.quarantined)
+}
+
 // List returns what is entered, oldest first.
 func (l *Ledger) List() (proofs []Proof, quarantines []Quarantine) {
 	l.mu.Lock()

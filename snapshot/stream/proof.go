@@ -168,8 +168,7 @@ func (s *Store) Proofs() (st ProofStatus) {
 			st.Overdue++
 		}
 	}
-	proven, quarantined := s.o.Trust.Ledger.List()
-	st.Proven, st.Quarantined = len(proven), len(quarantined)
+	st.Proven, st.Quarantined = s.o.Trust.Ledger.Count()
 	return st
 }
 

@@ -143,6 +143,7 @@ func (s *Store) ClearQuarantine(index digest.Digest) error {
 	for _, img := range s.withIndex(index) {
 		img.bad.Store(s.refusalOf(img.rec))
 	}
+	s.log.Warn("a quarantine was ended by hand", "index", index)
 	s.wakeProver()
 	return nil
 }

@@ -305,7 +305,7 @@ func (s *Store) Forget(id string) error {
 	return s.sweepIndexes()
 }
 
-// Retain forgets all images on disk but those that are used.
+// Retain forgets all images on disk but those that are used, and old proofs of what none of these names.
 func (s *Store) Retain(used func(id string) bool) error {
 	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
 	if err != nil {
@@ -316,7 +316,7 @@ func (s *Store) Retain(used func(id string) bool) error {
 			err = errors.Join(err, s.Forget(d.Name()))
 		}
 	}
-	return err
+	return errors.Join(err, s.retainProofs())
 }
 
 func (s *Store) imageDir(id string) string { return filepath.Join(s.o.Root, "images", id) }

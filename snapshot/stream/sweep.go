@@ -7,7 +7,46 @@ import (
 	"strings"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 )
+
+// records reads the records of the images on disk. all is false if there are others, which cannot be read: they name what this release does not know.
+func (s *Store) records() (list []*record, all bool, err error) {
+	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
+	if err != nil {
+		return nil, false, err
+	}
+	for _, d := range dirs {
+		rec, err := loadRecord(s.imageDir(d.Name()))
+		switch {
+		case err == nil:
+			list = append(list, rec)
+		case !errors.Is(err, os.ErrNotExist):
+			return list, false, nil
+		}
+	}
+	return list, true, nil
+}
+
+// retainProofs drops old proofs of what no image on disk names, once every image's record can be read.
+func (s *Store) retainProofs() error {
+	if s.o.Trust.Ledger == nil {
+		return nil
+	}
+	list, all, err := s.records()
+	if err != nil || !all {
+		return err
+	}
+	used := map[ledger.Key]bool{}
+	for _, rec := range list {
+		for i := range rec.Layers {
+			used[rec.key(i)] = true
+		}
+	}
+	s.o.Trust.Ledger.Retain(func(k ledger.Key) bool { return used[k] })
+	return nil
+}
 
 // discardIndexes removes what a search has fetched in vain.
 func (s *Store) discardIndexes() error {
@@ -22,18 +61,11 @@ func (s *Store) sweepIndexes() error {
 	for name := range s.pins {
 		used[name] = true
 	}
-	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
-	if err != nil {
+	list, all, err := s.records()
+	if err != nil || !all {
 		return err
 	}
-	for _, d := range dirs {
-		rec, err := loadRecord(s.imageDir(d.Name()))
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil // it names what this release does not know
-		}
+	for _, rec := range list {
 		for _, l := range rec.Layers {
 			used[l.IndexDigest.Encoded()] = true
 		}
