@@ -1,4 +1,4 @@
-// Package events puts Kubernetes events on the pods whose images are pulled: what `kubectl describe pod` shows under the kubelet's own.
+// Package events puts Kubernetes events on the pods whose images are pulled, or turn out to be bad later: what `kubectl describe pod` shows under the kubelet's own.
 //
 // Which pods: those that the CRI proxy knows the pull to be for, or else the pods of this node that have the image and wait for it. The rights to create events and, without the proxy, to list the node's pods are
 // all that it takes; a kubelet's kubeconfig has them.
@@ -43,12 +43,13 @@ const (
 // Pod names a pod.
 type Pod struct{ Namespace, Name, UID string }
 
-// Event is what happened to the pull of an image.
+// Event is what happened to the pull of an image, or to what was pulled.
 type Event struct {
 	Reason  string // "Streaming": a word for programs
 	Code    string // further words for programs: events of a pod that differ in neither are the same
 	Message string
 	At      time.Time
+	Warning bool // whoever sees the pod is to do something
 }
 
 // Recorder puts events on pods. It is safe for concurrent use.
@@ -66,11 +67,12 @@ type Recorder struct {
 	told    map[subject]*last
 }
 
-// notice is a pull to tell of.
+// notice is what is to be told of.
 type notice struct {
-	image string
+	image string // or what else it is about
 	event Event
-	pods  []Pod // none: those that wait for the image
+	pods  []Pod                   // none: those that wait for the image
+	has   func(image string) bool // not nil: those that have such an image
 }
 
 // pull is one that the CRI proxy sees.
@@ -131,6 +133,17 @@ func (r *Recorder) Tell(image string, e Event) {
 		}
 	}
 	r.mu.Unlock()
+	r.enqueue(n)
+}
+
+// TellAll has e put on the pods of this node that have an image for which has is true, whether it runs there or is waited for. about names what it is about, as the image does for Tell. has is called later, with
+// the pods' own words for their images. TellAll returns at once.
+func (r *Recorder) TellAll(about string, has func(image string) bool, e Event) {
+	r.enqueue(notice{image: about, event: e, has: has})
+}
+
+// enqueue leaves n out if there is too much to tell.
+func (r *Recorder) enqueue(n notice) {
 	select {
 	case r.queue <- n:
 	default:
@@ -180,7 +193,7 @@ func (r *Recorder) send(ctx context.Context, n notice) (begins error) {
 	listed := len(n.pods) == 0
 	if listed {
 		var err error
-		if n.pods, err = r.find(ctx, n.image); err != nil {
+		if n.pods, err = r.find(ctx, n); err != nil {
 			_, begins = r.fails(list, err)
 			return begins
 		}
@@ -215,11 +228,17 @@ func ended(ctx context.Context, err error) error {
 	return err
 }
 
-// find returns the pods that wait for an image.
-func (r *Recorder) find(ctx context.Context, image string) (pods []Pod, err error) {
-	of := parse(image)
-	if of == (reference{}) {
+// find returns the pods that n is for.
+func (r *Recorder) find(ctx context.Context, n notice) (pods []Pod, err error) {
+	of := parse(n.image)
+	if n.has == nil && of == (reference{}) {
 		return nil, nil
+	}
+	is := func(p *kubeapi.Pod) bool {
+		return p.WaitsFor(func(image string) bool { return parse(image) == of })
+	}
+	if n.has != nil {
+		is = func(p *kubeapi.Pod) bool { return p.Has(n.has) }
 	}
 	for again := false; ; again = true {
 		all, err := r.api.Pods(ctx, r.node)
@@ -227,7 +246,7 @@ func (r *Recorder) find(ctx context.Context, image string) (pods []Pod, err erro
 			return nil, err
 		}
 		for _, p := range all {
-			if !p.WaitsFor(func(image string) bool { return parse(image) == of }) {
+			if !is(&p) {
 				continue
 			}
 			uid := p.Metadata.UID
@@ -236,7 +255,7 @@ func (r *Recorder) find(ctx context.Context, image string) (pods []Pod, err erro
 			}
 			pods = append(pods, Pod{p.Metadata.Namespace, p.Metadata.Name, uid})
 		}
-		if len(pods) > 0 || again {
+		if len(pods) > 0 || again || n.has != nil {
 			return pods, nil
 		}
 		select {
@@ -273,13 +292,17 @@ func (r *Recorder) put(ctx context.Context, p Pod, n notice) (put bool, err erro
 
 // object is the event as the API has it.
 func (r *Recorder) object(p Pod, e Event, count int, since time.Time) any {
+	kind := "Normal" // of a pull: a container runs either way
+	if e.Warning {
+		kind = "Warning"
+	}
 	at := func(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 	return map[string]any{
 		"apiVersion":     "v1",
 		"kind":           "Event",
 		"metadata":       map[string]any{"generateName": p.Name + ".", "namespace": p.Namespace},
 		"involvedObject": map[string]any{"apiVersion": "v1", "kind": "Pod", "namespace": p.Namespace, "name": p.Name, "uid": p.UID},
-		"type":           "Normal", // a container runs either way
+		"type":           kind,
 		"reason":         e.Reason,
 		"message":        e.Message[:min(len(e.Message), maxMessage)],
 		"firstTimestamp": at(since), "lastTimestamp": at(e.At), "count": count,

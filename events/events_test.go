@@ -107,6 +107,48 @@ func TestPods(t *testing.T) {
 	}
 }
 
+// What turns out to be bad is told to each pod that has it and is not over, running or not, as a warning.
+func TestTellAll(t *testing.T) {
+	s := kubeapitest.Start(t)
+	pod := func(uid, spec, status string) string {
+		return fmt.Sprintf(`{"metadata": {"namespace": "one", "name": "p%s", "uid": %q}, "spec": {%s}, "status": {%s}}`, uid, uid, spec, status)
+	}
+	bad := `"containers": [{"name": "c", "image": "r.example/a:v1"}]`
+	s.Put(podsOfNode, `{"items": [`+strings.Join([]string{
+		pod("runs", bad, `"phase": "Running", "containerStatuses": [{"name": "c", "state": {"running": {"startedAt": "2026-11-30T00:00:00Z"}}}]`),
+		pod("waits", bad, `"phase": "Pending"`),
+		pod("init", `"containers": [{"name": "c", "image": "r.example/b:v1"}], "initContainers": [{"name": "i", "image": "r.example/a@sha256:1"}]`, `"phase": "Running"`),
+		pod("volume", `"containers": [{"name": "c", "image": "r.example/b:v1"}], "volumes": [{"image": {"reference": "r.example/a:v2"}}]`, `"phase": "Running"`),
+		pod("over", bad, `"phase": "Succeeded"`),
+		pod("failed", bad, `"phase": "Failed"`),
+		pod("other", `"containers": [{"name": "c", "image": "r.example/b:v1"}]`, `"phase": "Running"`),
+	}, ",")+`]}`)
+	s.Put("namespaces/one/events", `{}`)
+	var errs []string
+	r := newRecorder(t, s, &errs)
+	tell := func() []posted {
+		r.TellAll("sha256:1", func(image string) bool { return strings.HasPrefix(image, "r.example/a") }, Event{Reason: "Quarantined", Message: "It lies.", At: time.Now(), Warning: true})
+		return drain(t, r, s)
+	}
+	list := tell()
+	if got, want := uids(list), []string{"init", "runs", "volume", "waits"}; !slices.Equal(got, want) {
+		t.Errorf("told %q, want %q", got, want)
+	}
+	for _, p := range list {
+		if p.Type != "Warning" || p.Reason != "Quarantined" || p.Message != "It lies." {
+			t.Errorf("got %+v", p)
+		}
+	}
+	if again := tell(); len(again) > 0 || len(errs) > 0 {
+		t.Errorf("told again: %+v; errors %q", again, errs)
+	}
+	s.Put(podsOfNode, `{"items": []}`)
+	s.Requests()
+	if r.TellAll("sha256:2", func(string) bool { return true }, Event{}); len(drain(t, r, s)) > 0 || len(s.Requests()) != 1 {
+		t.Error("nobody has it, and it is asked for more than once")
+	}
+}
+
 // What comes again and again is counted, and what is another thing is told.
 func TestCount(t *testing.T) {
 	s := kubeapitest.Start(t)
@@ -116,10 +158,10 @@ func TestCount(t *testing.T) {
 	defer r.Begin("r.example/a:v1", Pod{"one", "p", "uid"})()
 	begin := time.Date(2026, 11, 30, 6, 0, 0, 0, time.UTC)
 	for i := range 5 {
-		r.Tell("r.example/a:v1", Event{"NotStreaming", "AUTH", fmt.Sprint(i), begin.Add(time.Duration(i) * time.Minute)})
+		r.Tell("r.example/a:v1", Event{Reason: "NotStreaming", Code: "AUTH", Message: fmt.Sprint(i), At: begin.Add(time.Duration(i) * time.Minute)})
 	}
-	r.Tell("r.example/a:v1", Event{"NotStreaming", "NO_ARTIFACT", "", begin.Add(5 * time.Minute)})
-	r.Tell("r.example/a:v1", Event{"NotStreaming", "AUTH", "last", begin.Add(quiet)})
+	r.Tell("r.example/a:v1", Event{Reason: "NotStreaming", Code: "NO_ARTIFACT", At: begin.Add(5 * time.Minute)})
+	r.Tell("r.example/a:v1", Event{Reason: "NotStreaming", Code: "AUTH", Message: "last", At: begin.Add(quiet)})
 	list := drain(t, r, s)
 	if len(list) != 3 {
 		t.Fatalf("%d events: %+v", len(list), list)
@@ -180,7 +222,7 @@ func TestRefusedNamespace(t *testing.T) {
 	r := newRecorder(t, s, &errs)
 	full, one := Pod{"full", "a", "1"}, Pod{"one", "b", "2"}
 	told := func(image string, pods ...Pod) []string {
-		r.queue <- notice{image, Event{Reason: "Streaming"}, pods}
+		r.queue <- notice{image: image, event: Event{Reason: "Streaming"}, pods: pods}
 		return uids(drain(t, r, s))
 	}
 	for i := range 3 {

@@ -121,6 +121,11 @@ func (p *Pod) Images() (list []string) {
 	return list
 }
 
+// Has reports whether the pod is not over, and has an image that is wanted.
+func (p *Pod) Has(wanted func(image string) bool) bool {
+	return p.Status.Phase != "Succeeded" && p.Status.Phase != "Failed" && slices.ContainsFunc(p.Images(), wanted)
+}
+
 // WaitsFor reports whether a container of the pod with an image that is wanted has never started, or, of a volume's image, the pod has not.
 func (p *Pod) WaitsFor(wanted func(image string) bool) bool {
 	started := map[string]bool{} // names are a pod's own, whatever the kind of container

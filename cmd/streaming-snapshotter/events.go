@@ -4,14 +4,18 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	runtime "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/criproxy"
 	"github.com/streaming-snapshotter/streaming-snapshotter/events"
+	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
 // podEvents tells pods of their pulls. Nil tells nobody.
@@ -64,6 +68,36 @@ func (e *podEvents) tell(p snapshot.Pull, n *node) {
 func normalPullText(image string, code reason.Code) string {
 	return fmt.Sprintf("%s: image %q is pulled in the normal way; the error is in the node's log and `streaming-snapshotter status`. What to do: %s", code, image, code.Remedy())
 }
+
+// tellProof tells the pods that may have an image whose artifact was put into quarantine: those with an image of its repository, because the name by which it was pulled may be one of several, or of another life of
+// the daemon. It is stream.Trust's OnProof.
+func (e *podEvents) tellProof(p stream.Proof) {
+	if e == nil || p.Kind != stream.Quarantined {
+		return
+	}
+	repo, _, _ := strings.Cut(p.Image, "@")
+	has := func(image string) bool {
+		of, _, _, err := registryclient.ParseReference(image)
+		return err == nil && string(of) == repo
+	}
+	e.TellAll(p.ID, has, events.Event{Reason: "Quarantined", Code: string(reason.Tampered), Message: quarantineText(p), At: p.Evidence.At, Warning: true})
+}
+
+// quarantineText says which artifact is in quarantine, and what is known of whom it came from, to whoever may see a pod's events. What differs is in the node's log.
+func quarantineText(p stream.Proof) string {
+	by := "signed by nobody whom the node has asked for"
+	if p.Evidence.Signer != "" {
+		by = "signed by " + plain.Cut(p.Evidence.Signer, maxOrigin)
+	}
+	if p.Evidence.Converter != "" {
+		by += fmt.Sprintf(", made by %q as it says itself", plain.Cut(p.Evidence.Converter, maxOrigin))
+	}
+	return fmt.Sprintf("%s: layer %d of the streaming artifact sha256:%s, %s, is not the one that image %s lists. On this node reads of that image fail, and no container starts on it. "+
+		"What to do: if it is this pod's, delete the pod, remove the image from the node and pull it again; %s", reason.Tampered, p.Layer, p.ID, by, p.Image, reason.Tampered.Remedy())
+}
+
+// maxOrigin is how many bytes are told of who has signed or made an artifact.
+const maxOrigin = 100
 
 // Begin is criproxy.Pulls's: the kubelet says for which pod it pulls.
 func (e *podEvents) Begin(r *runtime.PullImageRequest) (done func(id string)) {

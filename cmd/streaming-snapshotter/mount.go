@@ -61,7 +61,7 @@ func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store
 			return err
 		}
 	}
-	n, err := newNode(c, g, keep, true, nil)
+	n, err := newNode(c, g, keep, true, nil, nil)
 	if err != nil {
 		return err
 	}

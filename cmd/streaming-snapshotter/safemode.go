@@ -23,6 +23,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
 // Safe mode. A daemon that has failed to start maxFailedStarts times running starts as what it can be without its own parts: a plain overlay
@@ -142,10 +143,10 @@ func attempt[T any](f func() (T, error)) (v T, err error) {
 }
 
 // startSafe opens what can be opened, in safe mode for why. Nothing is streamed that is not there already.
-func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull)) (*node, *snapshot.Snapshotter, error) {
+func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull), onProof func(stream.Proof)) (*node, *snapshot.Snapshotter, error) {
 	safe := reason.New(reason.SafeMode, fmt.Errorf("the daemon is in safe mode, in which nothing new is streamed: %s", why))
 	n, err := attempt(func() (*node, error) {
-		return newNode(c, gate{allow: func(registryclient.Repository) error { return safe }}, keep, false, cri)
+		return newNode(c, gate{allow: func(registryclient.Repository) error { return safe }}, keep, false, cri, onProof)
 	})
 	var images snapshot.Images = noImages{safe}
 	if err != nil {

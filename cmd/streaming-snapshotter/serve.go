@@ -42,8 +42,8 @@ type node struct {
 }
 
 // newNode opens the node's parts with their files in root, which the caller has locked. keep is nil
-// if mounts end with the process. foreign is nodefs.Options.Foreign. cri is nil without the proxy of CRI.
-func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.Store) (n *node, err error) {
+// if mounts end with the process. foreign is nodefs.Options.Foreign. cri is nil without the proxy of CRI, onProof if nobody is told of proofs.
+func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.Store, onProof func(stream.Proof)) (n *node, err error) {
 	n = &node{keeps: keep != nil, cri: cri}
 	defer func() {
 		if err != nil {
@@ -109,8 +109,7 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 		if n.ledger, err = ledger.Open(filepath.Join(c.Root, "trust"), nil); err != nil {
 			return n, err
 		}
-		images.Trust.Ledger = n.ledger
-		images.Trust.Deadline = c.ProofDeadline.D
+		images.Trust = stream.Trust{Ledger: n.ledger, Deadline: c.ProofDeadline.D, OnProof: onProof}
 	}
 	if n.images, err = stream.New(images); err != nil {
 		return n, err
@@ -256,9 +255,9 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	ready := false
 	if err = configErr; err == nil {
 		if safe != "" {
-			n, sn, err = startSafe(c, safe, keep, cri, log, onPull)
+			n, sn, err = startSafe(c, safe, keep, cri, log, onPull, pods.tellProof)
 		} else {
-			n, sn, err = startNormal(c, keep, cri, log, onPull, seen.starts.started)
+			n, sn, err = startNormal(c, keep, cri, log, onPull, pods.tellProof, seen.starts.started)
 		}
 	}
 	if err == nil {
@@ -285,12 +284,12 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 }
 
 // startNormal opens everything.
-func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull), onStart func(stream.Start)) (*node, *snapshot.Snapshotter, error) {
+func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull), onProof func(stream.Proof), onStart func(stream.Start)) (*node, *snapshot.Snapshotter, error) {
 	g, err := c.gate(revocations(c.Root))
 	if err != nil {
 		return nil, nil, err
 	}
-	n, err := attempt(func() (*node, error) { return newNode(c, g, keep, false, cri) })
+	n, err := attempt(func() (*node, error) { return newNode(c, g, keep, false, cri, onProof) })
 	if err != nil {
 		return nil, nil, err
 	}
