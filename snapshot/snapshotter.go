@@ -39,7 +39,7 @@ import (
 // Images are the images that this node can stream. *stream.Store is one.
 type Images interface {
 	// Find says whether the image that ref names, with this platform manifest, can be streamed: under which id, and its
-	// chain IDs, bottom first. An error is the reason why not, as a rule a *reason.Error.
+	// chain IDs, bottom first. An error is the reason why not, as a rule a *reason.Error; an id beside it is of an image that is here in vain.
 	Find(ctx context.Context, ref string, manifest digest.Digest) (id string, chainIDs []digest.Digest, err error)
 	// Mount mounts the chain of the first n layers of image id at target. It needs no network for an image that was found
 	// before, in this life of the daemon or an earlier one.

@@ -25,7 +25,7 @@ type searchKey struct {
 type search struct {
 	cancel  context.CancelFunc
 	done    chan struct{}
-	image   *image
+	image   *image // beside an error, one that was not proven
 	err     error
 	expires time.Time // of a failure
 }
@@ -74,10 +74,12 @@ func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 		if err = s.proveFirst(ctx, q.image); !errors.Is(err, ErrQuarantined) || tries == maxProven {
 			break
 		}
-		lie := err
-		if q.image, err = s.look(ctx, key); err != nil { // of another artifact
-			err = errors.Join(lie, err)
+		next, lookErr := s.look(ctx, key) // for another artifact
+		if lookErr != nil {
+			err = errors.Join(err, lookErr)
+			break
 		}
+		q.image, err = next, nil
 	}
 	if err != nil {
 		q.err = WithReason(err)

@@ -198,11 +198,14 @@ func (s *Store) Close() error {
 // Find looks for the artifact of the image that ref names and whose platform manifest is manifest. The error is a
 // *reason.Error unless ctx ended: a normal pull is the answer. A success stands as long as the image is in use, a failure for seconds.
 //
-// The id names the artifact on this node; chainIDs are those of the image's own config, bottom first.
+// The id names the artifact on this node; chainIDs are those of the image's own config, bottom first. An id beside an error is of an artifact that was kept to be proven, and is not: it may be forgotten.
 func (s *Store) Find(ctx context.Context, ref string, manifest digest.Digest) (id string, chainIDs []digest.Digest, err error) {
 	img, err := s.find(ctx, ref, manifest)
-	if err != nil {
+	switch {
+	case img == nil:
 		return "", nil, err
+	case err != nil:
+		return img.id, nil, err
 	}
 	return img.id, img.rec.ChainIDs, nil
 }

@@ -257,7 +257,10 @@ func (s *Store) vet(ctx context.Context, img *image) error {
 			return nil
 		}
 	}
-	if s.o.Trust.Ledger == nil {
+	switch {
+	case s.o.Trust.Ledger == nil && policy == trust.Proven:
+		return fmt.Errorf("streamed image %s: the policy of %s is proven, and only the daemon proves images", img.id, img.rec.Repository)
+	case s.o.Trust.Ledger == nil:
 		return fmt.Errorf("streamed image %s of %s is not trusted any more: %w", img.id, img.rec.Repository, err)
 	}
 	if proveErr := s.Prove(ctx, img.id, func(int64) {}); proveErr != nil {
