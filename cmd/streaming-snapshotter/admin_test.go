@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -93,7 +94,7 @@ func TestAdmin(t *testing.T) {
 	samples := parseMetrics(t, text)
 	for sample, want := range map[string]float64{
 		"ready": 1, "safe_mode": 0, "paused": 0, "pulls_streamed_total": 1, `pulls_normal_total{reason="NO_ARTIFACT"}`: 1, `pulls_normal_total{reason="AUTH"}`: 0, "images": 1, "images_mounted": 1,
-		`mounts{by="daemon"}`: 1, `mounts{by="files"}`: 0, `registry_hosts{state="ok"}`: 1, "reads_failed_total": 0, "pull_seconds_count": 1, `pull_seconds_bucket{le="+Inf"}`: 1,
+		`mounts{by="daemon"}`: 1, `mounts{by="files"}`: 0, `registry_hosts{state="ok"}`: 1, "reads_failed_total": 0, "proofs_overdue": 0, "layers_quarantined": 0, "pull_seconds_count": 1, `pull_seconds_bucket{le="+Inf"}`: 1,
 	} {
 		if got, is := samples[metricPrefix+sample]; !is || got != want {
 			t.Errorf("%s is %v, want %v", sample, got, want)
@@ -164,13 +165,15 @@ func parseMetrics(t *testing.T, text string) map[string]float64 {
 	return samples
 }
 
-// checkDashboard wants each metric that the dashboard asks for to be there, with the labels that it asks by.
+// checkDashboard wants each metric that the dashboard and the alerts of docs/operations.md ask for to be there, with the labels that the dashboard asks by.
 func checkDashboard(t *testing.T, samples map[string]float64) {
 	t.Helper()
 	b, err := os.ReadFile("../../deploy/grafana/streaming-snapshotter.json")
-	if err != nil {
+	docs, docsErr := os.ReadFile("../../docs/operations.md")
+	if err := errors.Join(err, docsErr); err != nil {
 		t.Fatal(err)
 	}
+	b = append(b, docs...)
 	have := map[string]bool{}
 	for key := range samples {
 		name, label, _ := strings.Cut(key, "{")

@@ -25,6 +25,8 @@ const (
 	cacheTooLarge traps.Code = "CACHE_SIZE" // the disk is full before the cache is
 	noHoles       traps.Code = "NO_HOLES"   // the cache gives nothing back
 	noHTTPProxy   traps.Code = "NO_HTTP_PROXY"
+	quarantined   traps.Code = "QUARANTINED" // containers get errors, and start no more
+	unproven      traps.Code = "UNPROVEN"    // what runs may be anything
 
 	otherContainerd traps.Code = "CRI_CONTAINERD" // the daemon asks where no containerd is
 )

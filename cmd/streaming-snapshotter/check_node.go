@@ -80,12 +80,37 @@ func (r *checkReport) checkDaemon(ctx context.Context, c config) {
 	if s.Paused != "" {
 		r.trap(paused, reason.Paused.Remedy(), "streaming is paused since %s: every image is pulled in the normal way", s.Paused)
 	}
+	r.checkProofs(s, time.Now())
 	for key, socket := range map[string]string{"address": c.Address, "cri_proxy": c.CRIProxy} {
 		if socket != "" && !reaches(socket) {
 			r.trap(daemonDown, "restart the daemon: it may have been started with another configuration", "the daemon runs, and nobody answers at %s (`%s`)", socket, key)
 		}
 	}
 }
+
+// checkProofs looks at what the daemon has proven of the images that are here.
+func (r *checkReport) checkProofs(s status, now time.Time) {
+	var late []string
+	for _, i := range s.Images {
+		switch {
+		case i.Quarantine != "":
+			r.trap(quarantined, reason.Tampered.Remedy(), "%s: %s", i.name(), i.Quarantine)
+		case i.ProofDue != nil && i.ProofDue.Before(now):
+			late = append(late, fmt.Sprintf("%s, %d of %d layers proven, due %s", i.name(), i.Proven, i.Layers, i.ProofDue.UTC().Format(time.RFC3339)))
+		}
+	}
+	if len(late) > 0 {
+		more := ""
+		if n := len(late) - maxLate; n > 0 {
+			late, more = late[:maxLate], fmt.Sprintf("; and %d more", n)
+		}
+		r.trap(unproven, "the log says what keeps a layer from being proven (`a layer is not proven for now`): a registry that gives nothing as a rule; without one, raise proof_deadline",
+			"images run, and have not been proven within proof_deadline: %s%s", strings.Join(late, "; "), more)
+	}
+}
+
+// maxLate is how many images that are not proven in time are named.
+const maxLate = 10
 
 // containerdReport is what was found of containerd.
 type containerdReport struct {

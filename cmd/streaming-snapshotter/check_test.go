@@ -11,11 +11,13 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/install"
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 )
 
 // What is wrong with the node itself has a name, too, and scripts can tell what was found from what could not be looked at.
@@ -120,6 +122,38 @@ func TestCheckIsPrintable(t *testing.T) {
 	}
 }
 
+// An image in quarantine is a trap, and so are those whose proof is overdue, in one; not one that waits for its proof, or is proven.
+func TestCheckProofs(t *testing.T) {
+	now := time.Date(2026, 11, 30, 12, 0, 0, 0, time.UTC)
+	image := func(ref string, due time.Duration, quarantine string) imageStatus {
+		i := imageStatus{Ref: ref, ImageStatus: stream.ImageStatus{Layers: 3, Proven: 1, Quarantine: quarantine}}
+		if due != 0 {
+			at := now.Add(due)
+			i.ProofDue = &at
+		}
+		return i
+	}
+	var r checkReport
+	r.checkProofs(status{Images: []imageStatus{image("proven", 0, ""), image("waits", time.Second, "")}}, now)
+	if len(r.Traps) > 0 {
+		t.Errorf("got %+v", r.Traps)
+	}
+	s := status{Images: []imageStatus{image("waits", time.Second, ""), image("lies", 0, "artifact sha256:1 lies")}}
+	for i := range maxLate + 2 {
+		s.Images = append(s.Images, image(fmt.Sprint("late-", i), -time.Second, ""))
+	}
+	r.checkProofs(s, now)
+	if len(r.Traps) != 2 || r.Traps[0].Code != quarantined || r.Traps[1].Code != unproven || r.Traps[1].Remedy == "" {
+		t.Fatalf("got %+v", r.Traps)
+	}
+	if got, want := r.Traps[0], (traps.Trap{Code: quarantined, Text: "lies: artifact sha256:1 lies", Remedy: reason.Tampered.Remedy()}); got != want {
+		t.Errorf("got %+v, want %+v", got, want)
+	}
+	if text := r.Traps[1].Text; !strings.Contains(text, "late-0, 1 of 3 layers proven, due 2026-11-30T11:59:59Z; late-1") || !strings.HasSuffix(text, "; and 2 more") || strings.Contains(text, "waits") {
+		t.Errorf("got %s", text)
+	}
+}
+
 // docs/operations.md has all traps.
 func TestTrapsAreDocumented(t *testing.T) {
 	b, err := os.ReadFile("../../docs/operations.md")
@@ -134,7 +168,7 @@ func TestTrapsAreDocumented(t *testing.T) {
 			documented = append(documented, traps.Code(code))
 		}
 	}
-	want := append(traps.All(), nothingListed, paused, daemonDown, safeMode, cacheTooLarge, noHoles, noHTTPProxy, otherContainerd)
+	want := append(traps.All(), nothingListed, paused, daemonDown, safeMode, cacheTooLarge, noHoles, noHTTPProxy, quarantined, unproven, otherContainerd)
 	slices.Sort(want)
 	slices.Sort(documented)
 	if !slices.Equal(documented, want) {

@@ -217,11 +217,16 @@ func (s status) printImages(w io.Writer) {
 		if i.Size > 0 {
 			part = 100 * float64(i.Local) / float64(i.Size)
 		}
-		say(t, "%s\t%s\t%s\t%.0f\t%s\t%s\t%d\t%d\t%s\n", cmp.Or(i.Ref, string(i.Repository)+"@"+short(i.Manifest.String())), bytesText(i.Local), bytesText(i.Size), part,
+		say(t, "%s\t%s\t%s\t%.0f\t%s\t%s\t%d\t%d\t%s\n", i.name(), bytesText(i.Local), bytesText(i.Size), part,
 			bytesText(i.Reads.MissedBytes), ratio(i.Reads.Hits, i.Reads.Misses), i.Through+i.Direct, i.Direct, i.proof())
 	}
 	t.Flush()
 	fmt.Fprintln(w)
+}
+
+// name is what the image was pulled by, or its repository with the beginning of the manifest's digest.
+func (i imageStatus) name() string {
+	return cmp.Or(i.Ref, string(i.Repository)+"@"+short(i.Manifest.String()))
 }
 
 // proof says how far the image is proven.
