@@ -413,24 +413,3 @@ func TestManifestDigestOfAnotherKind(t *testing.T) {
 		t.Errorf("left behind: %q", left)
 	}
 }
-
-// Of what is fetched to be proven, and is a lie, nothing stays but that it is one; the pull is normal.
-func TestProvenInVain(t *testing.T) {
-	n := newTestNodeWith(t, func(n *testNode) {
-		n.deadline = time.Hour
-		n.policy = func(registryclient.Repository) (trust.Policy, trust.Verifier) { return trust.Proven, nil }
-	})
-	img, _ := n.pushForged("app")
-	if _, err := n.sn.Prepare(testContext(), "extract", "", img.labels(0)); err != nil {
-		t.Fatalf("no normal pull: %v", err)
-	}
-	if left := n.filesIn("images", "indexes"); len(left) > 0 {
-		t.Errorf("left: %q", left)
-	}
-	if _, bad := n.ledger.Count(); bad != 1 {
-		t.Errorf("%d in quarantine", bad)
-	}
-	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); reason.Of(err) != reason.Tampered {
-		t.Errorf("found again: %v", err)
-	}
-}

@@ -85,7 +85,7 @@ func (e *podEvents) tellProof(p stream.Proof) {
 
 // quarantineText says which artifact is in quarantine, and what is known of whom it came from, to whoever may see a pod's events. What differs is in the node's log.
 func quarantineText(p stream.Proof) string {
-	by := "signed by nobody whom the node has asked for"
+	by := "signed by nobody that the node knows of"
 	if p.Evidence.Signer != "" {
 		by = "signed by " + plain.Cut(p.Evidence.Signer, maxOrigin)
 	}

@@ -251,7 +251,7 @@ func (s *Store) vet(ctx context.Context, img *image) error {
 	if policy != trust.Signed && policy != trust.Proven || s.o.Trust.Ledger != nil && s.proven(img.rec) {
 		return nil
 	}
-	err := error(trust.ErrMissing)
+	err := untrusted(policy)
 	if v != nil {
 		if err = s.vetAgain(ctx, img, v); err == nil {
 			return nil
@@ -259,12 +259,12 @@ func (s *Store) vet(ctx context.Context, img *image) error {
 	}
 	switch {
 	case s.o.Trust.Ledger == nil && policy == trust.Proven:
-		return fmt.Errorf("streamed image %s: the policy of %s is proven, and only the daemon proves images", img.id, img.rec.Repository)
+		return fmt.Errorf("streamed image %s: the policy of %s is proven, and nothing proves images here but the daemon", img.id, img.rec.Repository)
 	case s.o.Trust.Ledger == nil:
 		return fmt.Errorf("streamed image %s of %s is not trusted any more: %w", img.id, img.rec.Repository, err)
 	}
 	if proveErr := s.Prove(ctx, img.id, func(int64) {}); proveErr != nil {
-		return fmt.Errorf("streamed image %s of %s is not trusted any more, and not proven: %w: %w", img.id, img.rec.Repository, err, proveErr)
+		return fmt.Errorf("streamed image %s of %s is not trusted any more (%w), and cannot be proven: %w", img.id, img.rec.Repository, err, proveErr)
 	}
 	return nil
 }
@@ -294,6 +294,16 @@ func (s *Store) trusted(img *image) error {
 		return nil
 	case v != nil && slices.ContainsFunc(s.vettedOf(img), func(g *vetted) bool { return g.Epoch == v.Epoch() }):
 		return nil
+	}
+	return untrusted(policy)
+}
+
+var errUnproven = errors.New("not all of it is proven")
+
+// untrusted is what an image lacks for a policy, if it was let in by another.
+func untrusted(policy trust.Policy) error {
+	if policy == trust.Proven {
+		return errUnproven
 	}
 	return trust.ErrMissing
 }

@@ -1,0 +1,79 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
+)
+
+// Of what is fetched to be proven, and is a lie, nothing stays but that it is one; the pull is normal.
+func TestProvenInVain(t *testing.T) {
+	n := newTestNodeWith(t, func(n *testNode) {
+		n.deadline = time.Hour
+		n.policy = func(registryclient.Repository) (trust.Policy, trust.Verifier) { return trust.Proven, nil }
+	})
+	img, _ := n.pushForged("app")
+	if _, err := n.sn.Prepare(testContext(), "extract", "", img.labels(0)); err != nil {
+		t.Fatalf("no normal pull: %v", err)
+	}
+	if left := n.filesIn("images", "indexes"); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+	if _, bad := n.ledger.Count(); bad != 1 {
+		t.Errorf("%d in quarantine", bad)
+	}
+	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); reason.Of(err) != reason.Tampered {
+		t.Errorf("found again: %v", err)
+	}
+}
+
+// What the policy open has let in starts under proven once all of it is proven, and is no base of another pull before.
+func TestTightenedToProven(t *testing.T) {
+	for _, lies := range []bool{false, true} {
+		t.Run(fmt.Sprintf("lies %v", lies), func(t *testing.T) {
+			var strict atomic.Bool
+			n := newTestNodeWith(t, func(n *testNode) {
+				n.deadline = time.Hour
+				n.policy = func(registryclient.Repository) (trust.Policy, trust.Verifier) {
+					if strict.Load() {
+						return trust.Proven, nil
+					}
+					return trust.Open, nil
+				}
+			})
+			var img testImage
+			if lies {
+				img, _ = n.pushForged("app")
+			} else {
+				img = n.push("app", threeLayers(t)...).converted(n)
+			}
+			top := n.prepareAll(img, 0, "")
+			id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			strict.Store(true)
+			n.restart() // which reads the configuration
+			if n.images.Usable(id) == nil {
+				t.Error("it serves another pull")
+			}
+			_, err = n.sn.Prepare(testContext(), "container", top)
+			if errors.Is(err, stream.ErrQuarantined) != lies || (err != nil) != lies {
+				t.Errorf("a container starts: %v", err)
+			}
+			if proven, bad := n.ledger.Count(); lies && bad != 1 || !lies && (bad != 0 || proven != len(img.chainIDs)) {
+				t.Errorf("%d proven, %d in quarantine", proven, bad)
+			}
+			if err := n.images.Usable(id); (err != nil) != lies {
+				t.Errorf("usable: %v", err)
+			}
+		})
+	}
+}
