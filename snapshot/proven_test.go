@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
@@ -75,5 +77,36 @@ func TestTightenedToProven(t *testing.T) {
 				t.Errorf("usable: %v", err)
 			}
 		})
+	}
+}
+
+// Whoever attaches lies without end has a few of them fetched at a pull, and the pull is a normal one; none is fetched twice.
+func TestManyLies(t *testing.T) {
+	n := newTestNodeWith(t, func(n *testNode) {
+		n.deadline = time.Hour
+		n.policy = func(registryclient.Repository) (trust.Policy, trust.Verifier) { return trust.Proven, nil }
+	})
+	lower, honest := tarOf(t, file{"base", big("base")}), tarOf(t, file{"program", big("good")})
+	img := n.push("app", lower, honest)
+	for i := range 6 {
+		evil := tarOf(t, file{"program", big(fmt.Sprint("evil", i))})
+		n.attachTars(img, [][]byte{lower, evil}, func(layer int, index []byte, diffID digest.Digest) []byte {
+			if layer == 1 {
+				diffID = digest.FromBytes(honest)
+			}
+			return claim(index, diffID)
+		})
+	}
+	for i, want := range []int{4, 6, 6} {
+		if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); reason.Of(err) != reason.Tampered {
+			t.Errorf("pull %d: %v", i, err)
+		}
+		if _, bad := n.ledger.Count(); bad != want {
+			t.Errorf("after pull %d, %d are in quarantine, want %d", i, bad, want)
+		}
+		n.restart() // or the failure might stand
+	}
+	if left := n.filesIn("images", "indexes"); len(left) > 0 {
+		t.Errorf("left: %q", left)
 	}
 }
