@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -60,13 +61,9 @@ func printQuarantines(w io.Writer, list []ledger.Quarantine) {
 		return
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "INDEX\tIMAGE\tARTIFACT\tSINCE\tSIGNED BY\tWHY")
+	fmt.Fprintln(t, "INDEX\tIMAGE\tARTIFACT\tSINCE\tSIGNED BY\tMADE BY, IT SAYS\tWHY")
 	for _, q := range list {
-		signer := q.Signer
-		if signer == "" {
-			signer = "-"
-		}
-		say(t, "%s\t%s@%s\t%s\t%s\t%s\t%s\n", q.Index, q.Repository, q.Manifest, q.Artifact, q.At.UTC().Format(time.RFC3339), signer, q.Why)
+		say(t, "%s\t%s@%s\t%s\t%s\t%s\t%s\t%s\n", q.Index, q.Repository, q.Manifest, q.Artifact, q.At.UTC().Format(time.RFC3339), cmp.Or(q.Signer, "-"), cmp.Or(q.Converter, "-"), q.Why)
 	}
 	t.Flush()
 }
