@@ -14,6 +14,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/criproxy"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs/cache"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
@@ -45,8 +46,9 @@ type hostReport struct {
 	Error        string   `json:"error,omitempty"`       // "": it has the image
 }
 
-// checkImage looks for the artifact of o.ref as a pull does, with files of its own in dir. cri has what came with pulls; nil without the proxy of CRI.
-func checkImage(ctx context.Context, c config, o checkOptions, dir string, cri *criproxy.Store) (_ *imageReport, err error) {
+// checkImage looks for the artifact of o.ref as a pull does, with files of its own in dir. cri has what came with pulls; nil without the proxy of CRI. refused has what is in
+// quarantine; nil if that is not known.
+func checkImage(ctx context.Context, c config, o checkOptions, dir string, cri *criproxy.Store, refused *ledger.Ledger) (_ *imageReport, err error) {
 	r := &imageReport{Ref: o.ref, Hosts: []hostReport{}}
 	repo, _, _, err := registryclient.ParseReference(o.ref)
 	if err != nil {
@@ -64,7 +66,7 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string, cri *
 		return nil, err
 	}
 	defer reg.Close()
-	images, end, err := newSearch(c, reg, dir)
+	images, end, err := newSearch(c, reg, dir, refused)
 	if err != nil {
 		return nil, err
 	}
@@ -102,7 +104,7 @@ func checkImage(ctx context.Context, c config, o checkOptions, dir string, cri *
 }
 
 // newSearch returns what looks for artifacts with files of its own in dir, and mounts nothing.
-func newSearch(c config, reg *registryclient.Client, dir string) (images *stream.Store, end func() error, err error) {
+func newSearch(c config, reg *registryclient.Client, dir string, refused *ledger.Ledger) (images *stream.Store, end func() error, err error) {
 	g, err := c.gate("")
 	if err != nil {
 		return nil, nil, err
@@ -113,7 +115,7 @@ func newSearch(c config, reg *registryclient.Client, dir string) (images *stream
 		return nil, nil, err
 	}
 	images, err = stream.New(stream.Options{
-		Root: root, Registry: reg, Cache: chunks, Allow: g.allow, Policy: g.policy, Timeout: c.ResolveTimeout.D, NoReadAhead: true,
+		Root: root, Registry: reg, Cache: chunks, Allow: g.allow, Policy: g.policy, Timeout: c.ResolveTimeout.D, NoReadAhead: true, Trust: stream.Trust{Ledger: refused},
 	})
 	if err != nil {
 		return nil, nil, errors.Join(err, chunks.Close())
@@ -131,7 +133,7 @@ func (r *checkReport) askImage(ctx context.Context, c config, o checkOptions, di
 		err = askDaemon(ctx, c.Root, "/check?"+url.Values{"ref": {o.ref}, "platform": {o.platform}}.Encode(), &image)
 	}
 	if err != nil {
-		image, err = checkImage(ctx, c, o, dir, nil)
+		image, err = checkImage(ctx, c, o, dir, nil, nil)
 	}
 	if err == nil && image.Manifest != "" {
 		image.askLast(ctx, c.Root)
@@ -147,7 +149,7 @@ func (n *node) check(c config) func(ctx context.Context, ref, platform string) (
 			return nil, err
 		}
 		defer func() { err = errors.Join(err, remove()) }()
-		return checkImage(ctx, c, checkOptions{ref: ref, platform: platform}, dir, n.cri)
+		return checkImage(ctx, c, checkOptions{ref: ref, platform: platform}, dir, n.cri, n.ledger)
 	}
 }
 

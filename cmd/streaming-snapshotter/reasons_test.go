@@ -155,12 +155,12 @@ func (n *reasonNode) check(t *testing.T, code reason.Code, labels map[string]str
 		if slices.ContainsFunc(r.Traps, func(t traps.Trap) bool { return t.Code == safeMode }) && got == "" {
 			got = code
 		}
-	case reason.NodeFailure, reason.Tampered: // of the daemon's files, and of what it has proven: those of check are well, and it does not fetch all of an image
+	case reason.NodeFailure: // of the daemon's files: those of check are well
 		if r.Image.LastPull != nil && got == "" {
 			got = r.Image.LastPull.Reason
 		}
 	}
-	if got != code || code != reason.SafeMode && code != reason.NodeFailure && code != reason.Tampered && (r.Image.Error == "" || r.Image.Remedy == "") {
+	if got != code || code != reason.SafeMode && code != reason.NodeFailure && (r.Image.Error == "" || r.Image.Remedy == "") {
 		t.Errorf("check says %+v, traps %+v", r.Image, r.Traps)
 	}
 	if want := code != reason.Unreachable && code != reason.Timeout && code != reason.Damaged; len(r.Image.Hosts) != 1 || (r.Image.Hosts[0].Error == "") != want {

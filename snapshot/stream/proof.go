@@ -46,7 +46,7 @@ var (
 
 // Trust is what a Store proves, and remembers of that.
 type Trust struct {
-	Ledger   *ledger.Ledger // nil: nothing is proven, and nothing in quarantine
+	Ledger   *ledger.Ledger // nil: nothing is proven, and nothing in quarantine. Without a Mounter it is only read
 	Deadline time.Duration  // of an image's proof, from its first mount on; 0 is an hour
 	// OnProof is told of what was proven, was not in time, or was put into quarantine. It must not block. Nil is nobody.
 	OnProof func(Proof)
@@ -87,6 +87,9 @@ func (rec *record) key(layer int) ledger.Key {
 }
 
 func (s *Store) deadline() time.Duration { return cmp.Or(s.o.Trust.Deadline, defaultDeadline) }
+
+// proves reports whether images are proven here: who mounts nothing only looks what a pull would find.
+func (s *Store) proves() bool { return s.o.Trust.Ledger != nil && s.o.Mounter != nil }
 
 // proven reports whether all layers of rec are, or need not be.
 func (s *Store) proven(rec *record) bool {

@@ -108,7 +108,7 @@ const maxProven = 4
 // mustBeProven reports whether the policy of repo wants img to be proven before it is used. Where nothing is proven at all, nobody uses it: that is `check`.
 func (s *Store) mustBeProven(img *image, repo registryclient.Repository) bool {
 	policy, _ := s.policyOf(repo)
-	return policy == trust.Proven && s.o.Trust.Ledger != nil && !s.proven(img.rec)
+	return policy == trust.Proven && s.proves() && !s.proven(img.rec)
 }
 
 // proveFirst fetches all of img and proves it. The search for it waits as long as something comes: reads of the registry end by themselves if nothing does.

@@ -152,7 +152,7 @@ func New(o Options) (*Store, error) {
 	if o.Background > 0 {
 		s.running.Go(func() { s.complete(ctx) })
 	}
-	if o.Trust.Ledger != nil {
+	if s.proves() {
 		s.running.Go(func() { s.prove(ctx) })
 	}
 	return s, nil
