@@ -16,7 +16,7 @@ import (
 // trustRule is a [[trust]] of the configuration.
 type trustRule struct {
 	Repositories patterns     `toml:"repositories" comment:"As in stream."`
-	Policy       trust.Policy `toml:"policy" comment:"open, signed or off; proven is not in this release."`
+	Policy       trust.Policy `toml:"policy" comment:"open, signed, proven or off."`
 }
 
 // minProofDeadline leaves a proof the time that it may take.
