@@ -13,6 +13,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
 // small makes n layers of a file.
@@ -173,5 +174,41 @@ func TestNoEmptyLists(t *testing.T) {
 	}
 	if index, _, err := p.(*registry).readReferrersTag(t.Context(), d.Digest); !errors.Is(err, ErrNotFound) {
 		t.Errorf("its list is there: %+v, %v", index, err)
+	}
+}
+
+// TestReferrersTagBesideAPI: notation's sign writes the referrers tag whatever the registry has. What is deleted there is taken out of it, so that it can be written again; what is others' stays.
+func TestReferrersTagBesideAPI(t *testing.T) {
+	image := registrytest.Start(t, registrytest.Options{}).Host() + "/app:v1"
+	p, _ := open(t, image)
+	d := testImage{layers: small(1, 1)}.put(t, p, "v1")
+	ours := create(t, image, CreateOptions{})[0].Artifact.Digest
+	list := func() (digests []digest.Digest) {
+		index, _, err := p.(*registry).readReferrersTag(t.Context(), d.Digest)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range index.Manifests {
+			digests = append(digests, m.Digest)
+		}
+		return digests
+	}
+	index := ocispec.Index{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageIndex}
+	for _, of := range []digest.Digest{ours, d.Digest} { // another's is any that is there
+		m, _, err := p.Manifest(t.Context(), of.String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		index.Manifests = append(index.Manifests, bare(m))
+	}
+	putManifest(t, p, ocispec.MediaTypeImageIndex, referrersTag(d.Digest), index)
+	if got := list(); len(got) != 2 {
+		t.Fatalf("the tag has %v", got)
+	}
+	if _, err := DeleteArtifacts(t.Context(), p, "v1", nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := list(); len(got) != 1 || got[0] != d.Digest {
+		t.Errorf("after %s was deleted the tag has %v", ours, got)
 	}
 }

@@ -1,7 +1,6 @@
 package converter
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -162,6 +161,9 @@ func (r *registry) rewriteReferrersTag(ctx context.Context, subject, drop digest
 		}
 		keep = append(keep, d)
 	}
+	if len(keep) == len(index.Manifests) {
+		return nil
+	}
 	if len(keep) == 0 && drop != "" {
 		// An empty list is the same as none, and not a tag that people see. Not all registries take a tag away with its manifest.
 		if err := r.pusher.Delete(ctx, r.repo.Digest(digest.FromBytes(old).String())); err == nil {
@@ -175,9 +177,6 @@ func (r *registry) rewriteReferrersTag(ctx context.Context, subject, drop digest
 	if err != nil {
 		return err
 	}
-	if bytes.Equal(raw, old) {
-		return nil
-	}
 	return r.registryError(r.pusher.Put(ctx, r.repo.Tag(referrersTag(subject)), manifest{raw, ocispec.MediaTypeImageIndex}))
 }
 
@@ -188,12 +187,12 @@ func (r *registry) Delete(ctx context.Context, dgst, subject digest.Digest) erro
 		if err != nil {
 			return err
 		}
+		// The list first: an entry without a manifest costs every node a request in vain, a manifest without an entry costs nothing. Where the API is, a
+		// list counts for nobody who reads; but notation's sign writes one all the same, and registries refuse the next with an entry that is gone.
+		if err := r.rewriteReferrersTag(ctx, subject, dgst); err != nil && !api {
+			return fmt.Errorf("take %s out of the referrers tag: %w", dgst, err)
+		}
 		if !api {
-			// The list first: an entry without a manifest costs every node a request in vain, a manifest without an
-			// entry costs nothing.
-			if err := r.rewriteReferrersTag(ctx, subject, dgst); err != nil {
-				return fmt.Errorf("take %s out of the referrers tag: %w", dgst, err)
-			}
 			detached = "it belongs to its image no more, but "
 		}
 	}
