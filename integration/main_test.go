@@ -53,7 +53,7 @@ func build() error {
 	if err := os.Setenv("PATH", strings.Join([]string{bin, filepath.Join(root, ".build/bin"), os.Getenv("PATH")}, ":")); err != nil {
 		return err
 	}
-	for _, tool := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "crictl", "crane", "runc", "skopeo", "docker-registry"} {
+	for _, tool := range []string{"containerd", "containerd-shim-runc-v2", "ctr", "crictl", "crane", "notation", "runc", "skopeo", "docker-registry"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			return fmt.Errorf("%w (`make build` builds the Go tools, .ci/run lists the packages of the others)", err)
 		}
