@@ -43,6 +43,7 @@ type SignOptions struct {
 	CertFile  string        // PEM: the certificate of KeyFile, and those above it up to a root
 	Format    string        // "jws", "cose"; "" is jws
 	Expiry    time.Duration // after which a signature is over, in seconds; 0 is never
+	Timeout   time.Duration // of one signature, with plugin and timestamp, and of a plugin's first answer; 0 is a minute
 
 	TimestampURL  string // of an RFC 3161 authority; "" is none
 	TimestampRoot string // PEM: its root certificate
@@ -57,6 +58,7 @@ type Signer struct {
 	name    string
 	new     func() (notation.Signer, error)
 	options notation.SignerSignOptions
+	timeout time.Duration
 
 	mu   sync.Mutex
 	leaf *x509.Certificate // nil until a plugin has told it
@@ -64,7 +66,7 @@ type Signer struct {
 
 // NewSigner reads the key, or asks the plugin for it. Its error names the file or the plugin.
 func NewSigner(ctx context.Context, o SignOptions) (*Signer, error) {
-	s := &Signer{options: notation.SignerSignOptions{SignatureMediaType: formats[o.Format], ExpiryDuration: o.Expiry, SigningAgent: o.Agent}}
+	s := &Signer{options: notation.SignerSignOptions{SignatureMediaType: formats[o.Format], ExpiryDuration: o.Expiry, SigningAgent: o.Agent}, timeout: cmp.Or(o.Timeout, time.Minute)}
 	switch {
 	case s.options.SignatureMediaType == "":
 		return nil, fmt.Errorf("signature format %q: jws or cose", o.Format)
@@ -167,7 +169,10 @@ func (s *Signer) plugin(ctx context.Context, directory string, suite config.KeyS
 	if err != nil {
 		return fmt.Errorf("signing key %q: plugin %q: %w", suite.Name, suite.PluginName, err)
 	}
-	if _, err := p.GetMetadata(ctx, &framework.GetMetadataRequest{PluginConfig: suite.PluginConfig}); err != nil {
+	if err := s.within(ctx, func(ctx context.Context) error {
+		_, err := p.GetMetadata(ctx, &framework.GetMetadataRequest{PluginConfig: suite.PluginConfig})
+		return err
+	}); err != nil {
 		return fmt.Errorf("signing key %q: plugin %q: %w", suite.Name, suite.PluginName, err)
 	}
 	s.name = suite.Name
@@ -222,14 +227,28 @@ func (s *Signer) sign(ctx context.Context, t trust.Target) (e trust.Envelope, in
 	if err != nil {
 		return e, nil, nil, err
 	}
-	raw, info, err := n.Sign(ctx, ocispec.Descriptor{MediaType: t.MediaType, Digest: t.Digest, Size: t.Size}, s.options)
-	if err != nil {
+	var raw []byte
+	if err := s.within(ctx, func(ctx context.Context) (err error) {
+		raw, info, err = n.Sign(ctx, ocispec.Descriptor{MediaType: t.MediaType, Digest: t.Digest, Size: t.Size}, s.options)
+		return err
+	}); err != nil {
 		return e, nil, nil, err
 	}
 	if p, ok := n.(interface{ PluginAnnotations() map[string]string }); ok {
 		annotations = p.PluginAnnotations()
 	}
 	return trust.Envelope{Digest: digest.FromBytes(raw), MediaType: s.options.SignatureMediaType, Bytes: raw}, info, annotations, nil
+}
+
+// within does what a plugin or an authority may take its time for: one that does not answer would keep a conversion, or streamctl, for ever.
+func (s *Signer) within(ctx context.Context, do func(context.Context) error) error {
+	limited, cancel := context.WithTimeout(ctx, s.timeout)
+	defer cancel()
+	err := do(limited)
+	if err != nil && limited.Err() != nil && ctx.Err() == nil {
+		return fmt.Errorf("no answer within %s: %w", s.timeout, err)
+	}
+	return err
 }
 
 // Signed says if e is a signature of t by the same certificate that has more than a quarter of its time left, see trust.Signer. A plugin tells its certificate

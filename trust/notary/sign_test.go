@@ -10,8 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -53,8 +55,13 @@ func bePlugin(name, command string) error {
 	if err := json.NewDecoder(os.Stdin).Decode(&q); err != nil {
 		return err
 	}
+	if name == "mute" || name == "stuck" && command != "get-plugin-metadata" {
+		wait := make(chan os.Signal, 1)
+		signal.Notify(wait, syscall.SIGTERM)
+		<-wait // for SIGKILL
+	}
 	if command == "get-plugin-metadata" {
-		capability := map[string]framework.Capability{"raw": framework.CapabilitySignatureGenerator, "whole": framework.CapabilityEnvelopeGenerator,
+		capability := map[string]framework.Capability{"raw": framework.CapabilitySignatureGenerator, "stuck": framework.CapabilityEnvelopeGenerator, "whole": framework.CapabilityEnvelopeGenerator,
 			"status": framework.CapabilityRevocationCheckVerifier}[name]
 		return answer(framework.GetMetadataResponse{Name: name, Description: "of a test", Version: "1.0.0", URL: "https://example.com",
 			SupportedContractVersions: []string{"1.0"}, Capabilities: []framework.Capability{capability}})
@@ -222,6 +229,41 @@ func TestRefusedKeys(t *testing.T) {
 		if _, err := notary.NewSigner(t.Context(), c.o); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want %q", name, err, c.want)
 		}
+	}
+}
+
+// TestPluginThatDoesNotAnswer: neither when it is asked who it is nor when it is to sign does a plugin keep the signer for ever.
+func TestPluginThatDoesNotAnswer(t *testing.T) {
+	dir, plugins := t.TempDir(), t.TempDir()
+	options := func(name string, timeout time.Duration) notary.SignOptions {
+		return notary.SignOptions{Dir: dir, PluginDir: plugins, Key: name, Timeout: timeout}
+	}
+	var keys []map[string]any
+	for _, name := range []string{"mute", "stuck"} {
+		install(t, plugins, name)
+		keys = append(keys, map[string]any{"name": name, "id": "key", "pluginName": name})
+	}
+	b, err := json.Marshal(map[string]any{"keys": keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "signingkeys.json"), b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := notary.NewSigner(t.Context(), options("mute", 100*time.Millisecond)); err == nil || !strings.Contains(err.Error(), "no answer within 100ms") {
+		t.Errorf("a plugin that does not say who it is: %v", err)
+	}
+	timeout := time.Second
+	s, err := notary.NewSigner(t.Context(), options("stuck", timeout))
+	for err != nil && strings.Contains(err.Error(), "no answer within") { // it answers that, but the machine may be busy
+		timeout *= 2
+		s, err = notary.NewSigner(t.Context(), options("stuck", timeout))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := s.Sign(t.Context(), trust.Target{Digest: ocispec.DescriptorEmptyJSON.Digest, MediaType: ocispec.MediaTypeImageManifest, Size: 2}); err == nil || !strings.Contains(err.Error(), "no answer within "+timeout.String()) {
+		t.Errorf("a plugin that does not sign: %v", err)
 	}
 }
 
