@@ -7,7 +7,7 @@ GOTEST := .build/gotest $(if $(CI),-no-skips) -vet=off # lint does
 UNIT = $(shell go list ./... 2>/dev/null | grep -v /integration$$)
 FUZZTIME ?= 20s
 
-.PHONY: build image kubernetes demo test test-full soak lint unit integration integration-images bench bench-startup fuzz images clean .build/gotest
+.PHONY: build image kubernetes demo test test-full soak lint unit integration integration-images bench bench-startup fuzz vulncheck images clean .build/gotest
 
 build: .build/tools
 	go build -buildvcs=auto -o $(BIN)/ ./cmd/...
@@ -90,6 +90,10 @@ bench-startup: build
 # Each target for FUZZTIME, as many at a time as there are cores.
 fuzz:
 	@.ci/fuzz $(FUZZTIME)
+
+# GOVULNDB names a database that can be reached, or a copy: file:///DIR
+vulncheck:
+	@.ci/vulncheck
 
 # The images of the end-to-end tests, and a Debian that boots, from Debian's and npm's packages; what is built already stays.
 images:
