@@ -64,3 +64,38 @@ func TestNoUnsafe(t *testing.T) {
 		}
 	}
 }
+
+// starters are the files that start programs. Beside them notation-go starts its plugins.
+var starters = []string{
+	"credentials/docker.go", "credentials/programs.go", // the daemon's
+	"cmd/streaming-snapshotter/install/dump.go", "cmd/streaming-snapshotter/install/enter.go", "cmd/streaming-snapshotter/install/services.go", // install, uninstall and check
+	"cmd/streaming-snapshotter/record.go", "cmd/streaming-snapshotter/supervise.go",
+}
+
+// Nothing but install starts a shell, for --restart-containerd, and no file more than these starts a program.
+func TestStartsNoShell(t *testing.T) {
+	elsewhere := []string{"converter/startup/", "deploy/image/", "integration/", "registryclient/registrytest/"} // in no program, or where scripts of images are read
+	shell := regexp.MustCompile(`["` + "`" + `](/usr)?(/bin/)?(ba|da)?sh["` + "`" + `]`)
+	starts := regexp.MustCompile(`"os/exec"|os\.StartProcess|\.ForkExec\(|(syscall|unix)\.Exec\(`)
+	found := map[string]bool{}
+	for _, file := range sources(t) {
+		if slices.ContainsFunc(elsewhere, func(dir string) bool { return strings.HasPrefix(file, dir) }) {
+			continue
+		}
+		src, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if shell.Match(src) && file != "cmd/streaming-snapshotter/install_command.go" {
+			t.Errorf("%s names a shell", file)
+		}
+		if found[file] = starts.Match(src); found[file] && !slices.Contains(starters, file) {
+			t.Errorf("%s starts programs", file)
+		}
+	}
+	for _, file := range starters {
+		if !found[file] {
+			t.Errorf("%s starts no program", file)
+		}
+	}
+}

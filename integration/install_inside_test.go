@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -68,7 +67,7 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 
 	w := h.watch()
 	if first {
-		h.hardened()
+		hardened(t)
 		h.reads(c.App, systemdSeed, node.Snapshotter, idMaps(500_000)...)
 	}
 	if form == discarding {
@@ -193,52 +192,6 @@ func (h *hosted) reads(ref string, seed uint64, snapshotter string, flags ...str
 		h.Fatal(err)
 	}
 	checkSumsBelow(h.T, string(b), seed, "/data")
-}
-
-// maxExposure is what `systemd-analyze security` may say of the units, 10 being exposed. docs/operations.md says it, too.
-var maxExposure = map[string]float64{node.Unit: 4.3, keeperUnit: 3.1}
-
-// hardened: what the units say is in force, and systemd finds no more exposed than the documentation says.
-func (h *hosted) hardened() {
-	h.Helper()
-	docs, err := os.ReadFile("../docs/operations.md")
-	if err != nil {
-		h.Fatal(err)
-	}
-	own, err := os.Readlink("/proc/1/ns/mnt")
-	if err != nil {
-		h.Fatal(err)
-	}
-	for unit, most := range maxExposure {
-		pid := strings.TrimSpace(h.must("systemctl", "show", "--property", "MainPID", "--value", unit))
-		if pid == "0" && unit == keeperUnit {
-			continue // since systemd 254
-		}
-		status, err := os.ReadFile("/proc/" + pid + "/status")
-		if err != nil {
-			h.Fatal(err)
-		}
-		for _, line := range []string{"NoNewPrivs:\t1\n", "Seccomp:\t2\n"} {
-			if !strings.Contains(string(status), line) {
-				h.Errorf("%s has no %q in\n%s", unit, line, status)
-			}
-		}
-		if ns, err := os.Readlink("/proc/" + pid + "/ns/mnt"); err != nil || ns != own {
-			h.Errorf("%s is in the mount namespace %s, and systemd in %s: %v", unit, ns, own, err)
-		}
-		out := h.must("systemd-analyze", "--no-pager", "security", unit+".service")
-		m := regexp.MustCompile(`Overall exposure level for \S+: ([0-9.]+)`).FindStringSubmatch(out)
-		if m == nil {
-			h.Fatal(out)
-		}
-		if got, err := strconv.ParseFloat(m[1], 64); err != nil || got > most {
-			h.Errorf("%s: exposure %s, want at most %v\n%s", unit, m[1], most, out)
-		}
-		if text := fmt.Sprintf("%.1f", most); !strings.Contains(string(docs), text) {
-			h.Errorf("docs/operations.md does not say %s of %s", text, unit)
-		}
-		h.Logf("%s: exposure %s", unit, m[1])
-	}
 }
 
 // newer is a program with another content.

@@ -30,6 +30,7 @@ func underUnits(t *testing.T, c unitsTest) {
 	if s := unitStatus(t); s.Streamed != 1 || !s.Kept || s.MountMode != c.Mode {
 		t.Fatalf("after the pull: %+v", s)
 	}
+	hardened(t)
 	u := &units{T: t, c: c, n: n, w: startWatcher(t, n, "watch", c.App, smallSum(systemdSeed), nil, "/guest", "watch", "/data")}
 	keeper := []step{
 		{"keeper restarted", func() {
