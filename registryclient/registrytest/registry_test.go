@@ -163,3 +163,29 @@ func TestDirIsKept(t *testing.T) {
 		}
 	}
 }
+
+// TestSubject: a registry with the referrers API says that it has seen the subject of a manifest, and one without must not: others write the referrers tag by that.
+func TestSubject(t *testing.T) {
+	subject := digest.FromString("an image")
+	for o, want := range map[registrytest.Options]string{{}: subject.String(), {NoReferrers: true}: ""} {
+		r := registrytest.Start(t, o)
+		for body, want := range map[string]string{
+			`{"schemaVersion":2,"subject":{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"` + subject.String() + `","size":8}}`: want,
+			`{"schemaVersion":2}`: "",
+		} {
+			req, err := http.NewRequest(http.MethodPut, r.URL()+"/v2/a/manifests/"+digest.FromString(body).String(), strings.NewReader(body))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Header.Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp.Body.Close()
+			if got := resp.Header.Get("OCI-Subject"); resp.StatusCode != http.StatusCreated || got != want {
+				t.Errorf("%+v: %s: status %d, OCI-Subject %q, want %q", o, body, resp.StatusCode, got, want)
+			}
+		}
+	}
+}
