@@ -91,6 +91,7 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 		h.busyUninstall(c.App)
 	default:
 		h.refusedUninstall(host)
+		h.putBack(install)
 		h.uninstall(c.App)
 	}
 	h.clear()
@@ -441,6 +442,37 @@ func (h *hosted) inTheWay(w *watcher) {
 	end := h.kubelet("/run/streaming-snapshotter/cri.sock")
 	h.fails("has its image service at unix:///run/streaming-snapshotter/cri.sock", node.InstalledPath, "uninstall")
 	end()
+}
+
+// putBack: others have put back containerd's files as they were before the install. If it was restarted since, an uninstall keeps the image that is streamed; if it was not, the next one has
+// containerd forget the snapshotter.
+func (h *hosted) putBack(install []string) {
+	h.Helper()
+	write := func() {
+		h.Helper()
+		for path := range h.files() {
+			f, before := h.was[path]
+			var err error
+			switch {
+			case !strings.HasPrefix(path, "/etc/containerd/"):
+			case !before:
+				err = os.RemoveAll(path)
+			case f.Mode&unix.S_IFMT == unix.S_IFREG:
+				err = os.WriteFile(path, f.Content, 0)
+			}
+			if err != nil {
+				h.Fatal(err)
+			}
+		}
+	}
+	write()
+	h.must("sh", "-c", restartContainerd)
+	if out := h.must(node.InstalledPath, "uninstall", "--dry-run"); !strings.Contains(out, "unpack "+node.Namespace+"/"+h.c.App) {
+		h.Errorf("an uninstall where containerd has forgotten the snapshotter:\n%s", out)
+	}
+	h.must(append([]string{newProgram}, install...)...)
+	h.reads(h.c.App, systemdSeed, node.Snapshotter)
+	write()
 }
 
 // failedUninstall: a container comes in the middle of it; then, containerd does not come back, once, when the snapshots are gone already. All is as installed again, and the image runs.
