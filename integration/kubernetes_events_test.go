@@ -7,7 +7,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
@@ -48,9 +50,13 @@ func TestKubernetesEvents(t *testing.T) {
 		return
 	}
 	registry := startRegistry(t, registrytest.Options{})
-	n := startKubernetes(t, node.Options{
-		Stream: []string{registry.Host() + "/*"}, Config: criConfig + "events_kubeconfig = \"DIR/events.kubeconfig\"\nnode_name = \"" + node.NodeName + "\"\n",
-	})
+	config := criConfig + "events_kubeconfig = \"DIR/events.kubeconfig\"\nnode_name = \"" + node.NodeName + "\"\n"
+	var reports *serviceDaemon // a start is over half a minute later
+	if os.Getenv("FULL") != "" {
+		reports = startService(t, registry.Host(), "")
+		config += "report = \"http://" + reports.addr + "\"\n"
+	}
+	n := startKubernetes(t, node.Options{Stream: []string{registry.Host() + "/*"}, Config: config})
 	if err := n.Kubernetes.Apply(t.Context(), eventRights); err != nil {
 		t.Fatal(err)
 	}
@@ -83,6 +89,9 @@ func TestKubernetesEvents(t *testing.T) {
 	runs("streamed", true)
 	wantEvent(t, n, "streamed", "Streaming", "artifact sha256:")
 	eventually(t, "the problem is over", func() bool { return len(eventProblems(t, n)) == 0 })
+	if reports != nil {
+		wantReady(t, n, reports, registry.Host())
+	}
 	runs("plain", false)
 	wantEvent(t, n, "plain", "NotStreaming", "NO_ARTIFACT: ")
 
@@ -108,6 +117,29 @@ func TestKubernetesEvents(t *testing.T) {
 		if got := kubectl(t, n, "get", "events", "--field-selector=source=streaming-snapshotter,involvedObject.name="+name, "--output=name"); got != "" {
 			t.Errorf("%s has %q", name, got)
 		}
+	}
+}
+
+// wantReady runs a pod with a readiness probe, and wants the service to be told when it was ready.
+func wantReady(t *testing.T, n *node.Node, reports *serviceDaemon, host string) {
+	t.Helper()
+	ref := host + "/probed:v1"
+	pushSmall(t, ref, 449)
+	run(t, "streamctl", "create", "--record", "", ref)
+	p := pod{Name: "probed", Image: ref, Command: []string{"/guest", "pause"}, Ready: []string{"/guest", "sum", "/guest"}}
+	p.apply(t, n)
+	p.await(t, n, "condition=Ready")
+	var got *service.StartsInfo
+	within(t, 3*time.Minute, "a report of the start", func() bool {
+		info, err := reports.client.Image(t.Context(), host, "probed", "v1")
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = info.Platforms[0].Starts
+		return got != nil
+	})
+	if v := got.Variants[0]; v.Ready.Count != 1 || v.Ready.Median <= 0 || v.Ready.Median > 120 || v.Reads.Count != 1 || !v.Current {
+		t.Errorf("the service was told %+v", v)
 	}
 }
 

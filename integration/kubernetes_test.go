@@ -88,15 +88,17 @@ type pod struct {
 	Name, Image string
 	Secret      string   // imagePullSecret
 	Command     []string // nil is the image's
+	Ready       []string // readiness probe: a command in the container; nil for none
 }
 
 // apply makes the pod.
 func (p pod) apply(t *testing.T, n *node.Node) {
 	t.Helper()
-	spec := map[string]any{
-		"restartPolicy": "Never", "terminationGracePeriodSeconds": 1,
-		"containers": []any{map[string]any{"name": "main", "image": p.Image, "imagePullPolicy": "Always", "command": p.Command}},
+	main := map[string]any{"name": "main", "image": p.Image, "imagePullPolicy": "Always", "command": p.Command}
+	if p.Ready != nil {
+		main["readinessProbe"] = map[string]any{"exec": map[string]any{"command": p.Ready}, "periodSeconds": 1}
 	}
+	spec := map[string]any{"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, "containers": []any{main}}
 	if p.Secret != "" {
 		spec["imagePullSecrets"] = []any{map[string]any{"name": p.Secret}}
 	}
