@@ -137,7 +137,7 @@ func mountDisk(ctx context.Context, name, dir string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	_, err := command(ctx, "mount", "-o", "loop", name, dir)
+	_, err := command(ctx, "mount", "-o", "loop,noinit_itable", name, dir)
 	return err
 }
 

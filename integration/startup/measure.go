@@ -44,14 +44,14 @@ const startTimeout = 10 * time.Minute
 
 // measure starts a container of image on a node that has nothing but the pause image, in the order of the kubelet: sandbox, pull, create, start. The node's
 // daemons have just started, so that they have no connection, token or cached answer. Nothing of what they will read has been seen by the kernel, because each run has a
-// new registry link, new directories and new file systems; only the programs are warm. Complete says to wait until the image is, too.
+// new registry link and a new disk; only the programs are warm. Complete says to wait until the image is, too.
 func measure(ctx context.Context, o *origin, s *system, l *link, image string, trace io.Writer, complete bool) (m sample, err error) {
 	err = o.onNode(ctx, s.node(o, l), func(ctx context.Context, n *node.Node) error {
 		pod, err := n.RunSandbox(ctx)
 		if err != nil {
 			return err
 		}
-		settle()
+		settle(n)
 		begin := time.Now()
 		if m, err = start(ctx, o, s, l, image, n, pod, trace); err != nil {
 			return err
@@ -89,10 +89,12 @@ func waitComplete(ctx context.Context, n *node.Node) error {
 }
 
 // settle writes what was written before to the disk, so that it is not written meanwhile. sync(2) would also wait for file systems of others that hang.
-func settle() {
-	if f, err := os.Open(os.TempDir()); err == nil {
-		unix.Syncfs(int(f.Fd())) // what fails will fail where it matters
-		f.Close()
+func settle(n *node.Node) {
+	for _, dir := range []string{n.Dir, os.TempDir()} { // the node's disk is a file of the other
+		if f, err := os.Open(dir); err == nil {
+			unix.Syncfs(int(f.Fd())) // what fails will fail where it matters
+			f.Close()
+		}
 	}
 }
 
@@ -199,7 +201,7 @@ func readAll(ctx context.Context, o *origin, s *system, l *link, image string) (
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			return err
 		}
-		settle()
+		settle(n)
 		begin := time.Now()
 		if err := n.Pull(ctx, ref); err != nil {
 			return err
@@ -230,9 +232,12 @@ func (o *origin) onNode(ctx context.Context, opts node.Options, f func(context.C
 	return errors.Join(err, n.Close())
 }
 
+// nodeDisk is a node's disk, in bytes: what it does not write takes none of this machine's.
+const nodeDisk = 16 << 30
+
 // startNode starts a node that trusts the registry and has the pause image, from the front without a delay.
 func (o *origin) startNode(ctx context.Context, opts node.Options) (*node.Node, error) {
-	opts.Pause = o.Host() + "/pause:1"
+	opts.Pause, opts.Disk = o.Host()+"/pause:1", nodeDisk
 	n, err := node.Start(ctx, opts)
 	if err != nil {
 		return nil, err
