@@ -1,6 +1,7 @@
 package node
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -164,6 +165,9 @@ func runInit() (int, error) {
 	if err := prepareMounts(); err != nil {
 		return 0, err
 	}
+	if err := mountTemp(); err != nil {
+		return 0, err
+	}
 	others := connections("self") // of the machine's FUSE mounts
 	go func() {
 		os.NewFile(3, "alive").Read(make([]byte, 1)) // nobody writes
@@ -205,6 +209,31 @@ func runInit() (int, error) {
 			endAll(others)
 		}
 	}
+}
+
+// diskVariable is set where $TMPDIR is on a disk of mountTemp.
+const diskVariable = "INTEGRATION_DISK"
+
+// mountTemp gives $TMPDIR a new file system on a file, which is as large as what is free there: one that loses many files all the time is slow at new ones (Options.Disk).
+// Without mkfs.ext4 it stays a directory.
+func mountTemp() error {
+	dir := os.TempDir()
+	if _, err := exec.LookPath("mkfs.ext4"); err != nil || os.Getenv(diskVariable) != "" {
+		return nil
+	}
+	var free unix.Statfs_t
+	if err := unix.Statfs(dir, &free); err != nil {
+		return fmt.Errorf("%s: %w", dir, err)
+	}
+	file := filepath.Join(dir, "disk")
+	if err := makeDisk(context.Background(), file, int64(free.Bavail)*free.Bsize); err != nil {
+		return err
+	}
+	if err := mountDisk(context.Background(), file, dir); err != nil {
+		return err
+	}
+	os.Setenv(diskVariable, "1")
+	return os.Chmod(dir, 0o711) // as makeDir
 }
 
 // endAll kills every process of the namespace but its init, and aborts the FUSE connections that are not others: a process that waits for an answer of its own
