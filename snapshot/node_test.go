@@ -109,7 +109,7 @@ func (n *testNode) start() {
 	mounts, err := fs.New(fs.Options{Dir: filepath.Join(n.root, "devices"), Mode: n.mode})
 	check(err)
 	n.mounts = mounts
-	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{Limit: n.limit, OnLie: func(index digest.Digest, _ int, _ error) { n.images.Lied(index) }})
+	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{Limit: n.limit, OnLie: func(index digest.Digest, chunk int, err error) { n.images.Lied(index, chunk, err) }})
 	check(err)
 	n.chunks = chunks
 	client, err := registryclient.New(registryclient.Options{Budget: n.budget})

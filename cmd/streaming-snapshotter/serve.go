@@ -75,9 +75,9 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 	var lied atomic.Pointer[stream.Store]
 	if n.cache, err = cache.Open(filepath.Join(c.Root, "cache"), cache.Options{
 		NoReadAhead: !c.ReadAhead, Limit: limit, Index: stream.Indexes(c.Root), OnDisk: logDisk, OnDamage: logDamage(), OnRest: n.rest,
-		OnLie: func(index digest.Digest, _ int, _ error) {
+		OnLie: func(index digest.Digest, chunk int, err error) {
 			if s := lied.Load(); s != nil {
-				s.Lied(index)
+				s.Lied(index, chunk, err)
 			}
 		},
 	}); err != nil {

@@ -33,6 +33,7 @@ type Sweep struct {
 	checked bool
 
 	next int    // chunk
+	last int    // the chunk where it ends
 	here []byte // of disk: bytes of the chunks from next on
 	buf  []byte
 	lone int // chunks below are taken to have no copies
@@ -46,13 +47,21 @@ type Sweep struct {
 // Sweep begins a reading, with x, which is the layer's index or a copy of it, through src, which reads the layer's blob. If checked is set, all bytes have the digests that x has for them, and what the disk has
 // damaged is a miss; otherwise that holds for what was fetched and not for what is here. That the bytes are what x says otherwise, its headers, is not known of any.
 func (l *Layer) Sweep(ctx context.Context, x *artifact.Index, src Blob, checked bool) *Sweep {
-	return &Sweep{ctx: ctx, layer: l, index: x, src: src, checked: checked}
+	return &Sweep{ctx: ctx, layer: l, index: x, src: src, checked: checked, last: x.NumChunks()}
+}
+
+// Chunk is a checked Sweep of chunk i alone.
+func (l *Layer) Chunk(ctx context.Context, x *artifact.Index, src Blob, i int) ([]byte, error) {
+	s := l.Sweep(ctx, x, src, true)
+	s.next, s.last = i, i+1
+	defer s.Pause()
+	return s.Next()
 }
 
 // Next returns the next chunk's bytes, valid until the next call, and io.EOF after the last. The other errors are ctx's, os.ErrClosed, src's and artifact.ErrInvalid, if src gave wrong bytes several
 // times. After an error it may be called again for the same chunk.
 func (s *Sweep) Next() (b []byte, err error) {
-	if s.next == s.index.NumChunks() {
+	if s.next == s.last {
 		return nil, io.EOF
 	}
 	if !s.layer.enter() {
@@ -207,7 +216,7 @@ func (s *Sweep) ask(c artifact.Chunk) (err error) {
 	}
 	end := c.BlobOffset + c.BlobSize
 	s.end = s.next + 1
-	for i := s.end; i < st.n; i++ {
+	for i := s.end; i < s.last; i++ {
 		d := s.index.Chunk(i)
 		if d.BlobOffset-end > sweepGap || d.BlobOffset+d.BlobSize-c.BlobOffset > completeRequest {
 			break

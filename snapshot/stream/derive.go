@@ -27,7 +27,7 @@ func (s *Store) derive(ctx context.Context, use *deviceUse, i int, x *artifact.I
 	sweep := use.layers[i].Sweep(ctx, x, b, again)
 	defer sweep.Pause()
 	err := proveTar(ctx, x, use.image.rec.DiffIDs[i], again, func(c int) ([]byte, error) {
-		if err := pace(ctx, sweep.Pause, use.layers[i].Has(c), x.Chunk(c).BlobSize); err != nil {
+		if err := pace(ctx, sweep.Pause, use.layers[i].Has(c), cost(x.Chunk(c))); err != nil {
 			return nil, err
 		}
 		return sweep.Next()
@@ -75,7 +75,7 @@ func (s *Store) deriveFromSource(ctx context.Context, use *deviceUse, i int, x *
 	var buf []byte
 	err = proveTar(ctx, x, rec.DiffIDs[i], again, func(c int) ([]byte, error) {
 		ch := x.Chunk(c)
-		if err := pace(ctx, func() {}, false, ch.BlobSize); err != nil {
+		if err := pace(ctx, func() {}, false, cost(ch)); err != nil {
 			return nil, err
 		}
 		var err error

@@ -57,12 +57,16 @@ type image struct {
 	profile atomic.Pointer[ocispec.Descriptor] // whose hot blob came, or comes
 	vetted  []*vetted                          // nil: not read yet; guarded by store.mu
 
+	// Guarded by store.proofs.mu:
+	mounted time.Time // first, as far as is known; zero is never
+	written bool      // that is on disk
+	writeAt time.Time // when to write it, once more
+
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex
 	mounts int     // targets mounted, and other uses
 	dev    *device // open while mounts > 0
 	proven bool    // all that is on disk was verified, in this life
-	noted  bool    // that it was mounted
 	hot    *ahead  // what the next container's start will read, see warm; nil is nothing
 }
 

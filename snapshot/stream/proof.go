@@ -12,12 +12,14 @@ import (
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 )
 
 // Every layer of an image that is in use is proven: its tar is hashed, as the artifact's index has it, and compared with the diffID of the image's own config, and the index's headers with the tar's own. That
-// takes one reading of the layer, from the cache or through it, whatever the cache has and may keep. It is done in the background, one layer at a time, the one first whose deadline comes first; until half of its
-// time is over only while no container waits for the registry, and at all times no faster than is needed. What was proven is remembered (package ledger), by the digests of tar and index.
+// takes one reading of the layer, from the cache or through it, whatever the cache has and may keep. It is done in the background, in the order and at the pace of proofqueue.go. What was proven is remembered
+// (package ledger), by the digests of tar and index.
 //
 // A difference counts when it was found twice: the second time with an index that was read anew, by archive/tar alone, in bytes that have their digests. So neither a disk nor a
 // page of memory that is damaged, nor a mistake in one of the two ways, stops what runs: see derive. What remains is a lie: see quarantine.go.
@@ -28,13 +30,6 @@ const (
 
 	// defaultDeadline is how long after its first mount an image is proven at the latest.
 	defaultDeadline = time.Hour
-	// proofRate is the least speed of proofs, bytes of blobs per second, and localFactor how much faster what is here is read.
-	proofRate   = 8 << 20
-	localFactor = 8
-	// proofStall is how long one chunk may take, and a layer may take proofSlice and a second for each sliceRate bytes, twice as long each time, or others have their turn: one registry must not keep the rest unproven.
-	proofStall = time.Minute
-	proofSlice = 2 * time.Minute
-	sliceRate  = 4 << 20
 	// provenAtOnce is how many layers of an image are proven side by side when a pull waits for it.
 	provenAtOnce = 4
 )
@@ -104,10 +99,10 @@ func (s *Store) proven(rec *record) bool {
 	return true
 }
 
-// Lied has the layer of an index proven at once: cache.Options.OnLie.
-func (s *Store) Lied(index digest.Digest) {
+// Lied has a chunk of the layer of an index looked at before all others: cache.Options.OnLie.
+func (s *Store) Lied(index digest.Digest, chunk int, _ error) {
 	s.proofs.mu.Lock()
-	s.proofs.urgent[index] = true
+	s.proofs.urgent[index] = chunk
 	s.proofs.mu.Unlock()
 	s.wakeProver()
 }
@@ -116,36 +111,6 @@ func (s *Store) wakeProver() {
 	select {
 	case s.proofs.kick <- struct{}{}:
 	default: // it is told already
-	}
-}
-
-// prove proves layers until ctx ends.
-func (s *Store) prove(ctx context.Context) {
-	for ctx.Err() == nil {
-		if err := s.o.Trust.Ledger.Save(); err != nil {
-			s.log.Error("a quarantine counts in memory alone", "error", err)
-		}
-		jobs, wait := s.jobs()
-		if len(jobs) == 0 {
-			var due <-chan time.Time
-			if wait > 0 {
-				due = time.After(wait)
-			}
-			select {
-			case <-s.proofs.kick:
-			case <-due:
-			case <-ctx.Done():
-			}
-			continue
-		}
-		left := int64(0)
-		for _, j := range jobs {
-			left += j.image.rec.Layers[j.layer].Size
-		}
-		err := s.proveJob(ctx, jobs[0], left)
-		if ctx.Err() == nil {
-			s.ended(jobs[0], err)
-		}
 	}
 }
 
@@ -165,7 +130,7 @@ func (s *Store) Proofs() (st ProofStatus) {
 		return st
 	}
 	now := time.Now()
-	for _, j := range s.toProve() {
+	for _, j := range s.toProve(now) {
 		st.Waiting++
 		if !j.deadline.After(now) {
 			st.Overdue++
@@ -175,12 +140,13 @@ func (s *Store) Proofs() (st ProofStatus) {
 	return st
 }
 
-func (s *Store) proveJob(ctx context.Context, j *job, left int64) error {
+// proveJob proves a layer, or a chunk of it that was seen to lie.
+func (s *Store) proveJob(ctx context.Context, j *job) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	img := j.image
-	stall := time.AfterFunc(proofStall, func() { cancel(fmt.Errorf("nothing came for %v", proofStall)) })
-	defer stall.Stop()
+	p := s.newProofPacer(j, cancel)
+	defer p.stall.Stop()
 	img.mu.Lock()
 	use, err := img.use(ctx)
 	img.mu.Unlock()
@@ -188,17 +154,15 @@ func (s *Store) proveJob(ctx context.Context, j *job, left int64) error {
 		return err
 	}
 	defer use.Close()
-	p := &proofPacer{store: s, job: j, stall: stall, left: left, from: time.Now(), slice: sliceOf(img.rec.Layers[j.layer].Size, j.attempt.n)}
-	err = s.proveLayer(ctx, use, j.layer, p.wait)
+	if j.urgent {
+		err = s.proveChunk(ctx, use, j.layer, j.chunk, p.wait)
+	} else {
+		err = s.proveLayer(ctx, use, j.layer, p.wait)
+	}
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		err = cause
 	}
 	return err
-}
-
-// sliceOf is how long a layer of so many bytes may take after n tries.
-func sliceOf(size int64, n int) time.Duration {
-	return (proofSlice + time.Duration(size/sliceRate)*time.Second) << min(n, 6)
 }
 
 // Prove proves the layers of image id that are not yet, side by side and as fast as they come, for a pull that waits for it. progress is told of bytes of blobs before they come. An error that is ErrQuarantined
@@ -226,56 +190,41 @@ func (s *Store) Prove(ctx context.Context, id string, progress func(n int64)) er
 	return g.Wait()
 }
 
-// pace is asked before the next n bytes of a blob are read, or those of what is here in their place. It may pause what is under way.
-type pace func(ctx context.Context, pause func(), here bool, n int64) error
-
-// proofPacer is the pace of a proof in the background.
-type proofPacer struct {
-	store *Store
-	job   *job
-	stall *time.Timer
-	left  int64 // bytes of all that is to be proven
-	from  time.Time
-	slice time.Duration
-
-	due    time.Duration // since from: when as much may have been read
-	paused time.Duration
-}
-
-func (p *proofPacer) wait(ctx context.Context, pause func(), here bool, n int64) error {
-	s, j := p.store, p.job
-	if s.forgotten(j.image) {
-		return errForgotten
+// proveChunk looks at one chunk of layer i, whose bytes were seen to have their digest and other headers than the index, and puts the index into quarantine if they have: it contradicts itself then, whatever
+// the rest of it says. Where the blob does not give the chunk, the layer is proven as a whole.
+func (s *Store) proveChunk(ctx context.Context, use *deviceUse, i, chunk int, pace pace) error {
+	rec := use.image.rec
+	x, err := s.openIndex(ctx, rec.Repository, rec.Layers[i]) // read anew: it may be memory that is damaged
+	if err != nil {
+		return err
 	}
-	p.stall.Stop()
-	defer p.stall.Reset(proofStall)
-	if j.urgent {
-		return ctx.Err()
-	}
-	if time.Since(p.from)-p.paused > p.slice {
-		return errSlow
-	}
-	half := j.begun.Add(s.deadline() / 2)
-	if quiet := s.o.StartQuiet / quietShare; time.Since(s.o.Cache.Waited()) < quiet && time.Now().Before(half) {
-		pause()
-		began := time.Now()
-		short, cancel := context.WithDeadline(ctx, half)
-		s.waitQuiet(short)
-		cancel()
-		p.paused += time.Since(began)
-	}
-	rate := max(float64(proofRate), float64(p.left)/max(time.Until(j.deadline)-s.deadline()/8, time.Second).Seconds())
-	if here {
-		rate *= localFactor
-	}
-	p.due += time.Duration(float64(n) / rate * float64(time.Second))
-	if wait := p.due + p.paused - time.Since(p.from); wait > 0 {
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done():
+	b := blob{s.o.Registry, rec, i}
+	var lie error
+	if fault := mapped.Guard(func() { // of the index
+		if chunk >= x.NumChunks() {
+			return
 		}
+		if err = pace(ctx, func() {}, false, cost(x.Chunk(chunk))); err != nil {
+			return
+		}
+		var bytes []byte
+		if bytes, err = use.layers[i].Chunk(ctx, x, b, chunk); err != nil {
+			return
+		}
+		var layout *artifact.Layout
+		if layout, err = x.Layout(); err == nil {
+			lie = layout.Check(chunk, bytes)
+		}
+	}); fault != nil {
+		err = fault
 	}
-	return ctx.Err()
+	switch {
+	case lie != nil:
+		return s.quarantine(use.image, i, lie)
+	case b.Gone(err), errors.Is(err, artifact.ErrInvalid):
+		return s.proveLayer(ctx, use, i, pace)
+	}
+	return err
 }
 
 // proveLayer proves a layer, and remembers it. An error that is ErrQuarantined says that it is none of the image's, and was put into quarantine; with others nothing is known.

@@ -2,31 +2,54 @@ package stream
 
 import (
 	"cmp"
+	"context"
 	"errors"
+	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 )
 
+// Whoever makes an image, or holds its registry, says how large its layers are and how fast they come, and must not so keep the layers of others unproven. So a few are proven side by side, at most one of each registry;
+// a layer that takes long makes room for those that wait, also one that was seen to lie, of which only that chunk is read at once; the registries and repositories whose layers were not proven at the last try come
+// after the others, and those first whose deadline does. Until half of its time is over a layer is read only while no container waits for the registry, and at all times no faster than is needed for its own
+// image: see proofpace.go.
+
+// proofWorkers is how many layers are proven side by side in the background.
+const proofWorkers = 2
+
 // proofs is what a Store knows of its proofs.
 type proofs struct {
-	kick  chan struct{} // asks the prover to look what there is to do
-	since time.Time     // that this life of the daemon proves
+	kick    chan struct{} // asks the prover to look what there is to do
+	since   time.Time     // that this life of the daemon proves
+	crowded atomic.Bool   // there are layers that could be proven now, and wait
+	images  atomic.Int32  // that are to be proven
 
 	mu     sync.Mutex
-	urgent map[digest.Digest]bool  // indexes, by OnLie
-	tries  map[ledger.Key]*attempt // that have failed
-	told   map[string]bool         // images that are told to be overdue
+	urgent map[digest.Digest]int // chunks of indexes that were seen to lie, by OnLie
+	tries  map[try]*attempt      // that have failed
+	misses map[string]int        // that have failed, in a row, by registry and by repository
+	told   map[string]bool       // images that are told to be overdue
 }
 
-func newProofs() proofs {
-	return proofs{kick: make(chan struct{}, 1), since: time.Now(), urgent: map[digest.Digest]bool{}, tries: map[ledger.Key]*attempt{}, told: map[string]bool{}}
+func newProofs() *proofs {
+	return &proofs{kick: make(chan struct{}, 1), since: time.Now(), urgent: map[digest.Digest]int{}, tries: map[try]*attempt{}, misses: map[string]int{}, told: map[string]bool{}}
+}
+
+// try is to prove a layer as that of one of the images that have it: where another is read, it may be had.
+type try struct {
+	ledger.Key
+	image string
 }
 
 // attempt is what failed of a layer's proof.
@@ -40,34 +63,113 @@ type attempt struct {
 type job struct {
 	image    *image
 	layer    int
+	left     int64     // bytes that the image's layers which are not proven claim to have
 	begun    time.Time // the first mount
+	starts   time.Time
 	deadline time.Time
 	attempt  attempt
-	urgent   bool
+	misses   int  // of its registry and its repository
+	urgent   bool // chunk was seen to lie
+	chunk    int
+
+	err error // of its end
 }
 
 func (j *job) key() ledger.Key { return j.image.rec.key(j.layer) }
 
-// noteMounted writes down when img was mounted first. The caller holds img.mu.
+func (j *job) try() try { return try{j.key(), j.image.id} }
+
+func (j *job) registry() string { return registryOf(j.image.rec.Repository) }
+
+// registryOf is a repository's registry, as a reference has it.
+func registryOf(repo registryclient.Repository) string {
+	registry, _, _ := strings.Cut(string(repo), "/")
+	return registry
+}
+
+// prove proves layers until ctx ends.
+func (s *Store) prove(ctx context.Context) {
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	busy := map[string]*job{} // by registry
+	done := make(chan *job, proofWorkers)
+	for ctx.Err() == nil {
+		if err := s.o.Trust.Ledger.Save(); err != nil {
+			s.log.Error("a quarantine counts in memory alone", "error", err)
+		}
+		jobs, wait := s.jobs()
+		waiting := 0
+		for _, j := range jobs {
+			switch {
+			case slices.ContainsFunc(slices.Collect(maps.Values(busy)), func(b *job) bool { return b.key() == j.key() }):
+			case len(busy) == proofWorkers || busy[j.registry()] != nil:
+				waiting++
+			default:
+				busy[j.registry()] = j
+				workers.Go(func() {
+					j.err = s.proveJob(ctx, j)
+					done <- j
+				})
+			}
+		}
+		s.proofs.crowded.Store(waiting > 0)
+		var due <-chan time.Time
+		if wait > 0 {
+			due = time.After(wait)
+		}
+		select {
+		case j := <-done:
+			delete(busy, j.registry())
+			if ctx.Err() == nil {
+				s.ended(j, j.err)
+			}
+		case <-s.proofs.kick:
+		case <-due:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// noteMounted notes when img was mounted first, and writes it down. The caller holds img.mu.
 func (s *Store) noteMounted(img *image) {
-	if s.o.Trust.Ledger == nil || img.noted {
+	if s.o.Trust.Ledger == nil || !s.setMounted(img, time.Now()) {
 		return
 	}
-	img.noted = true
-	now := time.Now()
 	s.running.Go(func() { // no container waits for the disk
-		if _, err := s.mountedAt(img.id); err == nil {
-			return
-		}
-		if err := ledger.WriteFile(s.imageDir(img.id), mountedName, now.AppendFormat(nil, time.RFC3339Nano)); err != nil && !s.forgotten(img) {
-			s.log.Warn("the time of an image's first mount is not written down: its proof is due from the next one on", "image", img.id, "error", err)
-		}
+		s.writeMounted(img)
 		s.wakeProver()
 	})
 }
 
-func (s *Store) mountedAt(id string) (time.Time, error) {
-	b, err := os.ReadFile(filepath.Join(s.imageDir(id), mountedName))
+// setMounted notes that img was mounted at a time, unless it is known to have been before.
+func (s *Store) setMounted(img *image, at time.Time) (isNew bool) {
+	s.proofs.mu.Lock()
+	defer s.proofs.mu.Unlock()
+	if isNew = img.mounted.IsZero(); isNew {
+		img.mounted, img.writeAt = at, at.Add(s.proofRetry())
+	}
+	return isNew
+}
+
+// writeMounted writes down when img was mounted first, or takes it from there.
+func (s *Store) writeMounted(img *image) {
+	at, err := s.readMounted(img)
+	if err != nil {
+		s.proofs.mu.Lock()
+		at = img.mounted
+		s.proofs.mu.Unlock()
+		err = ledger.WriteFile(s.imageDir(img.id), mountedName, at.AppendFormat(nil, time.RFC3339Nano))
+		if err != nil && !s.forgotten(img) {
+			s.log.Warn("the time of an image's first mount is not written down, which is tried again: after a restart its proof would be due later", "image", img.id, "error", err)
+		}
+	}
+	s.proofs.mu.Lock()
+	defer s.proofs.mu.Unlock()
+	img.mounted, img.written = at, err == nil
+}
+
+func (s *Store) readMounted(img *image) (time.Time, error) {
+	b, err := os.ReadFile(filepath.Join(s.imageDir(img.id), mountedName))
 	if err != nil {
 		return time.Time{}, err
 	}
@@ -78,24 +180,51 @@ func (s *Store) mountedAt(id string) (time.Time, error) {
 	return at, nil
 }
 
-// ended remembers how a job has ended.
-func (s *Store) ended(j *job, err error) {
+// mountedAt returns when img was mounted first, as far as is known; the zero time is never.
+func (s *Store) mountedAt(img *image) time.Time {
+	s.proofs.mu.Lock()
+	at := img.mounted
+	s.proofs.mu.Unlock()
+	if !at.IsZero() {
+		return at
+	}
+	at, err := s.readMounted(img)
+	if err != nil {
+		return time.Time{}
+	}
 	s.proofs.mu.Lock()
 	defer s.proofs.mu.Unlock()
-	delete(s.proofs.urgent, j.key().Index)
-	if err == nil || errors.Is(err, ErrQuarantined) || errors.Is(err, errForgotten) {
-		delete(s.proofs.tries, j.key())
-		return
-	}
-	a := &attempt{n: j.attempt.n + 1, err: err}
-	if !errors.Is(err, errSlow) {
-		a.next = time.Now().Add(min(completeRetry, s.deadline()/6))
-		s.log.Info("a layer is not proven for now", "image", j.image.name(), "layer", j.layer, "deadline", j.deadline, "error", err)
-	}
-	s.proofs.tries[j.key()] = a
+	img.mounted, img.written = at, true
+	return at
 }
 
-// jobs lists the layers in use that are to be proven now, the first first, and tells of images whose time is over. If there are none, it returns when to look again, 0 for not before something happens.
+// proofRetry is the pause before what failed is tried again.
+func (s *Store) proofRetry() time.Duration { return min(completeRetry, s.deadline()/6) }
+
+// ended remembers how a job has ended.
+func (s *Store) ended(j *job, err error) {
+	p := s.proofs
+	registry, repo := j.registry(), string(j.image.rec.Repository)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.urgent, j.key().Index)
+	if err == nil || errors.Is(err, ErrQuarantined) || errors.Is(err, errForgotten) {
+		delete(p.tries, j.try())
+		delete(p.misses, registry)
+		delete(p.misses, repo)
+		return
+	}
+	p.misses[registry]++
+	p.misses[repo]++
+	a := &attempt{n: j.attempt.n + 1, err: err}
+	if !errors.Is(err, errSlow) {
+		a.next = time.Now().Add(s.proofRetry())
+		s.log.Info("a layer is not proven for now", "image", j.image.name(), "layer", j.layer, "deadline", j.deadline, "error", err)
+	}
+	p.tries[j.try()] = a
+}
+
+// jobs lists the layers in use that are to be proven now, the first first, and tells of images whose time is over. wait is when to look again, 0 for not before something happens.
 func (s *Store) jobs() (list []*job, wait time.Duration) {
 	now := time.Now()
 	later := func(at time.Time) {
@@ -103,88 +232,143 @@ func (s *Store) jobs() (list []*job, wait time.Duration) {
 			wait = d
 		}
 	}
+	all := s.toProve(now)
+	s.ordered(all)
 	seen := map[ledger.Key]bool{}
-	for _, j := range s.toProve() {
-		s.overdue(j, now)
-		key := j.key()
-		s.proofs.mu.Lock()
-		j.urgent = s.proofs.urgent[key.Index]
-		if a := s.proofs.tries[key]; a != nil {
-			j.attempt = *a
+	for _, j := range all {
+		if at := s.overdue(j, now); !at.IsZero() {
+			later(at)
 		}
-		s.proofs.mu.Unlock()
-		start := s.begins(j)
+		key := j.key()
 		switch {
 		case seen[key]:
-		case !j.urgent && j.attempt.next.After(now):
+		case j.attempt.next.After(now):
 			later(j.attempt.next)
-			if j.deadline.After(now) {
-				later(j.deadline)
-			}
-		case !j.urgent && start.After(now):
-			later(start)
+		case !j.urgent && j.starts.After(now):
+			later(j.starts)
 		default:
 			seen[key] = true
 			list = append(list, j)
 		}
 	}
-	slices.SortStableFunc(list, func(a, b *job) int {
-		if a.urgent != b.urgent {
-			if a.urgent {
-				return -1
-			}
-			return 1
-		}
-		return cmp.Or(cmp.Compare(a.attempt.n, b.attempt.n), a.deadline.Compare(b.deadline))
-	})
+	for _, at := range s.unwritten(all, now) {
+		later(at)
+	}
 	return list, wait
 }
 
+// ordered puts jobs in their order, with what is known of each, and forgets what is known of others.
+func (s *Store) ordered(list []*job) {
+	p := s.proofs
+	p.mu.Lock()
+	tries, misses := map[try]*attempt{}, map[string]int{}
+	images := map[*image]bool{}
+	for _, j := range list {
+		images[j.image] = true
+		if a := p.tries[j.try()]; a != nil {
+			j.attempt, tries[j.try()] = *a, a
+		}
+		chunk, urgent := p.urgent[j.key().Index]
+		j.chunk, j.urgent = chunk, urgent && j.attempt.n == 0
+		registry, repo := j.registry(), string(j.image.rec.Repository)
+		j.misses = p.misses[registry] + p.misses[repo]
+		misses[registry], misses[repo] = p.misses[registry], p.misses[repo]
+	}
+	p.tries, p.misses = tries, misses
+	p.images.Store(int32(len(images)))
+	p.mu.Unlock()
+	slices.SortStableFunc(list, func(a, b *job) int {
+		switch {
+		case a.urgent && !b.urgent:
+			return -1
+		case b.urgent && !a.urgent:
+			return 1
+		}
+		return cmp.Or(cmp.Compare(a.misses, b.misses), cmp.Compare(a.attempt.n, b.attempt.n), a.deadline.Compare(b.deadline))
+	})
+}
+
+// unwritten writes down, once more, when images were mounted first, and returns when that is to be tried again.
+func (s *Store) unwritten(list []*job, now time.Time) (again []time.Time) {
+	seen := map[*image]bool{}
+	for _, j := range list {
+		img := j.image
+		if seen[img] {
+			continue
+		}
+		seen[img] = true
+		s.proofs.mu.Lock()
+		due := !img.written && !img.writeAt.After(now)
+		if due {
+			img.writeAt = now.Add(s.proofRetry())
+		}
+		s.proofs.mu.Unlock()
+		if due {
+			s.writeMounted(img)
+		}
+		s.proofs.mu.Lock()
+		if !img.written {
+			again = append(again, img.writeAt)
+		}
+		s.proofs.mu.Unlock()
+	}
+	return again
+}
+
 // toProve lists the layers of images that were mounted, and are not proven.
-func (s *Store) toProve() (list []*job) {
+func (s *Store) toProve(now time.Time) (list []*job) {
 	for _, img := range s.onDisk() {
 		if s.proven(img.rec) || img.refused() != nil {
 			continue
 		}
-		at, err := s.mountedAt(img.id)
-		if err != nil {
+		at := s.mountedAt(img)
+		if at.IsZero() {
 			if len(s.through(img.id)) == 0 && len(s.direct(img.id)) == 0 {
 				continue
 			}
-			at = time.Now() // a release before has mounted it
-			img.mu.Lock()
-			s.noteMounted(img)
-			img.mu.Unlock()
+			s.setMounted(img, now) // a release before has mounted it
+			at = s.mountedAt(img)
 		}
-		for i := range img.rec.Layers {
+		starts, left, first := s.begins(img, at), int64(0), len(list)
+		for i, l := range img.rec.Layers {
 			if !s.o.Trust.Ledger.Proven(img.rec.key(i)) {
-				list = append(list, &job{image: img, layer: i, begun: at, deadline: at.Add(s.deadline())})
+				left += min(l.Size, math.MaxInt64-left)
+				list = append(list, &job{image: img, layer: i, begun: at, starts: starts, deadline: at.Add(s.deadline())})
 			}
+		}
+		for _, j := range list[first:] {
+			j.left = left
 		}
 	}
 	return list
 }
 
-// begins returns when the proof of j may begin: after a quarter of its time, so that an image of which a container ran for minutes is not fetched for that; or when its first start is over, if then all of it is fetched anyway.
-func (s *Store) begins(j *job) time.Time {
-	latest := j.begun.Add(s.deadline() / 4)
+// begins returns when the proof of img may begin: after a quarter of its time, so that an image of which a container ran for minutes is not fetched for that; or when its first start is over, if then all of it is fetched anyway.
+func (s *Store) begins(img *image, mounted time.Time) time.Time {
+	latest := mounted.Add(s.deadline() / 4)
 	if s.o.Background == 0 {
 		return latest
 	}
-	if _, err := os.Stat(filepath.Join(s.imageDir(j.image.id), firstUseName)); err == nil || !s.recordsFirstUses(j.image.id) {
-		return j.begun
+	if _, err := os.Stat(filepath.Join(s.imageDir(img.id), firstUseName)); err == nil || !s.recordsFirstUses(img.id) {
+		return mounted
 	}
 	return latest
 }
 
-// overdue tells once that the time of j's image is over.
-func (s *Store) overdue(j *job, now time.Time) {
+// overdue tells once that the time of j's image is over, and returns when to look again, if ever.
+func (s *Store) overdue(j *job, now time.Time) (again time.Time) {
 	s.proofs.mu.Lock()
-	a := s.proofs.tries[j.key()]
-	// After a time in which nothing ran, it has a while first.
-	tell := !j.deadline.After(now) && (a != nil || now.Sub(s.proofs.since) > s.deadline()/4) && !s.proofs.told[j.image.id]
-	if tell {
+	a := s.proofs.tries[j.try()]
+	tell := false
+	switch {
+	case s.proofs.told[j.image.id]:
+	case j.deadline.After(now):
+		again = j.deadline
+	case a == nil && now.Sub(s.proofs.since) <= s.deadline()/4: // after a time in which nothing ran, it has a while first
+		again = s.proofs.since.Add(s.deadline()/4 + time.Millisecond)
+	default:
 		s.proofs.told[j.image.id] = true
+		tell = true
 	}
 	s.proofs.mu.Unlock()
 	if tell {
@@ -195,4 +379,5 @@ func (s *Store) overdue(j *job, now time.Time) {
 		s.log.Warn("an image is not proven in time; it is tried on", "image", j.image.name(), "layer", j.layer, "deadline", j.deadline, "error", err)
 		s.tell(Proof{Kind: Overdue, Layer: j.layer, Key: j.key(), Err: err}, j.image)
 	}
+	return again
 }

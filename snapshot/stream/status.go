@@ -109,7 +109,7 @@ func (img *image) trustStatus(st *ImageStatus) {
 	}
 	if err := img.refused(); err != nil {
 		st.Quarantine = err.Error()
-	} else if at, err := s.mountedAt(img.id); err == nil && st.Proven < st.Layers {
+	} else if at := s.mountedAt(img); !at.IsZero() && st.Proven < st.Layers {
 		due := at.Add(s.deadline())
 		st.ProofDue = &due
 	}

@@ -108,7 +108,7 @@ type Store struct {
 	started    chan struct{} // gets a value when an image's first start is over, or one is mounted: complete looks what there is to do
 	completing atomic.Pointer[image]
 	quit       context.CancelFunc // of complete and prove
-	proofs     proofs
+	proofs     *proofs
 
 	mu       sync.Mutex
 	closed   bool

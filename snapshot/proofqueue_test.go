@@ -1,0 +1,190 @@
+package snapshot
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
+)
+
+// at has f push images to reg.
+func (n *testNode) at(reg *registrytest.Registry, f func()) {
+	was := n.reg
+	n.reg = reg
+	defer func() { n.reg = was }()
+	f()
+}
+
+// layersOf are the layers of the artifact that img is streamed by.
+func (n *testNode) layersOf(img testImage) []artifact.Layer {
+	n.t.Helper()
+	id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	var rec struct {
+		Layers []artifact.Layer `json:"layers"`
+	}
+	b, err := os.ReadFile(filepath.Join(n.root, "images", id, "image.json"))
+	if err == nil {
+		err = json.Unmarshal(b, &rec)
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	return rec.Layers
+}
+
+// until waits for what comes sooner or later.
+func (n *testNode) until(what string, f func() bool) {
+	n.t.Helper()
+	late, tick := time.After(time.Minute), time.NewTicker(5*time.Millisecond)
+	defer tick.Stop()
+	for !f() {
+		select {
+		case <-tick.C:
+		case <-late:
+			n.t.Fatalf("not in time: %s; log:\n%s", what, n.log.b.String())
+		}
+	}
+}
+
+// dripping starts a container of an image in a registry of its own, and waits until the proof of its upper layer has begun, which comes n bytes every 100 ms.
+func (n *testNode) dripping(size, drops int) {
+	n.t.Helper()
+	reg := registrytest.Start(n.t, registrytest.Options{})
+	var img testImage
+	n.at(reg, func() {
+		tars := [][]byte{tarOf(n.t, file{"small", fmt.Sprint(size)}), tarOf(n.t, file{"large", noise(uint64(size), size)})}
+		img = n.push("slow", tars...)
+		n.attachTars(img, tars, func(_ int, index []byte, _ digest.Digest) []byte { return index })
+	})
+	top := n.prepareAll(img, 0, "")
+	upper := n.layersOf(img)[1].Digest.String()
+	reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, upper) }, -1, registrytest.Throttle(drops, 100*time.Millisecond))
+	reg.Reset()
+	wantFiles(n.t, n.container("of "+img.ref, top), map[string]string{"small": fmt.Sprint(size)})
+	n.until("the proof of a slow layer begins", func() bool {
+		asked, _ := reg.Count(func(q registrytest.Request) bool { return strings.HasSuffix(q.Path, upper) })
+		return asked > 0
+	})
+}
+
+// honest has a container run of an image of two layers, which are to be proven.
+func (n *testNode) honest() {
+	n.t.Helper()
+	img := n.push("app", tarOf(n.t, file{"base", big("base")}), tarOf(n.t, file{"program", big("good")}))
+	n.convert(img)
+	wantFiles(n.t, n.container("container", n.prepareAll(img, 0, "")), map[string]string{"base": big("base")})
+}
+
+// TestOneRegistryDrips: a registry that gives the layers of its images a byte at a time keeps no layer of another registry unproven.
+func TestOneRegistryDrips(t *testing.T) {
+	n := provingNode(t, fs.ModeFile)
+	n.budget = time.Hour
+	n.restart()
+	n.dripping(100_000, 1)
+	n.next(stream.Proven) // its small layer
+	n.honest()
+	n.next(stream.Proven)
+	n.next(stream.Proven)
+	if s := n.images.Proofs(); s.Waiting != 1 || s.Proven != 3 {
+		t.Errorf("the slow layer is proven, too: %+v", s)
+	}
+}
+
+// TestRegistriesDrip: as many of them as layers are proven side by side do not, either: their layers, which do come, make room for those that wait.
+func TestRegistriesDrip(t *testing.T) {
+	n := provingNode(t, fs.ModeFile)
+	n.deadline, n.budget = 16*time.Second, time.Hour
+	n.restart()
+	for size := range 2 {
+		n.dripping(1500_000+size, 2<<10) // longer than anybody waits here
+		n.next(stream.Proven)            // its small layer
+	}
+	n.honest()
+	n.next(stream.Proven)
+	n.next(stream.Proven)
+}
+
+// TestALieIsProvenByItsChunk: a chunk that was seen to lie is read again, and nothing else of its layer, which its registry may not give.
+func TestALieIsProvenByItsChunk(t *testing.T) {
+	n := provingNode(t, fs.ModeFile)
+	n.quiet = time.Hour // no first start is over
+	n.restart()
+	const large = 200_000
+	files := []file{{"large", noise(1, large)}, {"dir/", ""}, {"dir/program", "in one chunk with its header"}}
+	honest := tarOf(t, files...)
+	setuid := bytes.Clone(honest)
+	at := 512 + (large+511)/512*512 + 512 // of dir/program
+	copy(setuid[at+100:], "0004755\x00")
+	fixChecksum(setuid[at:])
+	img := n.push("app", honest)
+	var frame bytes.Buffer
+	l, err := artifact.EncodeLayer(t.Context(), &frame, bytes.NewReader(setuid), artifact.EncodeOptions{ChunkSize: 4 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.attachTars(img, [][]byte{honest}, func(_ int, index []byte, diffID digest.Digest) []byte {
+		forged := bytes.Clone(frame.Bytes()[l.IndexOffset:]) // the headers of setuid, the chunks of honest
+		const tableStart, entry = 72, 48
+		copy(forged[tableStart:tableStart+l.Chunks*entry], index[tableStart:])
+		return claim(forged, diffID)
+	})
+	n.reg.Inject(func(r *http.Request) bool { return strings.HasPrefix(r.Header.Get("Range"), "bytes=0-") }, -1, registrytest.Stall(-1))
+	root := n.container("container", n.prepareAll(img, 0, ""))
+	if b, err := os.ReadFile(filepath.Join(root, "dir/program")); !errors.Is(err, unix.EIO) {
+		t.Errorf("%d bytes, %v", len(b), err)
+	}
+	if p := n.next(stream.Quarantined); !strings.Contains(p.Evidence.Why, "header") {
+		t.Errorf("why: %s", p.Evidence.Why)
+	}
+}
+
+// TestMountedOnAFullDisk: when an image was mounted first counts though it could not be written down, which is done later.
+func TestMountedOnAFullDisk(t *testing.T) {
+	n := provingNode(t, fs.ModeFile)
+	n.deadline, n.budget = 3*time.Second, 100*time.Millisecond
+	n.restart()
+	img := n.push("app", tarOf(t, file{"base", big("base")}), tarOf(t, file{"program", big("good")}))
+	n.convert(img)
+	top := n.prepareAll(img, 0, "")
+	id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	back := n.reg.Inject(registrytest.Blobs, -1, registrytest.Status(http.StatusServiceUnavailable))
+	dir := filepath.Join(n.root, "images", id)
+	if err := errors.Join(unix.Mount(dir, dir, "", unix.MS_BIND, ""), unix.Mount("", dir, "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")); err != nil {
+		t.Fatal(err)
+	}
+	writable := func() { unix.Unmount(dir, unix.MNT_DETACH) }
+	t.Cleanup(writable)
+	n.container("container", top)
+	n.next(stream.Overdue)
+	if _, err := os.Stat(filepath.Join(dir, "mounted")); err == nil {
+		t.Fatal("it was written")
+	}
+	writable()
+	n.until("the first mount is written down", func() bool {
+		_, err := os.Stat(filepath.Join(dir, "mounted"))
+		return err == nil
+	})
+	back()
+	n.next(stream.Proven)
+	n.next(stream.Proven)
+}

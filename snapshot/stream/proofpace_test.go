@@ -1,0 +1,38 @@
+package stream
+
+import (
+	"math"
+	"testing"
+	"time"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+)
+
+// What an image claims to have sets no other's pace, and no turn of more than a part of a deadline; zeros count as what they are to hash.
+func TestProofPace(t *testing.T) {
+	const hour = time.Hour
+	for n, want := range []time.Duration{hour / 8, hour / 4, hour / 2, hour, hour} {
+		if got := sliceOf(hour, math.MaxInt64, n); got != want {
+			t.Errorf("a layer that claims all there is may take %v at try %d, want %v", got, n, want)
+		}
+	}
+	if got := sliceOf(hour, 64<<20, 0); got != 2*time.Minute+16*time.Second {
+		t.Errorf("a layer of 64 MiB may take %v", got)
+	}
+	if got := rateOf(1<<30, 1, hour, hour); got != proofRate {
+		t.Errorf("1 GiB in an hour is read at %v", got)
+	}
+	// 9 GiB in the hour but an eighth, of which the image has a third.
+	if got, want := rateOf(9<<30, 3, hour, hour), float64(9<<30)/(hour*7/8/3).Seconds(); got != want {
+		t.Errorf("9 GiB are read at %v, want %v", got, want)
+	}
+	if got := rateOf(1<<30, 1, -hour, hour); got != 1<<30 {
+		t.Errorf("an image that is overdue is read at %v", got)
+	}
+	if got := cost(artifact.Chunk{TarSize: 4 << 20, BlobSize: 400}); got != 4<<20/8 {
+		t.Errorf("4 MiB of zeros count as %d bytes", got)
+	}
+	if got := cost(artifact.Chunk{TarSize: 4 << 20, BlobSize: 2 << 20}); got != 2<<20 {
+		t.Errorf("a chunk of 2 MiB counts as %d bytes", got)
+	}
+}
