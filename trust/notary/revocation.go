@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -145,7 +146,7 @@ func (a *answers) settle(c *call, p purpose.Purpose, results []*result.CertRevoc
 	}
 	c.mu.Unlock()
 	for key, u := range used {
-		if u.Until.IsZero() || !startsWithOne(u.URL, known) {
+		if u.Until.IsZero() || !slices.ContainsFunc(known, func(server string) bool { return isAt(u.URL, server) }) {
 			a.drop(key)
 			continue
 		}
@@ -158,13 +159,10 @@ func (a *answers) settle(c *call, p purpose.Purpose, results []*result.CertRevoc
 	}
 }
 
-func startsWithOne(s string, prefixes []string) bool {
-	for _, p := range prefixes {
-		if strings.HasPrefix(s, p) {
-			return true
-		}
-	}
-	return false
+// isAt reports whether url is a server's, whose own has no slash at its end, or below it: http://ca.example.evil is not at http://ca.example.
+func isAt(url, server string) bool {
+	below, ok := strings.CutPrefix(url, server)
+	return ok && (below == "" || below[0] == '/')
 }
 
 func untilOCSP(b []byte) time.Time {

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/notaryproject/notation-core-go/signature"
 	"github.com/notaryproject/notation-go"
 	"github.com/notaryproject/notation-go/signer"
 	framework "github.com/notaryproject/notation-plugin-framework-go/plugin"
@@ -267,7 +268,7 @@ func TestPluginThatDoesNotAnswer(t *testing.T) {
 	}
 }
 
-// TestPlugins: a plugin that a signature asks for answers for revocation; a plugin's name in a signature, which anybody may make, leads to no other program.
+// TestPlugins: a plugin that a signature asks for answers for revocation; a plugin's name in a signature leads to no other program, and in a stranger's to none at all.
 func TestPlugins(t *testing.T) {
 	ca := trusttest.NewCA(t, "authority", nil)
 	root := t.TempDir()
@@ -280,8 +281,24 @@ func TestPlugins(t *testing.T) {
 	id := ca.Issue(t, "build", trusttest.Leaf{})
 	stranger := trusttest.NewCA(t, "stranger", nil).Issue(t, "build", trusttest.Leaf{})
 
-	if _, err := v.Verify(t.Context(), target("x"), sign(t, id, target("x"), request{attributes: plugged("status")})); err != nil {
-		t.Errorf("the plugin says it is good: %v", err)
+	started := func() bool {
+		_, err := os.Stat(filepath.Join(dir, "ran"))
+		return err == nil
+	}
+	forged := sign(t, id, target("x"), request{attributes: plugged("status")})
+	forged = jwsWith(t, forged, func(fields map[string]any) { // whose chain is ours, which is no secret
+		fields["signature"] = encode64(flip(decode64(t, fields["signature"].(string))))
+	})
+	if _, err := v.Verify(t.Context(), target("x"), forged); !errors.Is(err, trust.ErrInvalid) || started() {
+		t.Errorf("a forged signature that names a plugin: %v, started %v", err, started())
+	}
+	for _, scheme := range []signature.SigningScheme{signature.SigningSchemeX509, signature.SigningSchemeX509SigningAuthority} {
+		if _, err := v.Verify(t.Context(), target("x"), sign(t, stranger, target("x"), request{scheme: scheme, attributes: plugged("status")})); !errors.Is(err, trust.ErrUntrusted) || started() {
+			t.Errorf("a stranger's signature that names a plugin, scheme %s: %v, started %v", scheme, err, started())
+		}
+	}
+	if _, err := v.Verify(t.Context(), target("x"), sign(t, id, target("x"), request{attributes: plugged("status")})); err != nil || !started() {
+		t.Errorf("the plugin says it is good: %v, started %v", err, started())
 	}
 	if err := os.WriteFile(filepath.Join(dir, "revoked"), nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -290,7 +307,7 @@ func TestPlugins(t *testing.T) {
 		t.Errorf("the plugin says it is revoked: %v", err)
 	}
 	for _, name := range []string{"../elsewhere/a", "../../" + filepath.Base(root) + "/elsewhere/a", elsewhere + "/a", ".", "..", "status/../../elsewhere/a", "status\x00", "absent"} {
-		if _, err := v.Verify(t.Context(), target("x"), sign(t, stranger, target("x"), request{attributes: plugged(name)})); !errors.Is(err, trust.ErrUnchecked) {
+		if _, err := v.Verify(t.Context(), target("x"), sign(t, id, target("x"), request{attributes: plugged(name)})); !errors.Is(err, trust.ErrUnchecked) {
 			t.Errorf("plugin %q: %v", name, err)
 		}
 	}

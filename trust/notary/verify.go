@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/notaryproject/notation-core-go/revocation/purpose"
@@ -46,6 +47,10 @@ func (v *Verifier) Verify(ctx context.Context, t trust.Target, e trust.Envelope)
 		return trust.Verdict{}, failure(trust.ErrUnchecked, err)
 	}
 
+	if err := now.known(ctx, statement, e); err != nil {
+		return trust.Verdict{}, err
+	}
+
 	c := &call{}
 	within, cancel := context.WithTimeout(context.WithValue(ctx, callKey{}, c), v.o.Timeout)
 	defer cancel()
@@ -58,6 +63,37 @@ func (v *Verifier) Verify(ctx context.Context, t trust.Target, e trust.Envelope)
 		return trust.Verdict{}, classify(t, outcome, c, err)
 	}
 	return verdict(t, outcome, c)
+}
+
+// known refuses an envelope that names a plugin, and whose certificates end at none that the statement trusts: notation-go starts the plugin before it looks at them, and everybody can make
+// an envelope. What it finds of the others, and more of these, it says itself.
+func (t *trusted) known(ctx context.Context, s *trustpolicy.TrustPolicy, e trust.Envelope) error {
+	content, err := parse(e)
+	if err != nil {
+		return err
+	}
+	info := &content.SignerInfo
+	if _, err := info.ExtendedAttribute(notationverifier.HeaderVerificationPlugin); err != nil {
+		return nil
+	}
+	want := truststore.TypeCA
+	if info.SignedAttributes.SigningScheme == signature.SigningSchemeX509SigningAuthority {
+		want = truststore.TypeSigningAuthority
+	}
+	for _, store := range s.TrustStores {
+		kind, name, _ := strings.Cut(store, ":")
+		if truststore.Type(kind) != want {
+			continue
+		}
+		certificates, err := t.store.GetCertificates(ctx, want, name)
+		if err != nil {
+			return failure(trust.ErrUnchecked, err)
+		}
+		if _, err := signature.VerifyAuthenticity(info, certificates); err == nil {
+			return nil
+		}
+	}
+	return failure(trust.ErrUntrusted, fmt.Errorf("by %s: it names a plugin, and no certificate of the trust store is in its chain", who(info)))
 }
 
 // checkForm refuses what the caller should not have brought.
