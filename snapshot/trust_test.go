@@ -156,17 +156,38 @@ func TestSigned(t *testing.T) {
 			s.putSignature("app", d, e, true)
 			s.t.Cleanup(s.reg.Inject(func(r *http.Request) bool { return strings.Contains(r.URL.Path, e.Digest.String()) }, -1, registrytest.Status(http.StatusForbidden)))
 		}, reason.Auth},
-		"a good one behind many that are not": {func(s *signedNode, d ocispec.Descriptor) {
-			evil := trusttest.NewCA(s.t, "evil", nil).Issue(s.t, "build", trusttest.Leaf{}).Signer(s.t, notary.SignOptions{})
-			for range 20 {
-				e, _, err := evil.Sign(s.t.Context(), target(d))
-				if err != nil {
-					s.t.Fatal(err)
-				}
-				s.putSignature("app", d, e, true)
-			}
+		"registry fails for the good one": {func(s *signedNode, d ocispec.Descriptor) {
+			s.strangers(d, 3)
+			e := s.signer.Sign(s.t, target(d), "jws")
+			s.putSignature("app", d, e, true)
+			s.t.Cleanup(s.reg.Inject(func(r *http.Request) bool { return strings.Contains(r.URL.Path, e.Digest.String()) }, -1, registrytest.Status(http.StatusForbidden)))
+		}, reason.Auth},
+		"cannot be checked, beside a stranger's": {func(s *signedNode, d ocispec.Descriptor) {
+			s.strangers(d, 3)
+			server := trusttest.NewServer(s.t)
+			ca := trusttest.NewCA(s.t, "revoking", server)
+			server.Set(trusttest.Down)
+			trusttest.WriteStore(s.t, s.dir, "default", ca.Root)
+			s.putSignature("app", d, ca.Issue(s.t, "build", trusttest.Leaf{}).Sign(s.t, target(d), "jws"), true)
+		}, reason.SignatureUnchecked},
+		"a good one behind as many as are looked at": {func(s *signedNode, d ocispec.Descriptor) {
+			s.strangers(d, 63)
 			s.putSignature("app", d, s.signer.Sign(s.t, target(d), "jws"), true)
 		}, ""},
+		"a good one behind more": {func(s *signedNode, d ocispec.Descriptor) {
+			list := s.strangers(d, 64)
+			e := s.signer.Sign(s.t, target(d), "jws")
+			s.putSignature("app", d, e, true)
+			good, _, err := trust.Manifest(d, e, nil)
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			b, err := json.Marshal(ocispec.Index{MediaType: ocispec.MediaTypeImageIndex, Manifests: append(list, good)})
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			s.t.Cleanup(s.reg.Inject(func(r *http.Request) bool { return strings.Contains(r.URL.Path, "/referrers/"+d.Digest.String()) }, -1, registrytest.Answer(ocispec.MediaTypeImageIndex, string(b))))
+		}, reason.SignatureUntrusted},
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
@@ -195,6 +216,25 @@ func TestSigned(t *testing.T) {
 			}
 		})
 	}
+}
+
+// strangers attaches n signatures of an authority that nobody trusts to d, and returns them as a list has them.
+func (s *signedNode) strangers(d ocispec.Descriptor, n int) (list []ocispec.Descriptor) {
+	s.t.Helper()
+	evil := trusttest.NewCA(s.t, "evil", nil).Issue(s.t, "build", trusttest.Leaf{}).Signer(s.t, notary.SignOptions{})
+	for range n {
+		e, _, err := evil.Sign(s.t.Context(), target(d))
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		s.putSignature("app", d, e, true)
+		desc, _, err := trust.Manifest(d, e, nil)
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		list = append(list, desc)
+	}
+	return list
 }
 
 func (img testImage) converted(n *testNode) testImage {

@@ -1,6 +1,7 @@
 package stream
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -119,7 +120,15 @@ func (v *vetting) verdict(ctx context.Context, raw []byte) (_ *vetted, err error
 	if i := slices.IndexFunc(good, func(g *vetted) bool { return g != nil }); i >= 0 {
 		return good[i], nil
 	}
-	return nil, errors.Join(some(errs, "signatures")...)
+	slices.SortStableFunc(errs, func(a, b error) int { return cmp.Compare(said(a), said(b)) })
+	return nil, errors.Join(some(append([]error{WithReason(errs[0])}, errs[1:]...), "signatures")...)
+}
+
+// said orders why signatures are no good by how little anybody can do about it who may only push, and the first gives the reason: what could not be read may be the good one; nobody
+// makes one that is revoked, over, or of a wrong identity but who has a certificate of a trusted authority; everybody can attach what is a stranger's, malformed, or refers to nothing.
+func said(err error) int {
+	classes := []error{trust.ErrRevoked, trust.ErrExpired, trust.ErrUnchecked, trust.ErrIdentity, trust.ErrUntrusted, trust.ErrInvalid, artifact.ErrInvalid, registryclient.ErrMismatch, registryclient.ErrNotFound}
+	return slices.IndexFunc(classes, func(class error) bool { return errors.Is(err, class) })
 }
 
 // some of errs are told, and how many others of what there are.
