@@ -46,7 +46,7 @@ configuration and credentials, those too that came with pulls through its CRI pr
 			defer cl.Close()
 			var errs []error
 			for _, ref := range args {
-				if err := fetchImage(namespaces.WithNamespace(cmd.Context(), namespace), cl, ref, fetchBlobs(c), cmd.OutOrStdout()); err != nil {
+				if err := fetchImage(namespaces.WithNamespace(cmd.Context(), namespace), cl, ref, fetchBlobs(c, blobIdle), cmd.OutOrStdout()); err != nil {
 					errs = append(errs, fmt.Errorf("%s: %w", ref, err))
 				}
 			}
@@ -89,20 +89,16 @@ func fetchImage(ctx context.Context, cl *client.Client, ref string, from blobs.S
 	return err
 }
 
-// fetchBlobs returns what fetches blobs by the daemon, which has the credentials that came with pulls, and what it does not give with its configuration and the
-// credentials that are found here.
-func fetchBlobs(c config) blobs.Source {
+// fetchBlobs returns what fetches blobs by the daemon, which has the credentials that came with pulls, and what it does not give, or not go on with for
+// as long as idle, with its configuration and the credentials that are found here.
+func fetchBlobs(c config, idle time.Duration) blobs.Source {
 	return func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) (err error) {
 		repo, _, _, err := registryclient.ParseReference(ref)
 		if err != nil {
 			return err
 		}
-		had := int64(0)
-		from, daemonErr := getFromDaemon(ctx, c.Root, "/blob?"+url.Values{"ref": {ref}, "digest": {blob.Digest.String()}, "size": {strconv.FormatInt(blob.Size, 10)}}.Encode())
-		if daemonErr == nil {
-			had, daemonErr = io.Copy(w, from)
-			from.Close() // all is read, or its error is told
-		}
+		path := "/blob?" + url.Values{"ref": {ref}, "digest": {blob.Digest.String()}, "size": {strconv.FormatInt(blob.Size, 10)}}.Encode()
+		had, daemonErr := copyFromDaemon(ctx, c.Root, path, w, idle)
 		if daemonErr == nil || ctx.Err() != nil {
 			return daemonErr
 		}
@@ -123,6 +119,33 @@ func fetchBlobs(c config) blobs.Source {
 		_, err = io.Copy(w, r)
 		return err
 	}
+}
+
+// blobIdle is how long a daemon may take to go on with a blob.
+const blobIdle = time.Minute
+
+// copyFromDaemon copies what getFromDaemon gets to w, and returns how much that was.
+func copyFromDaemon(ctx context.Context, root, path string, w io.Writer, idle time.Duration) (had int64, err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	from, err := getFromDaemon(ctx, root, path)
+	if err != nil {
+		return 0, err
+	}
+	defer from.Close() // all is read, or its error is told
+	const step = 256 << 10
+	hangs := time.AfterFunc(idle, func() { cancel(fmt.Errorf("it has sent less than %d bytes in %v", step, idle)) })
+	defer hangs.Stop()
+	for err == nil {
+		var n int64
+		n, err = io.CopyN(w, from, step)
+		had += n
+		hangs.Reset(idle)
+	}
+	if errors.Is(err, io.EOF) {
+		return had, nil
+	}
+	return had, cmp.Or(context.Cause(ctx), err)
 }
 
 // serveBlob returns what answers fetchBlobs. It gives up what does not begin within patience: only containers wait for longer for a registry that is away.

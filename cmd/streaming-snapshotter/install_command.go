@@ -184,7 +184,7 @@ func installOptions(f installFlags, configFile string, stream patterns, out io.W
 	asks := c.Containerd
 	c.Containerd = cmp.Or(f.containerd, c.Containerd)
 	o := install.Options{
-		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Replace: configFile != "", Address: c.Address, Root: c.Root, CRIProxy: c.CRIProxy, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Asks: asks, Fetch: fetchBlobs(c),
+		Program: "/proc/self/exe", ConfigFile: defaultConfig, Config: text, Replace: configFile != "", Address: c.Address, Root: c.Root, CRIProxy: c.CRIProxy, DryRun: f.dryRun, Out: out, Socket: c.Containerd, Asks: asks, Fetch: fetchBlobs(c, blobIdle),
 		Containerd: func() (install.Containerd, error) { return runningContainerd(c.Containerd) },
 		Loaded: func(ctx context.Context) ([]string, error) {
 			loaded, err := (&containerdReport{Address: c.Containerd}).ask(ctx)
