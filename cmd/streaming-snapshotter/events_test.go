@@ -3,7 +3,6 @@ package main
 import (
 	"encoding/json"
 	"errors"
-	"net/http"
 	"strings"
 	"testing"
 	"time"
@@ -22,12 +21,6 @@ import (
 func TestEventText(t *testing.T) {
 	s := kubeapitest.Start(t)
 	s.Put("namespaces/tenant/events", `{}`)
-	posted := make(chan struct{})
-	inner := s.Config.Handler
-	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		inner.ServeHTTP(w, r)
-		posted <- struct{}{}
-	})
 	e, stop := serveEvents(config{Events: s.Kubeconfig})
 	defer stop()
 	const image = "registry.example/app:v1"
@@ -35,8 +28,7 @@ func TestEventText(t *testing.T) {
 	defer done("")
 	for _, code := range reason.All() {
 		e.tell(snapshot.Pull{Image: image, Err: reason.New(code, errors.New("secret other-tenant/regcred: refused"))}, nil)
-		<-posted
-		list := s.Posted()
+		list := s.Await(t)
 		if len(list) != 1 {
 			t.Fatalf("%s: %d events", code, len(list))
 		}
@@ -50,22 +42,17 @@ func TestEventText(t *testing.T) {
 	}
 }
 
+// podsOfNode is what is asked for of the pods of node-1.
+const podsOfNode = "pods?fieldSelector=spec.nodeName%3Dnode-1&resourceVersion=0"
+
 // The pods that may have an image in quarantine are told which artifact it is and who has signed it, whatever name they have for the image; those of other repositories are not, nor anybody of what is no quarantine.
 func TestQuarantineEvent(t *testing.T) {
 	s := kubeapitest.Start(t)
 	pod := func(name, image string) string {
 		return `{"metadata": {"namespace": "tenant", "name": "` + name + `", "uid": "` + name + `"}, "spec": {"containers": [{"name": "c", "image": "` + image + `"}]}, "status": {"phase": "Running"}}`
 	}
-	s.Put("pods?fieldSelector=spec.nodeName%3Dnode-1&resourceVersion=0", `{"items": [`+pod("other", "registry.example/other:v1")+","+pod("none", "::")+","+pod("by-tag", "registry.example/app:v1")+`]}`)
+	s.Put(podsOfNode, `{"items": [`+pod("other", "registry.example/other:v1")+","+pod("none", "::")+","+pod("by-tag", "registry.example/app:v1")+`]}`)
 	s.Put("namespaces/tenant/events", `{}`)
-	posted := make(chan struct{}, 10)
-	inner := s.Config.Handler
-	s.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		inner.ServeHTTP(w, r)
-		if r.Method == http.MethodPost {
-			posted <- struct{}{}
-		}
-	})
 	e, stop := serveEvents(config{Events: s.Kubeconfig, NodeName: "node-1"})
 	(*podEvents)(nil).tellProof(stream.Proof{Kind: stream.Quarantined})
 	of := digest.FromString("image")
@@ -76,9 +63,9 @@ func TestQuarantineEvent(t *testing.T) {
 	}
 	p.Kind, p.Evidence = stream.Quarantined, &ledger.Quarantine{At: time.Now(), Signer: "CN=somebody\x1b[2J", Converter: "theirs 1.0\n", Why: "file secret differs"}
 	e.tellProof(p)
-	<-posted
+	list := s.Await(t)
 	stop()
-	list := s.Posted()
+	list = append(list, s.Posted()...)
 	if len(list) != 1 {
 		t.Fatalf("%d events: %s", len(list), list)
 	}

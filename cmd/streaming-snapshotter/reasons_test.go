@@ -34,6 +34,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/streaming-snapshotter/traps"
+	"github.com/streaming-snapshotter/streaming-snapshotter/kubeapi/kubeapitest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
@@ -46,8 +47,9 @@ import (
 type reasonNode struct {
 	root, address, config string
 	daemon                *process
-	ca                    *trusttest.CA // whom it trusts, where the policy is signed
-	notation              string        // its notation_dir
+	api                   *kubeapitest.Server // of Kubernetes, in which the node is node-1
+	ca                    *trusttest.CA       // whom it trusts, where the policy is signed
+	notation              string              // its notation_dir
 }
 
 // signatureReasons are those of the policy signed.
@@ -56,7 +58,9 @@ var signatureReasons = []reason.Code{reason.SignatureMissing, reason.SignatureIn
 func newReasonNode(t *testing.T, code reason.Code, failedStarts int) *reasonNode {
 	t.Helper()
 	dir := t.TempDir()
-	n := &reasonNode{root: filepath.Join(dir, "root"), address: filepath.Join(dir, "s.sock")}
+	n := &reasonNode{root: filepath.Join(dir, "root"), address: filepath.Join(dir, "s.sock"), api: kubeapitest.Start(t)}
+	n.api.Put("namespaces/tenant/events", `{}`)
+	n.pods("")
 	n.config = writeConfig(t, n.root, n.address)
 	policy := ""
 	if slices.Contains(signatureReasons, code) {
@@ -67,7 +71,7 @@ func newReasonNode(t *testing.T, code reason.Code, failedStarts int) *reasonNode
 	if code == reason.Tampered {
 		policy = "trust_default = 'proven'\n"
 	}
-	addConfig(t, n.config, "stream = ['127.0.0.1:*/team/*']\nresolve_timeout = '2s'\n"+policy+"[[trust]]\nrepositories = ['127.0.0.1:*/team/off/*']\npolicy = 'off'")
+	addConfig(t, n.config, fmt.Sprintf("stream = ['127.0.0.1:*/team/*']\nresolve_timeout = '2s'\nevents_kubeconfig = %q\nnode_name = 'node-1'\n", n.api.Kubeconfig)+policy+"[[trust]]\nrepositories = ['127.0.0.1:*/team/off/*']\npolicy = 'off'")
 	t.Cleanup(func() { unix.Unmount(filepath.Join(n.root, "devices"), unix.MNT_DETACH) })
 	if failedStarts > 0 {
 		if err := os.Mkdir(n.root, 0o700); err != nil {
@@ -81,6 +85,34 @@ func newReasonNode(t *testing.T, code reason.Code, failedStarts int) *reasonNode
 	}
 	n.daemon = serving(t, n.config, n.address)
 	return n
+}
+
+// pods has the node be that of one pod, which waits for an image.
+func (n *reasonNode) pods(image string) {
+	n.api.Put(podsOfNode, fmt.Sprintf(`{"items": [{"metadata": {"namespace": "tenant", "name": "p", "uid": "u"}, "spec": {"containers": [{"name": "c", "image": %q}]}}]}`, image))
+}
+
+// event wants the event of a pod that waits for an image to say the reason why that is not streamed.
+func (n *reasonNode) event(t *testing.T, code reason.Code, image string) {
+	t.Helper()
+	for {
+		for _, b := range n.api.Await(t) {
+			var got struct {
+				Reason, Message string
+				InvolvedObject  struct{ UID string }
+			}
+			if err := json.Unmarshal(b, &got); err != nil {
+				t.Fatal(err)
+			}
+			if code == reason.Tampered && got.Reason == "Quarantined" {
+				continue // of the artifact
+			}
+			if got.Reason != "NotStreaming" || got.InvolvedObject.UID != "u" || !strings.HasPrefix(got.Message, fmt.Sprintf("%s: image %q", code, image)) || !strings.HasSuffix(got.Message, code.Remedy()) {
+				t.Errorf("the event says %+v", got)
+			}
+			return
+		}
+	}
 }
 
 // pull begins to pull an image, as containerd does, and wants it to be a normal pull.
@@ -550,8 +582,8 @@ func TestTrusted(t *testing.T) {
 	}
 }
 
-// Each reason of the list is one that a pull meets, and the log, the status, the metrics and `check` say it; but for what a daemon does that is being stopped, which only the log
-// outlives.
+// Each reason of the list is one that a pull meets, and the log, the status, the metrics, `check` and the pod's event say it; but for what a daemon does that is being stopped, which only the log
+// outlives, and of an image without a name no pod is known.
 func TestReasons(t *testing.T) {
 	cases := reasonCases()
 	for _, code := range reason.All() {
@@ -567,8 +599,12 @@ func TestReasons(t *testing.T) {
 			reg := registrytest.Start(t, registrytest.Options{})
 			n := newReasonNode(t, code, failed)
 			labels := cases[code](t, n, reg)
+			n.pods(labels[snapshotters.TargetRefLabel])
 			n.pull(t, labels)
 			if code != reason.Stopping {
+				if code != reason.NoLabels {
+					n.event(t, code, labels[snapshotters.TargetRefLabel])
+				}
 				if got := n.why(t); got != code {
 					t.Errorf("the status says %s", got)
 				}
@@ -580,6 +616,9 @@ func TestReasons(t *testing.T) {
 			}
 			if !strings.Contains(n.daemon.stderr.String(), " reason="+string(code)+" error=") {
 				t.Errorf("the log says\n%s", &n.daemon.stderr)
+			}
+			if list := n.api.Posted(); code == reason.NoLabels && len(list) > 0 {
+				t.Errorf("there are events: %s", list)
 			}
 		})
 	}

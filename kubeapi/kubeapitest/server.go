@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 )
 
 // Server answers what a test has put there, to who has its token, and keeps what is posted or patched where something was put.
@@ -97,4 +98,17 @@ func (s *Server) Posted() [][]byte {
 	list := s.posted
 	s.posted = nil
 	return list
+}
+
+// Await is Posted, once that is something.
+func (s *Server) Await(t *testing.T) [][]byte {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+		if list := s.Posted(); len(list) > 0 {
+			return list
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("nothing was posted")
+		}
+	}
 }
