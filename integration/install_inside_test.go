@@ -51,6 +51,7 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 		h.interruptedInstall(install)
 		h.killedInstall(install)
 		h.installUnderContainers(install)
+		h.installWithoutContainerd(install)
 	}
 	// As a pod with hostPID does it.
 	h.must("unshare", "-m", "sh", "-c", `mkdir -p /run/pod && mount -t tmpfs none /run/pod && mkdir /run/pod/host && mount --rbind / /run/pod/host && cp "$0" /run/pod/program && mount -t tmpfs none /etc && exec /run/pod/program "$@" --root /run/pod/host`,
@@ -270,8 +271,7 @@ func (h *hosted) installUnderContainers(install []string) {
 	h.Helper()
 	for how, end := range map[string]string{"failed": "exit 7", "killed": "kill -KILL $PPID"} {
 		w := h.watcher()
-		come := fmt.Sprintf("%s; crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull %s && %s; %s", restartContainerd, h.c.App, h.runs(w), end)
-		out, err := tryRun(h.T, append([]string{newProgram}, append(install, "--restart-containerd", come)...)...)
+		out, err := tryRun(h.T, append([]string{newProgram}, append(install, "--restart-containerd", h.comes(w)+end)...)...)
 		if err == nil || how == "failed" && (!strings.Contains(err.Error(), "exit status 7") || !strings.Contains(out, node.Namespace+"/"+w.id)) {
 			h.Fatalf("an install that %s says %v\n%s", how, err, out)
 		}
@@ -286,6 +286,34 @@ func (h *hosted) installUnderContainers(install []string) {
 		h.remove(w)
 		h.uninstall(h.c.App)
 	}
+}
+
+// comes is a shell command that restarts containerd, and has the container of a watcher come then.
+func (h *hosted) comes(w *watcher) string {
+	return fmt.Sprintf("%s; crictl --runtime-endpoint unix:///run/containerd/containerd.sock pull %s && %s; ", restartContainerd, h.c.App, h.runs(w))
+}
+
+// installWithoutContainerd: containerd ends when a container has come, and does not start with what the install has written. So it has its own files again, and the container its daemon.
+func (h *hosted) installWithoutContainerd(install []string) {
+	h.Helper()
+	w := h.watcher()
+	restart := h.once(h.comes(w)+"systemctl stop containerd; exit 7", "if grep -rq snapshotter.sock /etc/containerd; then exit 8; fi; "+restartContainerd)
+	h.fails("containerd's files are as they were before", append([]string{newProgram}, append(install, "--restart-containerd", restart)...)...)
+	w.awaitPass(h.T)
+	ofContainerd := func(tree map[string]hostFile) map[string]hostFile {
+		tree = maps.Clone(tree)
+		maps.DeleteFunc(tree, func(path string, _ hostFile) bool { return !strings.HasPrefix(path, "/etc/containerd") })
+		return tree
+	}
+	h.compare(ofContainerd(h.was), ofContainerd(h.files()), "an install in which containerd has ended")
+	if s := unitStatus(h.T); !s.Kept || s.SafeMode != "" {
+		h.Errorf("after an install in which containerd has ended: %+v", s)
+	}
+	h.fails("install again", newProgram, "uninstall")
+	h.must(append([]string{newProgram}, install...)...)
+	w.awaitPass(h.T)
+	h.remove(w)
+	h.uninstall(h.c.App)
 }
 
 // upgrade puts a newer program in the place of the one that serves a container, and, if broken is true, tries one that does not start then.

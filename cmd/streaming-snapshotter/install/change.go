@@ -171,17 +171,19 @@ type record struct {
 
 // change is one under way: who finds it, undoes it.
 type change struct {
-	Before  []file   `json:"before"`
-	After   []file   `json:"after"` // what these are to be
-	Dirs    []string `json:"dirs"`
-	Fresh   bool     `json:"fresh"`             // the host had no daemon before, and nothing that it keeps
-	Running bool     `json:"running"`           // the daemon ran before
-	Restart []string `json:"restart,omitempty"` // the command that restarts containerd, if its configuration is changed
-	Name    string   `json:"name"`              // of the snapshotter in it
-	Root    string   `json:"root"`              // the daemon's directory
-	Made    bool     `json:"made"`              // which was not there before
-	Address string   `json:"address"`           // and its socket
-	CRI     string   `json:"cri_proxy"`         // and that of its proxy of CRI; "" is none
+	Before   []file   `json:"before"`
+	After    []file   `json:"after"`  // what these are to be
+	Theirs   int      `json:"theirs"` // so many of both, the last ones, are containerd's
+	Dirs     []string `json:"dirs"`
+	Fresh    bool     `json:"fresh"`             // the host had no daemon before, and nothing that it keeps
+	Running  bool     `json:"running"`           // the daemon ran before
+	Restart  []string `json:"restart,omitempty"` // the command that restarts containerd, if its configuration is changed
+	Released bool     `json:"released"`          // containerd's files are put back, and no part of this any more
+	Name     string   `json:"name"`              // of the snapshotter in it
+	Root     string   `json:"root"`              // the daemon's directory
+	Made     bool     `json:"made"`              // which was not there before
+	Address  string   `json:"address"`           // and its socket
+	CRI      string   `json:"cri_proxy"`         // and that of its proxy of CRI; "" is none
 }
 
 // store is the installer's directory.
@@ -293,8 +295,12 @@ func apply(ctx interface{ Err() error }, files []file) error {
 
 // undo puts back what the change has replaced. The change stays noted until forget: whatever else has to be done can be done again.
 func (s *store) undo() error {
+	return s.putBack(s.Change.Before)
+}
+
+func (s *store) putBack(files []file) error {
 	var errs []error
-	for _, f := range slices.Backward(s.Change.Before) {
+	for _, f := range slices.Backward(files) {
 		f, err := s.load(f)
 		if err == nil {
 			err = f.put()
@@ -302,6 +308,19 @@ func (s *store) undo() error {
 		errs = append(errs, err)
 	}
 	return errors.Join(append(errs, removeDirs(s.Change.Dirs))...)
+}
+
+// release puts containerd's files back, and leaves the rest of the change as it is. It can be done again.
+func (s *store) release() error {
+	c := *s.Change
+	own := len(c.Before) - c.Theirs
+	if err := s.putBack(c.Before[own:]); err != nil {
+		return err
+	}
+	c.Before, c.After, c.Theirs, c.Released = c.Before[:own], c.After[:own], 0, true
+	r := s.record
+	r.Change = &c
+	return s.write(r)
 }
 
 // removeDirs removes those that are empty.

@@ -5,14 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"slices"
 	"strings"
 
 	client "github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
-	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
@@ -32,45 +30,6 @@ func eachNamespace(ctx context.Context, cl *client.Client, f func(ctx context.Co
 		}
 	}
 	return nil
-}
-
-// come names the containers and images that have come with a first install, and lose their files if that is undone. Where containerd does not answer, these are the containers that run.
-func (in *installer) come(ctx context.Context, c *change) ([]string, error) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	loaded, err := in.o.Loaded(ctx)
-	if err != nil {
-		return mountedFrom(c.Root)
-	}
-	cl, err := client.New(in.o.Socket)
-	if err != nil {
-		return nil, err
-	}
-	defer cl.Close()
-	list, err := users(ctx, cl, c.Name)
-	if err != nil || !slices.Contains(loaded, c.Name) {
-		return list, err
-	}
-	images, err := imagesOf(ctx, cl, c.Name, slices.DeleteFunc(loaded, func(name string) bool { return name == c.Name })...)
-	if err == nil {
-		images, err = lacking(ctx, cl, images)
-	}
-	for _, u := range images {
-		list = append(list, fmt.Sprintf("%s, an image whose layers containerd does not have", u))
-	}
-	return list, err
-}
-
-// mountedFrom lists where files of the snapshotter with this directory are mounted as those of a container.
-func mountedFrom(root string) (list []string, err error) {
-	mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
-		return m.FSType != "overlay" || !strings.Contains(m.VFSOptions, "="+filepath.Join(root, "snapshots")+"/") ||
-			strings.HasPrefix(filepath.Base(m.Mountpoint), "containerd-mount"), false // what a pull that was cut short has left
-	})
-	for _, m := range mounts {
-		list = append(list, "what runs in "+m.Mountpoint)
-	}
-	return list, err
 }
 
 // users names the containers of a snapshotter, running or not: all lose their files with it.

@@ -76,6 +76,7 @@ type installer struct {
 // plan is what there is to do.
 type plan struct {
 	files   []file
+	theirs  int        // so many of files, the last ones, are containerd's
 	daemon  bool       // is started, in the place of one that runs
 	name    string     // of the snapshotter in containerd's configuration
 	restart []string   // the command that restarts containerd; nil if that is not needed
@@ -164,7 +165,7 @@ func begin(ctx context.Context, options func() (Options, error)) (in *installer,
 // unmoved refuses another directory or socket than those that are in use: containerd has its images and containers there.
 func (in *installer) unmoved() error {
 	for _, k := range []struct{ key, was, is string }{{"root", in.s.Root, in.o.Root}, {"address", in.s.Address, in.o.Address}} {
-		if in.s.installed() && filepath.Clean(k.was) != filepath.Clean(k.is) {
+		if in.s.installed() && resolved(k.was) != resolved(k.is) {
 			return fmt.Errorf("nothing was changed: the configuration says %s = %q, and what is installed has %q, where containerd has its images and containers: take the change back, or uninstall first", k.key, k.is, k.was)
 		}
 	}
@@ -231,7 +232,7 @@ func (in *installer) plan(ctx context.Context) (p plan, err error) {
 	if len(containerd) > 0 || !slices.Contains(loaded, p.name) {
 		p.restart = in.svc.restartContainerd(in.c.Unit)
 	}
-	p.files, p.store = append(files, containerd...), found.Root
+	p.files, p.theirs, p.store = append(files, containerd...), len(containerd), found.Root
 	if len(containerd) > 0 {
 		p.images, err = in.withoutLayers(ctx, p.name)
 	}
@@ -280,7 +281,7 @@ func (in *installer) announce(p plan) error {
 // carryOut does what p says, or nothing.
 func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
 	if err := in.s.begin(p.files, change{
-		Fresh: !in.s.installed() && !in.svc.there(ctx), Running: in.svc.running(ctx), Restart: p.restart, Name: p.name, Root: in.o.Root, Address: in.o.Address, CRI: in.o.CRIProxy,
+		Theirs: p.theirs, Fresh: !in.s.installed() && !in.svc.there(ctx), Running: in.svc.running(ctx), Restart: p.restart, Name: p.name, Root: in.o.Root, Address: in.o.Address, CRI: in.o.CRIProxy,
 	}); err != nil {
 		return err
 	}
@@ -323,75 +324,4 @@ func (in *installer) restartContainerd(ctx context.Context, command []string, na
 		}
 		return err
 	})
-}
-
-// failed undoes a change that has come to err. That something is not undone is never hidden behind an interrupt.
-func (in *installer) failed(ctx context.Context, err error, restarted bool) error {
-	stands, left := in.rollBack(context.WithoutCancel(ctx), restarted)
-	if left != nil {
-		return fmt.Errorf("%v\n%w", err, left)
-	}
-	if stands {
-		return fmt.Errorf("%v\nSo all stays as installed: mend that and install again, or drain the node and uninstall", err)
-	}
-	return err
-}
-
-// rollBack undoes the change that is noted: files, services, and containerd, if that may have been restarted meanwhile. It can be done again. A first install stands if containers have come
-// since, or images, which would lose their files with it.
-func (in *installer) rollBack(ctx context.Context, restarted bool) (stands bool, err error) {
-	c := in.s.Change
-	defer func() {
-		if err != nil {
-			err = fmt.Errorf("not all is as it was before; the next install or uninstall tries again, and %s has the originals: %w", Dir, err)
-		}
-	}()
-	if c.Fresh && restarted {
-		come, err := in.come(ctx, c)
-		if err != nil {
-			return false, err
-		}
-		if len(come) > 0 {
-			fmt.Fprintf(in.o.Out, "nothing is undone, because these have come meanwhile, and would lose the files that they have from the snapshotter %s:\n  %s\n", c.Name, strings.Join(come, "\n  "))
-			return true, in.s.commit()
-		}
-	}
-	return false, in.undo(ctx, c, restarted)
-}
-
-// undo is rollBack of what does not stand.
-func (in *installer) undo(ctx context.Context, c *change, restarted bool) error {
-	// What keeps the mounts of a daemon that was there before keeps them on: containers wait for it.
-	if !c.Running {
-		if err := in.svc.stop(ctx, c.Fresh); err != nil {
-			return err
-		}
-	}
-	if err := errors.Join(in.s.undo(), in.svc.reload(ctx)); err != nil {
-		return err
-	}
-	if c.Fresh {
-		if err := clearRoot(c.Root, c.Made); err != nil {
-			return err
-		}
-	}
-	if c.Running {
-		if err := in.svc.start(ctx); err != nil { // as before, maybe; there is nothing else to undo, and an install of what mends it must not wait for that
-			fmt.Fprintf(in.o.Out, "the daemon does not start with the files that it had before: %v\n", err)
-		}
-	}
-	if c.Restart != nil && restarted {
-		command := c.Restart
-		if in.o.Restart != nil {
-			command = in.o.Restart
-		}
-		if err := in.restartContainerd(ctx, command, ""); err != nil {
-			return err
-		}
-	}
-	if err := in.s.forget(); err != nil {
-		return err
-	}
-	fmt.Fprintln(in.o.Out, "all files are as they were before")
-	return nil
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -339,6 +340,7 @@ var mountsIn = []string{"devices", "images", "snapshots"}
 // clearRoot unmounts what the snapshotter has mounted in its directory, and removes that with all that is in it if an install has made it. A directory that was there before
 // may be a disk that others use, too.
 func clearRoot(root string, made bool) error {
+	root = resolved(root)
 	mounts, err := mountinfo.GetMounts(mountinfo.PrefixFilter(root))
 	if err != nil {
 		return err
@@ -356,4 +358,12 @@ func clearRoot(root string, made bool) error {
 		return nil
 	}
 	return os.RemoveAll(root)
+}
+
+// resolved is a directory as the kernel names mounts in it, if it is there: without links and slashes at its end.
+func resolved(dir string) string {
+	if to, err := filepath.EvalSymlinks(dir); err == nil {
+		return to
+	}
+	return filepath.Clean(dir)
 }
