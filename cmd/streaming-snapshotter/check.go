@@ -28,6 +28,7 @@ const (
 	quarantined   traps.Code = "QUARANTINED" // containers get errors, and start no more
 	unproven      traps.Code = "UNPROVEN"    // what runs may be anything
 
+	otherHosts      traps.Code = "HOSTS_DIR"      // mirrors and certificates are others than containerd's
 	otherContainerd traps.Code = "CRI_CONTAINERD" // the daemon asks where no containerd is
 )
 
@@ -113,7 +114,7 @@ func check(ctx context.Context, c config, o checkOptions, w io.Writer) (err erro
 		return err
 	}
 	if len(c.Stream) == 0 {
-		r.trap(nothingListed, "list repositories under `stream` in the configuration, and restart the daemon", "no repository is listed in `stream`: every image is pulled in the normal way")
+		r.trap(nothingListed, "list repositories under `stream` in the configuration, and restart the daemon; where there is none, `install --stream` makes one", "no repository is listed in `stream`: every image is pulled in the normal way")
 	}
 	r.checkDisk(c, dir)
 	r.checkDaemon(ctx, c)

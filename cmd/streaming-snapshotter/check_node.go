@@ -1,7 +1,9 @@
 package main
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -70,7 +72,11 @@ func (r *checkReport) checkDaemon(ctx context.Context, c config) {
 		if !install.Systemd() {
 			start = install.Start
 		}
-		r.trap(daemonDown, "start it: `"+start+"`", "%v: pulls and new containers of streamed images fail", err)
+		remedy := "start it: `" + start + "`"
+		if _, err := os.Stat(install.Path); errors.Is(err, os.ErrNotExist) {
+			remedy = "run `streaming-snapshotter install`; or, where it is run by hand, " + remedy
+		}
+		r.trap(daemonDown, remedy, "%v: pulls and new containers of streamed images fail", err)
 		return
 	}
 	r.Daemon = fmt.Sprintf("%s, since %s", s.Version, s.Since)
@@ -172,8 +178,27 @@ func (r *checkReport) checkContainerd(ctx context.Context, c config, o checkOpti
 		at.Found = traps.Found{Traps: []traps.Trap{{Code: traps.Unreadable, Text: fmt.Sprintf("%s: %v", config, err), Remedy: "mend the file: containerd does not start with it"}}}
 	}
 	r.Traps = append(r.Traps, at.Traps...)
+	r.checkHosts(c, at.Found)
 	if at.Snapshotter != "" && loaded != nil && !slices.Contains(loaded, at.Snapshotter) {
 		r.trap(traps.NotLoaded, "restart containerd", "%s has the proxy plugin %s, and the containerd that runs has not: it was started before", config, at.Snapshotter)
+	}
+}
+
+// checkHosts compares where containerd and the daemon look for mirrors, certificates and other ways to registries.
+func (r *checkReport) checkHosts(c config, f traps.Found) {
+	same := func(dir string) bool { return filepath.Clean(dir) == filepath.Clean(c.HostsDir) }
+	switch {
+	case len(f.HostsDirs) > 0 && !slices.ContainsFunc(f.HostsDirs, same):
+		r.trap(otherHosts, fmt.Sprintf("set hosts_dir = %q, and restart the daemon", f.HostsDirs[0]),
+			"containerd has its registry hosts in %s (`config_path`), and the daemon looks for them in %q (`hosts_dir`): it knows other mirrors and certificates", strings.Join(f.HostsDirs, ", "), c.HostsDir)
+	case f.HostsHere && len(f.HostsDirs) == 0:
+		r.trap(otherHosts, fmt.Sprintf("write them as hosts.toml below %s, to which containerd's `config_path` points then, and give the daemon credentials of its own", cmp.Or(c.HostsDir, defaults().HostsDir)),
+			"containerd's configuration has mirrors or credentials of registries itself (`registry.mirrors`, `registry.configs`, `registry.auths`), which the daemon does not read: it asks these registries without them")
+	case f.Version == 2 && len(f.HostsDirs) == 0: // from 2.2 on containerd looks there unless it is told otherwise
+		if hosts, err := os.ReadDir(c.HostsDir); err == nil && len(hosts) > 0 {
+			r.trap(otherHosts, fmt.Sprintf("set config_path = %q in [plugins.\"io.containerd.grpc.v1.cri\".registry] of containerd's configuration, and restart containerd", c.HostsDir),
+				"the daemon has registry hosts in %s, and containerd looks for none: `config_path` is empty", c.HostsDir)
+		}
 	}
 }
 

@@ -58,6 +58,36 @@ func TestCheckNode(t *testing.T) {
 	}
 }
 
+// Mirrors of which the daemon knows nothing are a trap: containerd has them in another directory, or in its configuration itself.
+func TestCheckHosts(t *testing.T) {
+	some := filepath.Join(t.TempDir(), "certs.d")
+	if err := os.MkdirAll(filepath.Join(some, "r.example"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, c := range map[string]struct{ dump, hostsDir, want string }{
+		"the same":             {"[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = '/a:/b/'\n", "/b", ""},
+		"none":                 {"[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = ''\n", "/b", ""},
+		"another":              {"[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = '/a:/b'\n", "/c", `hosts_dir = "/a"`},
+		"another, 1.7":         {"[plugins.'io.containerd.grpc.v1.cri'.registry]\nconfig_path = '/a'\n", "/c", `hosts_dir = "/a"`},
+		"the daemon's is none": {"[plugins.'io.containerd.cri.v1.images'.registry]\nconfig_path = '/a'\n", "", `hosts_dir = "/a"`},
+		"none, 1.7":            {"[plugins.'io.containerd.grpc.v1.cri']\n", "/none", ""},
+		"not looked for, 1.7":  {"[plugins.'io.containerd.grpc.v1.cri']\n", some, "set config_path = "},
+		"in the file itself":   {"[plugins.'io.containerd.grpc.v1.cri'.registry.mirrors.'r.example']\nendpoint = ['http://m.example']\n", "/c", "hosts.toml below /c"},
+	} {
+		var r checkReport
+		conf := defaults()
+		conf.HostsDir = c.hostsDir
+		version := "version = 3\n"
+		if strings.Contains(c.dump, "grpc") {
+			version = "version = 2\n"
+		}
+		r.checkHosts(conf, traps.Find([]byte(version+c.dump), traps.Want{}))
+		if c.want == "" && len(r.Traps) > 0 || c.want != "" && (len(r.Traps) != 1 || r.Traps[0].Code != otherHosts || !strings.Contains(r.Traps[0].Remedy, c.want)) {
+			t.Errorf("%s: got %+v, want %q", name, r.Traps, c.want)
+		}
+	}
+}
+
 // Where the registry wants to know who asks, check says whose credentials it has let in, or that none are.
 func TestCheckCredentials(t *testing.T) {
 	reg := registrytest.Start(t, registrytest.Options{})
@@ -168,7 +198,7 @@ func TestTrapsAreDocumented(t *testing.T) {
 			documented = append(documented, traps.Code(code))
 		}
 	}
-	want := append(traps.All(), nothingListed, paused, daemonDown, safeMode, cacheTooLarge, noHoles, noHTTPProxy, quarantined, unproven, otherContainerd)
+	want := append(traps.All(), nothingListed, paused, daemonDown, safeMode, cacheTooLarge, noHoles, noHTTPProxy, quarantined, unproven, otherContainerd, otherHosts)
 	slices.Sort(want)
 	slices.Sort(documented)
 	if !slices.Equal(documented, want) {

@@ -40,6 +40,9 @@ func (in *installer) containerdFiles(ctx context.Context) ([]file, traps.Found, 
 	if len(in.use.wrong(found)) == 0 {
 		return nil, found, nil
 	}
+	if at := slices.IndexFunc(found.Traps, func(t traps.Trap) bool { return t.Code == traps.NoCRI }); at >= 0 { // no form mends it
+		return nil, found, fmt.Errorf("nothing was changed: %s: %s", found.Traps[at].Text, found.Traps[at].Remedy)
+	}
 	if in.use.runtime != "" && slices.Contains(found.Uses, "cri") {
 		return nil, found, fmt.Errorf("nothing was changed: CRI pulls everything with the snapshotter %s on this host, not runtime %s alone: uninstall first", found.Snapshotter, in.use.runtime)
 	}

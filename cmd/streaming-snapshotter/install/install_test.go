@@ -196,6 +196,7 @@ func checkForm(t *testing.T, in *installer, c formCase) {
 func TestContainerdFilesRefused(t *testing.T) {
 	for name, c := range map[string]struct{ config, want string }{
 		"no TOML":      {"version 3\n", "cannot read its configuration as it is"},
+		"CRI disabled": {"disabled_plugins = ['cri']\n", "kubelet and crictl cannot pull at all"}, // as Docker's package has it
 		"inline table": {"version = 3\nimports = ['DIR/other.toml']\nplugins = {'io.containerd.cri.v1.images' = {snapshotter = 'overlayfs'}}\n", "config.toml itself"},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -20,6 +20,8 @@ const (
 	Unreadable Code = "CONFIG_UNREADABLE"
 	// NoImports: a drop-in names the snapshotter, and is not imported.
 	NoImports Code = "NO_IMPORTS"
+	// NoCRI: containerd's CRI, by which kubelet and crictl pull, is switched off.
+	NoCRI Code = "CRI_DISABLED"
 	// NoProxyPlugin: no proxy plugin has the snapshotter's address.
 	NoProxyPlugin Code = "NO_PROXY_PLUGIN"
 	// WrongAddress: the proxy plugin that seems to be meant has another address.
@@ -44,7 +46,7 @@ const (
 
 // All returns the list.
 func All() []Code {
-	return []Code{Unreadable, NoImports, NoProxyPlugin, WrongAddress, WrongType, NotLoaded, NotForCRI, NoAnnotations, NoUnpackConfig, UnpackReplaced, WrongRoot, Rebase}
+	return []Code{Unreadable, NoCRI, NoImports, NoProxyPlugin, WrongAddress, WrongType, NotLoaded, NotForCRI, NoAnnotations, NoUnpackConfig, UnpackReplaced, WrongRoot, Rebase}
 }
 
 // Trap is one of them, found.
@@ -70,6 +72,8 @@ type Found struct {
 	Pull        string   `json:"pull"`           // "local" or "transfer"
 	Why         string   `json:"why,omitempty"`  // the keys for which pulls are local
 	Uses        []string `json:"uses,omitempty"` // what pulls with it: "cri", "runtime NAME"
+	HostsDirs   []string `json:"-"`              // where CRI looks for hosts.toml; none: it does not
+	HostsHere   bool     `json:"-"`              // the configuration itself says mirrors or credentials of registries
 	Traps       []Trap   `json:"traps"`
 }
 
@@ -82,6 +86,7 @@ type effective struct {
 	Version      int64            `toml:"version"`
 	Root         string           `toml:"root"`
 	State        string           `toml:"state"`
+	Disabled     []string         `toml:"disabled_plugins"`
 	ProxyPlugins map[string]proxy `toml:"proxy_plugins"`
 	Plugins      struct {
 		Images  *images `toml:"io.containerd.cri.v1.images"`
@@ -90,6 +95,7 @@ type effective struct {
 		} `toml:"io.containerd.cri.v1.runtime"`
 		CRI *struct { // of containerd 1.7
 			Containerd containerd `toml:"containerd"`
+			Registry   registry   `toml:"registry"`
 		} `toml:"io.containerd.grpc.v1.cri"`
 		Transfer struct {
 			Unpack []struct {
@@ -114,11 +120,14 @@ type images struct {
 	SyncFS             bool                   `toml:"image_pull_with_sync_fs"`
 	Local              *bool                  `toml:"use_local_image_pull"` // nil before 2.1, where all pulls are
 	RuntimePlatforms   map[string]snapshotter `toml:"runtime_platforms"`
-	Registry           struct {
-		Mirrors map[string]any `toml:"mirrors"`
-		Configs map[string]any `toml:"configs"`
-		Auths   map[string]any `toml:"auths"`
-	} `toml:"registry"`
+	Registry           registry               `toml:"registry"`
+}
+
+type registry struct {
+	ConfigPath string         `toml:"config_path"`
+	Mirrors    map[string]any `toml:"mirrors"`
+	Configs    map[string]any `toml:"configs"`
+	Auths      map[string]any `toml:"auths"`
 }
 
 type containerd struct {
@@ -140,6 +149,7 @@ func Find(dump []byte, w Want) Found {
 		return f
 	}
 	f.Version, f.Root, f.State = c.Version, c.Root, c.State
+	c.checkCRI(&f)
 	p, ok := c.plugin(&f, w)
 	if !ok {
 		return f
@@ -157,6 +167,24 @@ func Find(dump []byte, w Want) Found {
 	}
 	f.checkUnpack(&c)
 	return f
+}
+
+// checkCRI looks whether CRI is there, and notes where it looks for registry hosts.
+func (c *effective) checkCRI(f *Found) {
+	if at := slices.IndexFunc(c.Disabled, func(name string) bool {
+		return slices.Contains([]string{"cri", "io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"}, name)
+	}); at >= 0 {
+		f.trap(NoCRI, "take it out of disabled_plugins in containerd's configuration, and restart containerd", "disabled_plugins has %q, as Docker's package of containerd comes: kubelet and crictl cannot pull at all", c.Disabled[at])
+	}
+	var r registry
+	switch {
+	case c.Plugins.Images != nil:
+		r = c.Plugins.Images.Registry
+	case c.Plugins.CRI != nil:
+		r = c.Plugins.CRI.Registry
+	}
+	f.HostsDirs = slices.DeleteFunc(strings.Split(r.ConfigPath, ":"), func(dir string) bool { return dir == "" })
+	f.HostsHere = len(r.Mirrors)+len(r.Configs)+len(r.Auths) > 0
 }
 
 // plugin finds the proxy plugin with the address of w.
@@ -182,15 +210,15 @@ func (c *effective) plugin(f *Found, w Want) (proxy, bool) {
 		f.trap(WrongAddress, fmt.Sprintf("make both the same: address in [proxy_plugins.%s], and address in the snapshotter's configuration", other),
 			"proxy plugin %s has address %s, the snapshotter serves on %s: pulls fail", other, c.ProxyPlugins[other].Address, w.Address)
 	case len(w.DropIns) > 0:
-		remedy := fmt.Sprintf("add a line imports = [%q] to containerd's configuration, above the first table, and restart containerd", dirOf(w.DropIns[0])+"/*.toml")
+		remedy := fmt.Sprintf("run `streaming-snapshotter install`; or add a line imports = [%q] to containerd's configuration, above the first table, and restart containerd", dirOf(w.DropIns[0])+"/*.toml")
 		if c.old() {
-			remedy = "put its tables into containerd's configuration file itself (deploy/containerd/1.7.toml), and restart containerd: what 1.7 imports replaces all that the file says of CRI"
+			remedy = "run `streaming-snapshotter install`; or put its tables into containerd's configuration file itself (deploy/containerd/1.7.toml), and restart containerd: what 1.7 imports replaces all that the file says of CRI"
 		}
 		f.trap(NoImports, remedy, "%s is there and not in effect: a configuration file without an `imports` line ignores it", strings.Join(w.DropIns, ", "))
 	default:
-		remedy := "copy deploy/containerd/transfer.toml, or local.toml, to /etc/containerd/conf.d, and restart containerd"
+		remedy := "run `streaming-snapshotter install`; or copy deploy/containerd/transfer.toml, or local.toml, to /etc/containerd/conf.d, and restart containerd"
 		if c.old() {
-			remedy = "put the tables of deploy/containerd/1.7.toml into containerd's configuration file, and restart containerd"
+			remedy = "run `streaming-snapshotter install`; or put the tables of deploy/containerd/1.7.toml into containerd's configuration file, and restart containerd"
 		}
 		f.trap(NoProxyPlugin, remedy, "no proxy plugin has the address %s: containerd does not know the snapshotter", w.Address)
 	}

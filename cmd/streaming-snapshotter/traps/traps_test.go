@@ -58,6 +58,8 @@ func TestFind(t *testing.T) {
 		"1.7":                         {old, "", "", nil, "local", "containerd 1.7"},
 		"no TOML":                     {good, "version = 4", "version 4", []Code{Unreadable}, "", ""},
 		"no plugin":                   {good, "[proxy_plugins", "[other", []Code{NoProxyPlugin}, "", ""},
+		"CRI disabled":                {good, "version = 4", "version = 4\ndisabled_plugins = ['io.containerd.grpc.v1.cri']", []Code{NoCRI}, "transfer", ""},
+		"1.7, CRI disabled":           {"disabled_plugins = ['cri']\n" + old, "[proxy_plugins", "[other", []Code{NoCRI, NoProxyPlugin}, "", ""},
 		"other address":               {good, "/s.sock", "/other.sock", []Code{WrongAddress}, "", ""},
 		"other address, other name":   {strings.ReplaceAll(good, "plugins.streaming", "plugins.mine"), "/s.sock", "/other.sock", []Code{WrongAddress}, "", ""},
 		"address with scheme":         {good, "/s.sock", "unix:///s.sock", nil, "transfer", ""},
