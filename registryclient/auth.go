@@ -110,6 +110,9 @@ type exhaustedError struct {
 }
 
 func (e *exhaustedError) Error() string {
+	if len(e.notes) == 0 {
+		return "no credential was found"
+	}
 	return "no credential is accepted (" + strings.Join(e.notes, "; ") + ")"
 }
 

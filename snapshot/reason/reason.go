@@ -85,7 +85,7 @@ func (c Code) Remedy() string {
 	case Auth:
 		return "give the daemon credentials that may pull from the repository; `streaming-snapshotter check REF` says what each place had, and how it was refused"
 	case Unreachable:
-		return "see the registry's hosts in `streaming-snapshotter status`, and hosts.toml"
+		return "see the registry's hosts in `streaming-snapshotter status`, and hosts.toml, which has `ca` for a certificate of your own authority"
 	case Timeout:
 		return "the registry is slow: see what the error names, or raise `resolve_timeout`"
 	case BadAnswer:

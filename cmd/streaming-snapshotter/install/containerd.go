@@ -135,15 +135,21 @@ func (in *installer) forms(dump []byte) (list []form, err error) {
 			return []file{regular(dropIn, 0o644, s.dropIn()), replaced(was, withImports(main, effective.Version, dropIn))}
 		}})
 	}
-	if !was.Absent {
-		itself := func(version int) func(s settings) []file {
-			return func(s settings) []file {
-				s.version = version
-				return []file{replaced(was, s.edit(main))}
-			}
+	itself := func(version int) func(s settings) []file {
+		return func(s settings) []file {
+			s.version = version
+			return []file{replaced(was, s.edit(main))}
 		}
+	}
+	switch {
+	case effective.Version == 2: // what 1.7 imports replaces all that the file says of CRI, also what somebody will write there later
+		if was.Absent {
+			main, has.Version = []byte("version = 2\n"), 2
+		}
+		places = slices.Insert(places, 0, place{path + " itself", itself(has.Version)})
+	case !was.Absent:
 		places = append(places, place{path + " itself", itself(has.Version)})
-		if has.Version < 3 && effective.Version > 2 { // containerd 2 migrates CRI's snapshotter only beside runtimes, and takes what stands in its new place already
+		if has.Version < 3 { // containerd 2 migrates CRI's snapshotter only beside runtimes, and takes what stands in its new place already
 			places = append(places, place{path + " itself, by the names of version 3", itself(3)})
 		}
 	}

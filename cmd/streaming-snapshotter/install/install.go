@@ -122,7 +122,7 @@ func begin(ctx context.Context, options func() (Options, error)) (in *installer,
 	unlock = func() { lock.Close() }
 	defer func() {
 		if err != nil {
-			unlock()
+			lock.Close()
 		}
 	}()
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
@@ -320,7 +320,7 @@ func (in *installer) restartContainerd(ctx context.Context, command []string, na
 	return until(ctx, "containerd", func(ctx context.Context) error {
 		loaded, err := in.o.Loaded(ctx)
 		if err == nil && name != "" && !slices.Contains(loaded, name) {
-			err = fmt.Errorf("it has the snapshotters %s, and not %s", strings.Join(loaded, ", "), name)
+			err = fmt.Errorf("it has the snapshotters %s, and not %s: was it started anew by %q?", strings.Join(loaded, ", "), name, strings.Join(command, " "))
 		}
 		return err
 	})

@@ -106,10 +106,11 @@ oom_score = -999
 
 func forms17() map[string]formCase {
 	return map[string]formCase{
-		"no file":          {nil, "local", []string{"conf.d/streaming-snapshotter.toml", "config.toml"}},
+		"no file":          {nil, "local", []string{"config.toml"}},
+		"Debian":           {map[string]string{"config.toml": "version = 2\n\n[plugins]\n  [plugins.\"io.containerd.grpc.v1.cri\"]\n    [plugins.\"io.containerd.grpc.v1.cri\".cni]\n      bin_dir = \"/opt/cni/bin\"\n"}, "local", []string{"config.toml"}},
 		"AKS":              {map[string]string{"config.toml": aks}, "local", []string{"config.toml"}},
 		"AKS and imports":  {map[string]string{"config.toml": strings.Replace(aks, "oom", "imports = ['DIR/conf.d/*.toml']\noom", 1), "conf.d/z.toml": "version = 2\n[grpc]\n  max_recv_message_size = 1000000\n"}, "local", []string{"config.toml"}},
-		"imports alone":    {map[string]string{"config.toml": "version = 2\nimports = ['DIR/conf.d/*.toml']\noom_score = -999\n"}, "local", []string{"conf.d/streaming-snapshotter.toml"}},
+		"imports alone":    {map[string]string{"config.toml": "version = 2\nimports = ['DIR/conf.d/*.toml']\noom_score = -999\n"}, "local", []string{"config.toml"}},
 		"CRI in a drop-in": {map[string]string{"config.toml": "version = 2\nimports = ['DIR/conf.d/*.toml']\n", "conf.d/cri.toml": "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  sandbox_image = \"mcr.example.com/pause:3.6\"\n"}, "", nil},
 		"version 1":        {map[string]string{"config.toml": "[plugins.cri]\n  sandbox_image = \"mcr.example.com/pause:3.6\"\n"}, "local", []string{"config.toml"}},
 	}
@@ -189,6 +190,17 @@ func checkForm(t *testing.T, in *installer, c formCase) {
 	}
 	if strings.Contains(string(dump), "max_concurrent_downloads = 9") {
 		t.Error("a drop-in that was ignored is in effect")
+	}
+}
+
+// What ends an install before it has begun, a configuration that cannot be read for instance, is an error, and leaves it to the next one.
+func TestBegin(t *testing.T) {
+	needRoot(t)
+	want := errors.New("no configuration")
+	for range 2 {
+		if err := Install(t.Context(), func() (Options, error) { return Options{}, want }); !errors.Is(err, want) {
+			t.Errorf("got %v", err)
+		}
 	}
 }
 
