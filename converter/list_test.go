@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
@@ -142,5 +143,34 @@ func TestCatalog(t *testing.T) {
 	reg.Inject(catalog, 1, registrytest.Status(http.StatusTeapot)) // any that is not tried again
 	if got, err := Catalog(t.Context(), reg.Host(), RegistryOptions{}); err == nil || errors.Is(err, ErrNoCatalog) {
 		t.Errorf("a registry that fails: %v, %v", got, err)
+	}
+}
+
+// TestReferrersAPIStaysKnown: a registry has the referrers API also if one of its pages cannot be read.
+func TestReferrersAPIStaysKnown(t *testing.T) {
+	reg := registrytest.Start(t, registrytest.Options{ReferrersPage: 1})
+	p, _, err := Open(reg.Host()+"/app", OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject := putIndex(t, p, "v1")
+	attach := func(name string) {
+		t.Helper()
+		putManifest(t, p, ocispec.MediaTypeImageManifest, "", ocispec.Manifest{
+			Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: "application/x-test",
+			Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{}, Subject: &subject, Annotations: map[string]string{"name": name},
+		})
+	}
+	attach("one")
+	attach("two")
+	remove := reg.Inject(func(r *http.Request) bool { return registrytest.Referrers(r) && r.URL.Query().Has("from") }, -1, registrytest.AnswerStatus(http.StatusForbidden))
+	if list, err := p.Referrers(t.Context(), subject.Digest); err == nil {
+		t.Errorf("%d referrers, and no error", len(list))
+	}
+	remove()
+	reg.Reset()
+	attach("three")
+	if n, _ := reg.Count(func(q registrytest.Request) bool { return strings.Contains(q.Path, "/referrers/") }); n > 1 { // go-containerregistry asks once for itself
+		t.Errorf("%d requests for what is known", n)
 	}
 }

@@ -102,8 +102,9 @@ func (r *registry) askReferrers(ctx context.Context, subject digest.Digest) (lis
 	err = pages(get, "referrers/", subject.String(), maxPages, func(resp *http.Response, raw []byte) (bool, error) {
 		mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 		has = resp.StatusCode == http.StatusOK && mediaType == ocispec.MediaTypeImageIndex
+		known := has // which is changed below, and by the next page
 		r.mu.Lock()
-		r.hasAPI = &has
+		r.hasAPI = &known
 		r.mu.Unlock()
 		if !has {
 			return false, nil
