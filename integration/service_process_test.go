@@ -68,13 +68,11 @@ func (d *daemon) await() {
 // address is one that nobody has, and that no connection gets by chance while its process is started again.
 func address(t *testing.T) string {
 	t.Helper()
-	for {
-		addr := fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000))
-		if l, err := net.Listen("tcp", addr); err == nil {
-			l.Close()
-			return addr
-		}
+	addr, err := node.FreeAddress()
+	if err != nil {
+		t.Fatal(err)
 	}
+	return addr
 }
 
 // natsProgram builds the NATS server.

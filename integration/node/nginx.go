@@ -47,7 +47,7 @@ func StartNginx(ctx context.Context, dir, certFile, keyFile string, up Upstream)
 	if err != nil {
 		return nil, err
 	}
-	addr, err := freeAddress()
+	addr, err := FreeAddress()
 	if err != nil {
 		return nil, err
 	}
@@ -89,16 +89,6 @@ func StartNginx(ctx context.Context, dir, certFile, keyFile string, up Upstream)
 		return nil, err
 	}
 	return &Nginx{addr, p}, nil
-}
-
-// freeAddress returns a loopback address that nobody listens on.
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close()
-	return l.Addr().String(), nil
 }
 
 // Close ends nginx.

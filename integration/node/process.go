@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +16,20 @@ import (
 	"syscall"
 	"time"
 )
+
+// FreeAddress returns a loopback address that nobody listens on, and that no connection gets by chance before somebody does: ports of that are others.
+func FreeAddress() (string, error) {
+	for {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20000+rand.IntN(10000)))
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
+		if err != nil {
+			return "", err
+		}
+		return l.Addr().String(), l.Close()
+	}
+}
 
 // process is a daemon with its output in a file.
 type process struct {

@@ -2,8 +2,6 @@ package serve
 
 import (
 	"fmt"
-	"net"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -18,23 +16,12 @@ func TestCluster(t *testing.T) {
 	for range 3 {
 		routes, urls = append(routes, "nats://"+free(t)), append(urls, "nats://"+free(t))
 	}
-	port := func(url string) int {
-		_, p, err := net.SplitHostPort(strings.TrimPrefix(url, "nats://"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		n, err := strconv.Atoi(p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return n
-	}
-	c := external(t, strings.Join(urls, ","), "")
+	c := external(t, strings.Join(urls, ","))
 	p := begin(t, c)
 	for i := range 3 {
 		startNATS(t, server.Options{
-			ServerName: fmt.Sprint("n", i), Port: port(urls[i]), JetStream: true, StoreDir: t.TempDir(),
-			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: port(routes[i])}, Routes: server.RoutesFromStr(strings.Join(routes, ",")),
+			ServerName: fmt.Sprint("n", i), Port: port(t, strings.TrimPrefix(urls[i], "nats://")), JetStream: true, StoreDir: t.TempDir(),
+			Cluster: server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: port(t, strings.TrimPrefix(routes[i], "nats://"))}, Routes: server.RoutesFromStr(strings.Join(routes, ",")),
 		})
 	}
 	if err := p.await(); err != nil {

@@ -57,7 +57,7 @@ type convert struct {
 type limits struct {
 	Conversions int           `toml:"conversions" comment:"At once, in this process."`
 	Memory      tomlfile.Size `toml:"memory" comment:"Bytes that all of them, and what is verified, may hold; 0 is half of the machine's or cgroup's. Go's collector is told to keep the process\nwithin 512 MiB more, unless GOMEMLIMIT says something else."`
-	Disk        tomlfile.Size `toml:"disk" comment:"Bytes of converted layers that may wait in temp_dir; 0 is three quarters of what is free there at the start."`
+	Disk        tomlfile.Size `toml:"disk" comment:"Bytes of converted layers that may wait in temp_dir; 0 is three quarters of what is free there at the start: name it where others write to the same file system."`
 }
 
 type times struct {
@@ -149,8 +149,8 @@ func example() Config {
 	c := Defaults()
 	grants := []grant{{access.Writer, "registry.example.com", "team/*"}}
 	c.Proxies = []string{"10.0.0.0/8"}
-	c.Registries = []registry{{Name: "registry.example.com", Username: "streaming", PasswordFile: "/etc/streamctl/password"}}
-	c.Tokens = []token{{Name: "ci", File: "/etc/streamctl/ci.token", Grants: grants}}
+	c.Registries = []registry{{Name: "registry.example.com", Username: "streaming", PasswordFile: "/run/credentials/streamctl.service/secrets_registry"}}
+	c.Tokens = []token{{Name: "ci", File: "/run/credentials/streamctl.service/secrets_ci", Grants: grants}}
 	c.OIDC = &oidc{Issuer: "https://login.example.com", ClientID: "streaming", Scopes: []string{"profile", "email"}, Audiences: []string{"streaming"}, Rules: []rule{{"groups", "platform-team", grants}}}
 	c.Webhooks = []webhookFrom{exampleWebhook()}
 	return c

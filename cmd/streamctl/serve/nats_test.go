@@ -11,11 +11,14 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/access"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
@@ -26,7 +29,7 @@ func startNATS(t *testing.T, o server.Options) *server.Server {
 	t.Helper()
 	o.Host, o.NoSigs, o.NoLog = "127.0.0.1", true, true
 	if o.Port == 0 {
-		o.Port = -1
+		o.Port = port(t, free(t))
 	}
 	s, err := server.NewServer(&o)
 	if err != nil {
@@ -40,11 +43,11 @@ func startNATS(t *testing.T, o server.Options) *server.Server {
 	return s
 }
 
-// external is a configuration with a NATS server outside.
-func external(t *testing.T, url, more string) Config {
+// external is a configuration with a NATS server outside; more is what it says of that besides.
+func external(t *testing.T, url string, more ...string) Config {
 	t.Helper()
-	c, err := load(t, fmt.Sprintf("data_dir = %q\naudit_log = ''\nlisten = '127.0.0.1:0'\nmetrics = %q\n%s\n[[registry]]\nname = '127.0.0.1:1'\n[nats]\nurl = %q\n",
-		t.TempDir(), free(t), more, url))
+	c, err := load(t, fmt.Sprintf("data_dir = %q\naudit_log = ''\nlisten = '127.0.0.1:0'\nmetrics = %q\n[[registry]]\nname = '127.0.0.1:1'\n[nats]\nurl = %q\n%s",
+		t.TempDir(), free(t), url, strings.Join(more, "")))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -54,12 +57,24 @@ func external(t *testing.T, url, more string) Config {
 // free is an address that nobody has.
 func free(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	addr, err := node.FreeAddress()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	return addr
+}
+
+func port(t *testing.T, addr string) int {
+	t.Helper()
+	_, p, err := net.SplitHostPort(addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.Atoi(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // asked asks until there is an answer with that status, and returns it.
@@ -84,13 +99,8 @@ func asked(t *testing.T, url string, status int) string {
 
 // TestNATSAway: a service whose NATS is away lives, says what it waits for, and works when NATS is there, and again after an outage.
 func TestNATSAway(t *testing.T) {
-	o := server.Options{JetStream: true, StoreDir: t.TempDir()}
-	nats := startNATS(t, o)
-	o.Port = nats.Addr().(*net.TCPAddr).Port
-	nats.Shutdown()
-	nats.WaitForShutdown()
-
-	c := external(t, fmt.Sprintf("nats://127.0.0.1:%d", o.Port), "")
+	o := server.Options{JetStream: true, StoreDir: t.TempDir(), Port: port(t, free(t))}
+	c := external(t, fmt.Sprintf("nats://127.0.0.1:%d", o.Port))
 	c.Listen = free(t)
 	p := begin(t, c)
 	if body := asked(t, "http://"+c.Metrics+"/healthz", 200); body != "ok\n" {
@@ -129,7 +139,7 @@ func TestNATSAway(t *testing.T) {
 
 // TestStoppedWhileNATSIsAway: that is an end like another.
 func TestStoppedWhileNATSIsAway(t *testing.T) {
-	c := external(t, "nats://"+free(t), "")
+	c := external(t, "nats://"+free(t))
 	p := begin(t, c)
 	asked(t, "http://"+c.Metrics+"/healthz", 200)
 	if err := p.stop(); err != nil {
@@ -148,11 +158,10 @@ func TestNATSRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	o := server.Options{
-		JetStream: true, StoreDir: t.TempDir(), Username: "streamctl", Password: "right-0123456789",
+		JetStream: true, StoreDir: t.TempDir(), Port: port(t, free(t)), Username: "streamctl", Password: "right-0123456789",
 		TLSConfig: &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS12},
 	}
 	nats := startNATS(t, o)
-	o.Port = nats.Addr().(*net.TCPAddr).Port
 	password := filepath.Join(t.TempDir(), "password")
 	write := func(text string) {
 		t.Helper()
@@ -160,7 +169,7 @@ func TestNATSRefuses(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	c := external(t, fmt.Sprintf("tls://127.0.0.1:%d", o.Port), "")
+	c := external(t, fmt.Sprintf("tls://127.0.0.1:%d", o.Port))
 	c.NATS.Username, c.NATS.PasswordFile, c.NATS.CA = "streamctl", password, cert.CAFile
 	if err := begin(t, c).await(); !errors.Is(err, os.ErrNotExist) || !strings.Contains(err.Error(), "password_file") {
 		t.Errorf("without the file: %v", err)
@@ -193,8 +202,45 @@ func TestNATSRefuses(t *testing.T) {
 // TestNoJetStream: a server that never can do what we need is an error.
 func TestNoJetStream(t *testing.T) {
 	nats := startNATS(t, server.Options{})
-	if err := begin(t, external(t, nats.ClientURL(), "")).await(); err == nil || !strings.Contains(err.Error(), nats.ClientURL()) {
+	if err := begin(t, external(t, nats.ClientURL())).await(); err == nil || !strings.Contains(err.Error(), nats.ClientURL()) {
 		t.Error(err)
+	}
+}
+
+// TestNATSNever: what a server will not do as long as it is configured as it is, is an error at the start, that says of what.
+func TestNATSNever(t *testing.T) {
+	for _, c := range []struct {
+		name, more, want string
+		prepare          func(jetstream.JetStream) error
+	}{
+		{"one server, three replicas", "replicas = 3\n", "non-clustered", func(jetstream.JetStream) error { return nil }},
+		{"a stream of others has the subjects", "", "overlap", func(js jetstream.JetStream) error {
+			_, err := js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "others", Subjects: []string{"streaming.>"}})
+			return err
+		}},
+		{"a stream of others has the name", "", "storage", func(js jetstream.JetStream) error {
+			_, err := js.CreateStream(t.Context(), jetstream.StreamConfig{Name: "streaming-work", Subjects: []string{"others.>"}, Storage: jetstream.MemoryStorage})
+			return err
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s := startNATS(t, server.Options{JetStream: true, StoreDir: t.TempDir()})
+			conn, err := nats.Connect(s.ClientURL())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			js, err := jetstream.New(conn)
+			if err == nil {
+				err = c.prepare(js)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := begin(t, external(t, s.ClientURL(), c.more)).await(); err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), s.ClientURL()) {
+				t.Errorf("got %v, want an error with %q", err, c.want)
+			}
+		})
 	}
 }
 
@@ -212,7 +258,7 @@ func TestReplicas(t *testing.T) {
 	}
 	var replicas []*served
 	for range 2 {
-		c := external(t, nats.ClientURL(), "")
+		c := external(t, nats.ClientURL())
 		c.SessionKey, c.Tokens = key, []token{{Name: "x", File: file, Grants: []grant{{Role: access.Owner}}}}
 		p := begin(t, c)
 		if err := p.await(); err != nil {

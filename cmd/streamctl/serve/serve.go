@@ -19,6 +19,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -39,6 +40,8 @@ type Options struct {
 	Log     *slog.Logger // structured, of everything else
 	// Ready, if not nil, is called once requests are answered, with the address.
 	Ready func(addr net.Addr)
+
+	drained <-chan struct{} // ends the time to drain sooner: for tests, which know when they are through
 }
 
 // Run serves until ctx ends, and returns when all work was handed back.
@@ -167,15 +170,14 @@ func (p *process) run(ctx context.Context) error {
 // drain waits until load balancers have seen that this process stops, which answers as before meanwhile.
 func (p *process) drain(working context.Context) {
 	p.health.stopping.Store(true)
-	if err := notify("STOPPING=1"); err != nil {
-		p.o.Log.Warn("systemd could not be told of the stop", "error", err)
-	}
+	p.tell("STOPPING=1")
 	if p.health.svc.Load() == nil || p.c.Times.Drain.D == 0 {
 		return
 	}
 	p.o.Log.Info("stopping: requests are answered until load balancers know", "drain", p.c.Times.Drain.D)
 	select {
 	case <-time.After(p.c.Times.Drain.D):
+	case <-p.o.drained:
 	case <-working.Done():
 	}
 }
@@ -216,29 +218,50 @@ func (p *process) work(ctx context.Context, addr net.Addr) error {
 }
 
 // waiting tells who waits for the start that there is nothing to be done until NATS is there.
-func (p *process) waiting() {
-	if err := notify("READY=1\nSTATUS=waiting for NATS"); err != nil {
-		p.o.Log.Warn("systemd could not be told of the start", "error", err)
+func (p *process) waiting() { p.tell("READY=1\nSTATUS=waiting for NATS") }
+
+// tell tells systemd, if there is one that wants to know.
+func (p *process) tell(state string) {
+	if err := notify(state); err != nil {
+		p.o.Log.Warn("systemd could not be told how it is", "state", state, "error", err)
 	}
 }
 
-// newService makes the service's streams and buckets. A cluster that starts, too, cannot do it yet: it is waited for.
+// refuseTime is how long NATS may refuse the service's streams until that is an error, and how often it is then said again.
+const refuseTime = time.Minute
+
+// Codes of JetStream's errors, which it has for every server that is configured as this one is: waiting is in vain.
+var neverTaken = []jetstream.ErrorCode{
+	10074, // "replicas > 1 not supported in non-clustered mode"
+	10065, // "subjects overlap with an existing stream"
+	10052, // the stream is there, and cannot become what it is to be
+	jetstream.JSErrCodeJetStreamNotEnabled, jetstream.JSErrCodeJetStreamNotEnabledForAccount,
+}
+
+// newService makes the service's streams and buckets. A cluster that starts, too, cannot do it yet: it is waited for. Who waits for the start does so meanwhile, since
+// what NATS answers may be what it answers for ever.
 func (p *process) newService(ctx context.Context) (*service.Service, error) {
 	if p.service.Replicas == 0 && p.service.Conn.ConnectedClusterName() != "" {
 		p.service.Replicas = 3
 	}
-	said := ""
+	said, complain := "", time.Now().Add(refuseTime)
 	for {
 		svc, err := service.New(ctx, p.service)
-		switch {
-		case err == nil || ctx.Err() != nil || p.c.NATS.URL == "" || !errors.Is(err, service.ErrUnavailable):
+		if err == nil || ctx.Err() != nil || p.c.NATS.URL == "" || !errors.Is(err, service.ErrUnavailable) {
 			return svc, err
-		case errors.Is(err, jetstream.ErrJetStreamNotEnabled) || errors.Is(err, jetstream.ErrJetStreamNotEnabledForAccount) || p.service.Conn.IsClosed():
-			return nil, fmt.Errorf("NATS at %s: %w", p.c.NATS.URL, err)
-		case err.Error() != said:
+		}
+		var refused *jetstream.APIError
+		if errors.As(err, &refused) && slices.Contains(neverTaken, refused.ErrorCode) || p.service.Conn.IsClosed() {
+			return nil, fmt.Errorf("NATS at %s, nats.replicas %d: %w", p.c.NATS.URL, p.service.Replicas, err)
+		}
+		level := slog.LevelWarn
+		if time.Now().After(complain) {
+			level, said, complain = slog.LevelError, "", time.Now().Add(refuseTime)
+		}
+		if err.Error() != said {
 			said = err.Error()
-			p.waiting()
-			p.o.Log.Warn("NATS does not take the service's streams yet, and is asked again", "url", p.c.NATS.URL, "nats.replicas", p.service.Replicas, "error", err)
+			p.tell("STATUS=NATS does not take the service's streams: " + said)
+			p.o.Log.Log(ctx, level, "NATS does not take the service's streams, and is asked again", "url", p.c.NATS.URL, "nats.replicas", p.service.Replicas, "error", err)
 		}
 		select {
 		case <-time.After(time.Second):
@@ -269,9 +292,7 @@ func (p *process) whenReady(ctx context.Context, svc *service.Service, addr net.
 	if p.c.TLS.Certificate != "" {
 		scheme = "https"
 	}
-	if err := notify("READY=1\nSTATUS=serving at " + scheme + "://" + addr.String()); err != nil {
-		p.o.Log.Warn("the start succeeded, and systemd could not be told", "error", err)
-	}
+	p.tell("READY=1\nSTATUS=serving at " + scheme + "://" + addr.String())
 	if p.o.Ready != nil {
 		p.o.Ready(addr)
 	}

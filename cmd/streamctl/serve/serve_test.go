@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -33,23 +34,25 @@ type served struct {
 	end   func()     // begins that
 }
 
-func start(t *testing.T, text string) (*served, error) {
+func start(t *testing.T, text string, change ...func(*Options)) (*served, error) {
 	t.Helper()
 	c, err := load(t, strings.ReplaceAll("data_dir = 'DATA'\naudit_log = ''\n"+text, "DATA", t.TempDir()))
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := begin(t, c)
+	p := begin(t, c, change...)
 	return p, p.await()
 }
 
 // begin runs a service that may not be ready for long.
-func begin(t *testing.T, c Config) *served {
+func begin(t *testing.T, c Config, change ...func(*Options)) *served {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
 	p := &served{ready: make(chan net.Addr, 1), ended: make(chan error, 1), end: cancel}
-	go func() {
-		p.ended <- Run(ctx, c, Options{Version: "test", Stdout: io.Discard, Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Ready: func(a net.Addr) { p.ready <- a }})
-	}()
+	o := Options{Version: "test", Stdout: io.Discard, Log: slog.New(slog.NewTextHandler(t.Output(), nil)), Ready: func(a net.Addr) { p.ready <- a }}
+	for _, f := range change {
+		f(&o)
+	}
+	go func() { p.ended <- Run(ctx, c, o) }()
 	t.Cleanup(func() { p.stop() })
 	return p
 }
@@ -165,7 +168,10 @@ func want(t *testing.T, socket *net.UnixConn, text string) {
 // TestDrain: while load balancers may still send requests, they are answered, and /readyz says that no more should come.
 func TestDrain(t *testing.T) {
 	t.Parallel()
-	p, err := start(t, "listen = '127.0.0.1:0'\n[times]\ndrain = '5s'\n[[registry]]\nname = '127.0.0.1:1'\n")
+	drained := make(chan struct{})
+	done := sync.OnceFunc(func() { close(drained) })
+	defer done()
+	p, err := start(t, "listen = '127.0.0.1:0'\n[times]\ndrain = '1h'\n[[registry]]\nname = '127.0.0.1:1'\n", func(o *Options) { o.drained = drained })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -176,6 +182,7 @@ func TestDrain(t *testing.T) {
 	if status, body := get(t, http.DefaultClient, "http://"+p.addr+"/v1/registries", ""); status != 200 {
 		t.Errorf("%d %s", status, body)
 	}
+	done()
 	if err := p.stop(); err != nil {
 		t.Error(err)
 	}
@@ -328,12 +335,16 @@ func TestMemoryThere(t *testing.T) {
 // TestLimitsSettle: what the configuration does not say has a bound all the same.
 func TestLimitsSettle(t *testing.T) {
 	defer debug.SetMemoryLimit(debug.SetMemoryLimit(math.MaxInt64))
+	there, err := memoryThere("/proc/self/cgroup", "/sys/fs/cgroup")
+	if err != nil {
+		t.Fatal(err)
+	}
 	var l limits
 	if err := l.settle(t.TempDir()); err != nil {
 		t.Fatal(err)
 	}
-	if got := debug.SetMemoryLimit(-1); l.Memory <= 0 || l.Disk <= 0 || got > int64(l.Memory)+BesideMemory {
-		t.Errorf("%+v, and Go's limit is %d", l, got)
+	if got := debug.SetMemoryLimit(-1); int64(l.Memory) != there/2 || l.Disk <= 1 || got != min(there/2+BesideMemory, there/10*9) {
+		t.Errorf("%+v, and Go's limit is %d, of %d", l, got, there)
 	}
 	said := limits{Memory: 1 << 20, Disk: 1 << 20}
 	if err := said.settle("/does/not/exist"); err != nil || said.Memory != 1<<20 || said.Disk != 1<<20 {

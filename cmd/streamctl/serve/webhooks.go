@@ -28,7 +28,7 @@ type webhookFrom struct {
 }
 
 func exampleWebhook() webhookFrom {
-	return webhookFrom{Name: "registry", Kind: "distribution", Registry: "registry.example.com", SecretFile: "/etc/streamctl/hook.secret", Header: "Authorization", Claims: map[string]string{}}
+	return webhookFrom{Name: "registry", Kind: "distribution", Registry: "registry.example.com", SecretFile: "/run/credentials/streamctl.service/secrets_hook", Header: "Authorization", Claims: map[string]string{}}
 }
 
 // source is what package webhook calls it, without the secret and the client.
