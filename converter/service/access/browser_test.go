@@ -139,7 +139,7 @@ func TestLoginByToken(t *testing.T) {
 // Sessions survive the process and end with their time, their token, and a logout.
 // A token is renewed by replacing its file, and taken away by removing it: for who asks with it, and who has logged in with it.
 func TestTokenFiles(t *testing.T) {
-	const first, second = "first-0123456789abcdef", "other-0123456789abcdef"
+	const first, second, twin = "first-0123456789abcdef", "other-0123456789abcdef", "twin-0123456789abcdef"
 	file := filepath.Join(t.TempDir(), "token")
 	write := func(token string) {
 		t.Helper()
@@ -152,7 +152,10 @@ func TestTokenFiles(t *testing.T) {
 	}
 	write(first)
 	s := start(t, false, func(string) Config {
-		return Config{Tokens: []Token{{Name: "ci", File: file, Grants: []Grant{{Role: Writer}}}}}
+		return Config{Tokens: []Token{
+			{Name: "ci", File: file, Grants: []Grant{{Role: Writer}}},
+			{Name: "other", SHA256: sum(twin), Grants: []Grant{{Role: Reader}}},
+		}}
 	})
 	api := s.gate.API(who)
 	asks := func(token string, want int) {
@@ -171,7 +174,11 @@ func TestTokenFiles(t *testing.T) {
 	s.login(second)
 	write("short")
 	asks("short", 401)
+	asks(twin, 200)
+	write(twin) // whose it is cannot be said
+	asks(twin, 401)
 	write(second)
+	asks(twin, 200)
 	s.is("token ci [{writer  }]")
 	if err := os.Remove(file); err != nil {
 		t.Fatal(err)
