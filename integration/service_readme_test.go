@@ -44,6 +44,9 @@ func TestServiceReadme(t *testing.T) {
 
 	const ref = "127.0.0.1:5055/team/app:v1"
 	run(t, "streamctl", "verify", ref)
+	if out := run(t, "streamctl", "show", "--starts", "--server", readmeService, ref); !strings.Contains(out, "No node has reported a start") {
+		t.Errorf("before there is a node the service shows\n%s", out)
+	}
 	n := startNode(t, node.Options{Stream: []string{"127.0.0.1:5055/*"}, Config: "report = 'http://127.0.0.1:8480'\n"})
 	if err := n.Pull(t.Context(), ref); err != nil {
 		t.Fatal(err)
@@ -60,9 +63,6 @@ func TestServiceReadme(t *testing.T) {
 		t.Errorf("the node has streamed %d images, %v", status.Streamed, err)
 	}
 
-	if out := run(t, "streamctl", "show", "--starts", "--server", readmeService, ref); !strings.Contains(out, "No node has reported a start") {
-		t.Errorf("before the start is over the service shows\n%s", out)
-	}
 	if _, err := n.Crictl(t.Context(), "rmi", ref); err != nil { // then the start is over
 		t.Fatal(err)
 	}

@@ -111,18 +111,18 @@ func TestServiceKilled(t *testing.T) {
 		t.Run(fmt.Sprintf("%d servers", c.servers), func(t *testing.T) {
 			dir := tempDir(t)
 			host := serviceRegistry(t, dir, lagproxy.Link{})
-			k := &killer{t: t, servers: startNATS(t, c.servers)}
+			k := &killer{t: t, host: host, servers: startNATS(t, c.servers), killed: map[string]bool{}}
 			for range c.replicas {
-				k.replicas = append(k.replicas, startService(t, host, fmt.Sprintf("[times]\nlease = '5s'\n[nats]\nurl = %q\n", urls(k.servers))))
+				// Few requests a second: there is a middle of each conversion, and most of what it is to be killed in is between two of them.
+				k.replicas = append(k.replicas, startService(t, host, fmt.Sprintf("requests_per_second = 10\n[times]\nlease = '5s'\n[nats]\nurl = %q\n", urls(k.servers))))
 			}
-			for n := range c.images {
-				size := 2_000_000 + rand.Int64N(4_000_000)
-				k.images = append(k.images, pushRandom(t, host, fmt.Sprintf("team/app%d", n), size, size/2, 1000))
+			for range c.images {
+				k.push()
 			}
 			ctx, stop := context.WithCancel(t.Context())
 			var looking sync.WaitGroup
 			looking.Go(func() { k.look(ctx) })
-			for _, i := range k.images {
+			for _, i := range k.list() {
 				k.submit(i)
 			}
 			for n := range c.kills {
@@ -132,9 +132,9 @@ func TestServiceKilled(t *testing.T) {
 					k.kill()
 				}
 			}
-			within(t, 10*time.Minute, "all operations end", func() bool {
-				return !slices.ContainsFunc(k.operations(), func(op service.Operation) bool { return !op.State.Ended() })
-			})
+			for _, r := range k.replicas { // each knows of all
+				within(t, 10*time.Minute, "all operations end", func() bool { return k.ended(r.client.Operations(t.Context(), service.Filter{Limit: 1000})) })
+			}
 			stop()
 			looking.Wait()
 			k.check(dir)
@@ -145,9 +145,30 @@ func TestServiceKilled(t *testing.T) {
 // killer has the processes of the service, and the images that they are asked to convert.
 type killer struct {
 	t        *testing.T
+	host     string // of the registry
 	servers  []*daemon
 	replicas []*serviceDaemon
-	images   []service.Image
+	killed   map[string]bool // processes of the service that converted, by their names
+
+	mu     sync.Mutex
+	images []service.Image
+}
+
+// push pushes an image more.
+func (k *killer) push() service.Image {
+	k.t.Helper()
+	size := 2_000_000 + rand.Int64N(4_000_000)
+	i := pushRandom(k.t, k.host, fmt.Sprintf("team/app%d", len(k.list())), size, size/2, 1000)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.images = append(k.images, i)
+	return i
+}
+
+func (k *killer) list() []service.Image {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.images)
 }
 
 // any asks the replicas, beginning with one at random, until one answers: others may have been killed.
@@ -190,33 +211,60 @@ func (k *killer) operations() (list []service.Operation) {
 	return list
 }
 
-// kill kills a replica that converts, at any moment of it. An image over which four have died already is spared: it would be called failed.
+// kill kills a replica that converts, at any moment of it: an image more if there is none left. Whoever converts still, when it is asked at the last moment, is interrupted.
 func (k *killer) kill() {
 	k.t.Helper()
 	within(k.t, 5*time.Minute, "a replica that can be killed", func() bool {
-		ops := k.operations()
-		for _, n := range rand.Perm(len(k.replicas)) {
-			r := k.replicas[n]
-			var mine []service.Operation
-			for _, op := range ops {
-				if op.State == service.Running && strings.HasPrefix(op.Worker, r.name+"-") {
-					mine = append(mine, op)
-				}
+		for _, i := range rand.Perm(len(k.replicas)) {
+			r := k.replicas[i]
+			if k.victim(r) == "" {
+				continue
 			}
-			if len(mine) > 0 && !slices.ContainsFunc(mine, func(op service.Operation) bool { return op.Attempt > 3 }) {
-				time.Sleep(rand.N(300 * time.Millisecond)) // the fault itself: at any moment of what they do
+			time.Sleep(rand.N(300 * time.Millisecond)) // the fault itself: at any moment of what they do
+			if process := k.victim(r); process != "" {
 				r.restart()
+				k.killed[process] = true
 				return true
 			}
 		}
-		return !slices.ContainsFunc(ops, func(op service.Operation) bool { return !op.State.Ended() })
+		if k.ended(k.operations(), nil) { // that was too fast
+			k.submit(k.push())
+		}
+		return false
 	})
+}
+
+// ended says that there is nothing left to be done.
+func (k *killer) ended(list []service.Operation, err error) bool {
+	if err != nil {
+		k.t.Log(err)
+	}
+	return err == nil && len(list) == len(k.list()) && !slices.ContainsFunc(list, func(op service.Operation) bool { return !op.State.Ended() })
+}
+
+// victim returns the name of a replica's process if that converts, as it says itself. An image over which four have died already is spared: it would be called failed.
+func (k *killer) victim(r *serviceDaemon) (process string) {
+	list, err := r.client.Operations(k.t.Context(), service.Filter{Limit: 1000, States: []service.State{service.Running}})
+	if err != nil {
+		k.t.Log(err) // NATS may have been killed
+		return ""
+	}
+	for _, op := range list {
+		switch {
+		case !strings.HasPrefix(op.Worker, r.name+"-") || k.killed[op.Worker]: // what the process before it had is taken over when its lease is over
+		case op.Attempt > 3:
+			return ""
+		default:
+			process = op.Worker
+		}
+	}
+	return process
 }
 
 // look looks at the images again and again, as nodes do: what is attached is good.
 func (k *killer) look(ctx context.Context) {
 	for ctx.Err() == nil {
-		for _, i := range k.images {
+		for _, i := range k.list() {
 			if _, err := artifactsAt(ctx, i); err != nil && ctx.Err() == nil {
 				k.t.Error(err)
 			}
@@ -228,8 +276,8 @@ func (k *killer) look(ctx context.Context) {
 func (k *killer) check(dir string) {
 	k.t.Helper()
 	ops := k.operations()
-	if len(ops) != len(k.images) {
-		k.t.Errorf("%d operations of %d images", len(ops), len(k.images))
+	if len(ops) != len(k.list()) {
+		k.t.Errorf("%d operations of %d images", len(ops), len(k.list()))
 	}
 	attempts := 0
 	for _, op := range ops {
@@ -237,11 +285,11 @@ func (k *killer) check(dir string) {
 			k.t.Errorf("%s", show(op))
 		}
 	}
-	if attempts == len(ops) {
-		k.t.Error("no operation was interrupted")
+	if attempts-len(ops) < len(k.killed) {
+		k.t.Errorf("%d operations were begun %d times, although %d processes were killed over them", len(ops), attempts, len(k.killed))
 	}
-	k.t.Logf("%d operations in %d attempts", len(ops), attempts)
-	for _, i := range k.images {
+	k.t.Logf("%d operations in %d attempts, %d processes killed", len(ops), attempts, len(k.killed))
+	for _, i := range k.list() {
 		if n, err := artifactsAt(k.t.Context(), i); err != nil || n != 1 {
 			k.t.Errorf("%s has %d artifacts, %v", i, n, err)
 		}

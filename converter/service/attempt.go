@@ -313,8 +313,7 @@ func (a *attempt) fail(ctx context.Context, o outcome) error {
 
 // cancel takes away what the operation has made, and ends it.
 func (a *attempt) cancel(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.s.c.Lease/2)
-	defer cancel()
+	ctx = context.WithoutCancel(ctx)
 	if a.msg != nil {
 		_ = a.msg.InProgress()
 	}
@@ -334,10 +333,13 @@ func (a *attempt) cancel(ctx context.Context) error {
 	})
 }
 
+// undo takes away what the operation has made. A registry that says nothing has until the middle of the lease: what comes of it can be written then.
 func (a *attempt) undo(ctx context.Context) error {
 	if len(a.rec.Made) == 0 {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, a.s.c.Lease/2)
+	defer cancel()
 	place, err := a.s.open(a.rec.Registry, a.rec.Repository)
 	if err == nil { // what somebody else has attached since is not to go
 		err = a.persist(ctx, func(*record) error { return nil })

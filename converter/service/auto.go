@@ -52,7 +52,6 @@ type auto struct {
 	names      []string // of the registries, as configured
 	registries map[string]Registry
 	interval   time.Duration // of reconcile
-	name       string        // of this process
 	log        *slog.Logger
 	audit      func(Deed)
 
@@ -87,7 +86,7 @@ func hashKey(name string) string {
 // newAuto makes the buckets; bucket makes or opens one. c has its defaults.
 func newAuto(ctx context.Context, c Config, ops operations, bucket func(ctx context.Context, name string, ttl time.Duration) (jetstream.KeyValue, error)) (*auto, error) {
 	a := &auto{
-		ops: ops, registries: map[string]Registry{}, interval: c.Reconcile, name: c.Name, log: c.Log,
+		ops: ops, registries: map[string]Registry{}, interval: c.Reconcile, log: c.Log,
 		viewer: newViewer(), fleet: newFleet(), hints: map[repository]*hint{}, wake: make(chan struct{}, 1), noCatalog: map[string]string{}, tagCounts: map[repository]int{},
 		deeds: deeds{due: map[repository]int{}, passed: map[string]time.Time{}, failed: map[string]uint64{}}, audit: c.Audit,
 	}

@@ -3,14 +3,18 @@ package service
 import (
 	"context"
 	"errors"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
-	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
-	"github.com/streaming-snapshotter/streaming-snapshotter/trust/trusttest"
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust/trusttest"
 )
 
 // asked makes an operation without a look at the registry, for tests in which that does not answer.
@@ -161,6 +165,62 @@ func TestCancelHandedBack(t *testing.T) {
 	}
 	if _, err := idle.Cancel(t.Context(), op.ID, "tester"); !errors.Is(err, ErrNotRunning) {
 		t.Errorf("cancelled twice: %v", err)
+	}
+}
+
+// TestCancelAbandoned: what a process had that died is Canceled soon also when no process has room for it, whether it had attached something or not.
+func TestCancelAbandoned(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	e := newEnv(t)
+	s := e.startIdle(func(c *Config) { c.Lease = time.Second })
+	img := image(t, "amd64", 10_000)
+	list := []record{e.dead(s, "nothing", img), e.dead(s, "something", img, func(r *record) {
+		r.Made = []made{{Subject: r.Image.Digest, Digest: attach(t, e, r.Image)}}
+	})}
+	for _, r := range list {
+		if op, err := s.Cancel(t.Context(), r.ID, "tester"); err != nil || op.State != Running || !op.Cancel {
+			t.Errorf("%s, %v", show(op), err)
+		}
+	}
+	for _, r := range list {
+		if op := await(t, s.Service, r.ID, func(op Operation) bool { return op.State.Ended() }); op.State != Canceled || len(e.artifacts(op.Image)) != 0 {
+			t.Errorf("%s, referrers %+v", show(op), e.artifacts(op.Image))
+		}
+	}
+	info, err := s.queue.Info(t.Context())
+	if err != nil || info.State.Msgs != 0 {
+		t.Errorf("%+v, %v", info, err)
+	}
+}
+
+// attach has the artifact of an image attached by somebody else, and returns its digest.
+func attach(t *testing.T, e *env, i Image) digest.Digest {
+	t.Helper()
+	p, ref, err := converter.Open(i.String(), converter.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	created, err := converter.Create(t.Context(), p, ref, converter.CreateOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return created[0].Artifact.Digest
+}
+
+// TestCancelSilent: a registry that says nothing keeps no cancelled operation for ever; the operation says what may be left.
+func TestCancelSilent(t *testing.T) {
+	t.Parallel() // it waits most of the time
+	e := newEnv(t)
+	idle := e.startIdle()
+	r := e.dead(idle, "app", image(t, "amd64", 10_000), func(r *record) {
+		r.Made = []made{{Subject: r.Image.Digest, Digest: attach(t, e, r.Image)}}
+		r.Cancel, r.Deaths = true, maxDeaths
+	})
+	h := e.hold(registrytest.Manifests)
+	s := e.start(func(c *Config) { c.Lease = time.Second })
+	op := await(t, s.Service, r.ID, func(op Operation) bool { return op.State.Ended() })
+	if h.release(); op.State != Canceled || len(op.Warnings) != 1 || len(e.artifacts(r.Image)) != 1 {
+		t.Errorf("%s, referrers %+v", show(op), e.artifacts(r.Image))
 	}
 }
 

@@ -59,8 +59,9 @@ func TestConversions(t *testing.T) {
 }
 
 // TestDeadlyAlone: an operation over which processes died is converted alone, so that what is converted beside it does not die with the next one; and it is converted,
-// also when nothing else comes. While it waits for that it can be cancelled.
+// also when nothing else comes. While it waits for that it can be cancelled, and a process that has nothing to do can have it.
 func TestDeadlyAlone(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	e := newEnv(t)
 	idle := e.startIdle()
 	innocent, guilty := image(t, "amd64", 10_000), image(t, "amd64", 10_000)
@@ -86,10 +87,14 @@ func TestDeadlyAlone(t *testing.T) {
 	}
 	await(t, s.Service, cancelled.ID, in(Canceled))
 	alone := e.hold(reads(layers(t, guilty)[0]))
+	other := e.start()
+	await(t, s.Service, deadly.ID, func(op Operation) bool { return op.State == Running && op.Worker == other.c.Name })
+	other.stop()
+	await(t, s.Service, deadly.ID, in(NotStarted))
 	h.release()
-	alone.wait(t)
-	if st := s.Stats(); st.Running != 1 {
-		t.Errorf("%d conversions beside it", st.Running-1)
+	await(t, s.Service, deadly.ID, func(op Operation) bool { return op.State == Running && op.Worker == s.c.Name })
+	if op, err := s.Operation(t.Context(), first.ID); err != nil || !op.State.Ended() {
+		t.Errorf("beside another: %s, %v", show(op), err)
 	}
 	alone.release()
 	for _, id := range []string{first.ID, deadly.ID} {

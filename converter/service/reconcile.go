@@ -14,12 +14,11 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 )
 
-// lease says who reconciles a registry. It is no lock: two that reconcile at once do the same twice, and nothing wrong.
+// lease says until when somebody reconciles a registry. It is no lock: two that reconcile at once do the same twice, and nothing wrong.
 type lease struct {
-	Holder string    `json:"holder"`
-	Began  time.Time `json:"began"`
-	Ended  time.Time `json:"ended,omitzero"` // of the last pass that looked at all repositories
-	Until  time.Time `json:"until"`
+	Began time.Time `json:"began"`
+	Ended time.Time `json:"ended,omitzero"` // of the last pass that looked at all repositories
+	Until time.Time `json:"until"`
 }
 
 const (
@@ -66,7 +65,7 @@ func (a *auto) tryPass(ctx context.Context, registry string) (wait time.Duration
 	if d := l.Began.Add(a.interval).Sub(now); rev != 0 && d > 0 && d <= a.interval {
 		return d, nil
 	}
-	l = lease{Holder: a.name, Began: now.UTC(), Ended: l.Ended, Until: now.Add(leaseTime).UTC()}
+	l = lease{Began: now.UTC(), Ended: l.Ended, Until: now.Add(leaseTime).UTC()}
 	if rev, err = setJSON(ctx, a.seen, key, l, rev); err != nil {
 		if errors.Is(err, errContested) {
 			err = nil

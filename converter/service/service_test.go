@@ -95,7 +95,12 @@ func newEnv(t *testing.T) *env {
 // startNATS runs a NATS server until the test ends, and returns its URL.
 func startNATS(t *testing.T) string {
 	t.Helper()
-	n, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: -1, JetStream: true, StoreDir: t.TempDir(), NoSigs: true})
+	return startServer(t, &server.Options{Host: "127.0.0.1", Port: -1, JetStream: true, StoreDir: t.TempDir(), NoSigs: true}).ClientURL()
+}
+
+func startServer(t *testing.T, o *server.Options) *server.Server {
+	t.Helper()
+	n, err := server.NewServer(o)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -107,7 +112,7 @@ func startNATS(t *testing.T) string {
 	if !n.ReadyForConnections(time.Minute) {
 		t.Fatal("the NATS server does not start")
 	}
-	return n.ClientURL()
+	return n
 }
 
 func (e *env) connect() *nats.Conn {
@@ -138,10 +143,13 @@ func (e *env) start(change ...func(*Config)) process {
 }
 
 // startIdle runs a process that answers, and converts nothing.
-func (e *env) startIdle() process {
+func (e *env) startIdle(change ...func(*Config)) process {
 	e.t.Helper()
 	c := shortLease(e.connect(), e.registry.Host())
 	c.Lease, c.Limits.Conversions = time.Hour, 1
+	for _, f := range change {
+		f(&c)
+	}
 	return run(e.t, c, func(s *Service) { s.room.conversions.TryAcquire(1) })
 }
 

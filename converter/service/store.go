@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nats-io/nats.go"
 	"github.com/nats-io/nats.go/jetstream"
 	"github.com/opencontainers/go-digest"
 )
@@ -206,23 +207,41 @@ func (s *Service) dequeue(ctx context.Context, id string) error {
 		s.queue.Purge(ctx, jetstream.WithPurgeSubject(workPrefix+id)), s.queue.Purge(ctx, jetstream.WithPurgeSubject(bulkPrefix+id))))
 }
 
-// watch keeps the view until ctx ends.
+// watch keeps the view until ctx ends. A server that was started again does not know of who watched, and that is noticed after many seconds only: after each new
+// connection all is read anew.
 func (s *Service) watch(ctx context.Context) error {
-	w, err := s.operations.WatchAll(ctx)
-	if err != nil {
-		return unavailable("watch operations", err)
+	connected := s.c.Conn.StatusChanged(nats.CONNECTED)
+	defer s.c.Conn.RemoveStatusListener(connected)
+	for {
+		w, err := s.operations.WatchAll(ctx)
+		switch {
+		case err == nil:
+			if again, err := s.seeAll(ctx, w, connected); !again {
+				return err
+			}
+		case !s.view.isLoaded() || s.c.Conn.IsClosed():
+			return unavailable("watch operations", err)
+		case !sleep(ctx, retryTime):
+			return nil
+		}
 	}
+}
+
+// seeAll keeps the view by w until ctx ends, or there is a new connection: then it is true.
+func (s *Service) seeAll(ctx context.Context, w jetstream.KeyWatcher, connected <-chan nats.Status) (again bool, err error) {
 	defer w.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			return nil
+			return false, nil
+		case <-connected:
+			return true, nil
 		case e, ok := <-w.Updates():
 			switch {
 			case !ok && ctx.Err() != nil:
-				return nil
+				return false, nil
 			case !ok:
-				return fmt.Errorf("%w: the connection to NATS is closed", ErrUnavailable)
+				return false, fmt.Errorf("%w: the connection to NATS is closed", ErrUnavailable)
 			case e == nil:
 				s.view.load()
 			default:

@@ -321,29 +321,40 @@ func (s *Service) Cancel(ctx context.Context, id, by string) (Operation, error) 
 		if !rec.Cancel {
 			rec.Cancel, rec.CancelBy = true, by
 		}
-		waits := rec.State == NotStarted
-		switch {
-		case waits && len(rec.Made) == 0:
-			rec.State, rec.End = Canceled, now()
-		case waits: // until a process has room for it: this one has, for what is to do
-			rec.take(s.c.Name)
+		if rec.State == NotStarted {
+			err = s.endCancelled(ctx, rec, rev)
+		} else {
+			_, err = s.put(ctx, idPrefix+id, rec, rev)
 		}
-		rev, err = s.put(ctx, idPrefix+id, rec, rev)
 		if errors.Is(err, errContested) {
 			continue
-		}
-		switch {
-		case err != nil:
-			return Operation{}, err
-		case rec.State == Canceled:
-			s.counters.ended(rec)
-			s.done(ctx, id, nil)
-		case waits:
-			a := &attempt{s: s, rec: rec, rev: rev, held: time.Now()}
-			err = a.cancel(ctx)
 		}
 		op, _ := s.view.get(id)
 		return op, err
 	}
 	return Operation{}, unavailable("cancel operation "+id, errContested)
+}
+
+// endCancelled ends an operation that is to be cancelled and that no process works on, rather than to wait until one has room for it. errContested is that the
+// record is not of rev any more.
+func (s *Service) endCancelled(ctx context.Context, rec record, rev uint64) error {
+	if len(rec.Made) == 0 {
+		rec.State, rec.End = Canceled, now()
+	} else { // this process has room for what is to do
+		rec.take(s.c.Name)
+	}
+	rev, err := s.put(ctx, idPrefix+rec.ID, rec, rev)
+	switch {
+	case err != nil:
+		return err
+	case rec.State == Canceled:
+		s.counters.ended(rec)
+		s.done(ctx, rec.ID, nil)
+		return nil
+	}
+	a := &attempt{s: s, rec: rec, rev: rev, held: time.Now()}
+	if err = a.cancel(ctx); errors.Is(err, errLost) { // another process has been given its message, and cancels it
+		return nil
+	}
+	return err
 }

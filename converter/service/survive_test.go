@@ -3,13 +3,18 @@ package service
 import (
 	"context"
 	"log/slog"
+	"math"
 	"net/http"
+	"net/netip"
 	"slices"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/nats-io/nats-server/v2/server"
+
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/embedded"
+	"github.com/streaming-snapshotter/streaming-snapshotter/integration/node"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
@@ -220,6 +225,38 @@ func TestHeal(t *testing.T) {
 			e.verify(i, 1)
 		})
 	}
+}
+
+// TestWatchAgain: after a NATS server was started again, each process knows what it has, and is told of what becomes of it.
+func TestWatchAgain(t *testing.T) {
+	addr, err := node.FreeAddress()
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := netip.MustParseAddrPort(addr)
+	store := t.TempDir()
+	start := func() *server.Server {
+		return startServer(t, &server.Options{Host: at.Addr().String(), Port: int(at.Port()), JetStream: true, StoreDir: store, NoSigs: true})
+	}
+	n := start()
+	e := &env{t, registrytest.Start(t, registrytest.Options{}), n.ClientURL()}
+	idle, other := e.startIdle(), e.startIdle()
+	defer idle.stop() // while there is a server
+	defer other.stop()
+	op := submit(t, idle.Service, e.push("app", image(t, "amd64", 1000)))
+	await(t, other.Service, op.ID, in(NotStarted))
+	n.Shutdown()
+	n.WaitForShutdown()
+	other.view.drop(op.ID, math.MaxUint64) // what it was not told of
+	start()
+	until(t, "the operation", func() bool {
+		_, known := other.view.get(op.ID)
+		return known
+	})
+	if _, err := idle.Cancel(t.Context(), op.ID, "test"); err != nil {
+		t.Fatal(err)
+	}
+	await(t, other.Service, op.ID, in(Canceled))
 }
 
 // TestRetention: ended operations go, and nothing of them is left.

@@ -3,6 +3,7 @@ package service
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -84,8 +85,6 @@ func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
 	id := strings.TrimPrefix(strings.TrimPrefix(msg.Subject(), workPrefix), "bulk.")
 	beside, ok := s.beside(ctx, id, msg)
 	if !ok {
-		_ = msg.NakWithDelay(retryTime)
-		sleep(ctx, retryTime) // or the queue is taken from, and given back, in a circle
 		return
 	}
 	defer s.room.beside.Release(beside)
@@ -93,7 +92,7 @@ func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
 		_ = msg.Nak()
 		return
 	}
-	a, err := s.take(ctx, id, msg)
+	a, err := s.take(context.WithoutCancel(ctx), id, msg) // or it is ours, and not known to be
 	switch {
 	case err != nil:
 		s.c.Log.Warn("an operation cannot be begun", "operation", id, "error", err)
@@ -110,8 +109,12 @@ func (s *Service) handle(ctx context.Context, msg jetstream.Msg) {
 // aloneTries is how often a message of an operation that is to be alone is given back, for a process that has nothing else to do; then this one waits until it has.
 const aloneTries = 5
 
+// aloneTime is how long it waits, before the message is given back all the same, for a process that has become idle meanwhile. If there is none this one is given it again, before
+// what waits behind it.
+const aloneTime = 5 * time.Second
+
 // beside takes of room.beside what an operation needs: all of it if it may be what its processes die of, so that nothing dies along with it, and none if it is
-// not going to be converted. False is that it is for another process, or for later.
+// not going to be converted. False is that its message was given back: it is for another process, or for later.
 func (s *Service) beside(ctx context.Context, id string, msg jetstream.Msg) (n int64, ok bool) {
 	converted, deadly := s.dangers(id)
 	if !converted {
@@ -124,9 +127,11 @@ func (s *Service) beside(ctx context.Context, id string, msg jetstream.Msg) (n i
 		return n, true
 	}
 	if meta, err := msg.Metadata(); !deadly || err != nil || meta.NumDelivered < aloneTries {
+		_ = msg.NakWithDelay(retryTime)
+		sleep(ctx, retryTime) // or the queue is taken from, and given back, in a circle
 		return 0, false
 	}
-	waited, stop := context.WithCancel(ctx)
+	waited, stop := context.WithTimeout(ctx, aloneTime)
 	var beat sync.WaitGroup
 	defer beat.Wait()
 	defer stop()
@@ -138,10 +143,14 @@ func (s *Service) beside(ctx context.Context, id string, msg jetstream.Msg) (n i
 			}
 		}
 	})
-	if s.room.beside.Acquire(waited, n) != nil {
-		return 0, ctx.Err() == nil
+	if s.room.beside.Acquire(waited, n) == nil {
+		return n, true
 	}
-	return n, true
+	if converted, _ := s.dangers(id); !converted {
+		return 0, true
+	}
+	_ = msg.Nak()
+	return 0, false
 }
 
 // dangers says whether an operation is going to be converted, and whether it may be what its processes die of.
@@ -217,8 +226,9 @@ func (s *Service) maintain(ctx context.Context) error {
 	if s.view.wait(ctx) != nil {
 		return nil
 	}
+	cancelled := map[string]uint64{}
 	for {
-		if err := errors.Join(s.heal(ctx), s.retire(ctx)); err != nil && ctx.Err() == nil {
+		if err := errors.Join(s.heal(ctx), s.abandoned(ctx, cancelled), s.retire(ctx)); err != nil && ctx.Err() == nil {
 			s.c.Log.Warn("operations cannot be looked after", "error", err)
 		}
 		if !sleep(ctx, s.c.Lease) {
@@ -244,6 +254,24 @@ func (s *Service) heal(ctx context.Context) error {
 			err = s.enqueue(ctx, rec)
 		}
 		errs = append(errs, err)
+	}
+	return errors.Join(errs...)
+}
+
+// abandoned ends the operations that are to be cancelled, and whose process has not written for as long as a lease: until one has room for them may take hours. seen has
+// their revisions, as they were when it was called last, a lease ago.
+func (s *Service) abandoned(ctx context.Context, seen map[string]uint64) error {
+	var errs []error
+	before := maps.Clone(seen)
+	clear(seen)
+	for _, e := range s.view.entries(func(r record) bool { return r.State == Running && r.Cancel }) {
+		if seen[e.rec.ID] = e.rev; before[e.rec.ID] != e.rev {
+			continue
+		}
+		s.c.Log.Warn("an operation that is to be cancelled is taken over: its process was not heard of", "operation", e.rec.ID, "process", e.rec.Worker)
+		if err := s.endCancelled(ctx, e.rec, e.rev); !errors.Is(err, errContested) {
+			errs = append(errs, err)
+		}
 	}
 	return errors.Join(errs...)
 }
