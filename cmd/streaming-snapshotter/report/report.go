@@ -6,6 +6,7 @@ package report
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/tls"
@@ -16,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"net/http"
 	"net/netip"
 	"net/url"
@@ -37,7 +39,7 @@ const (
 	maxWaiting = 256              // starts; the oldest make way
 	maxAge     = time.Hour        // of a start that could not be told
 	collect    = 10 * time.Second // at most, from the first start until it is told, so that several go in one request, and nodes not all at once
-	firstPause = 30 * time.Second // after a failure, twice as long each time
+	firstPause = 30 * time.Second // of a registry after a failure, twice as long each time
 	lastPause  = 15 * time.Minute
 	timeout    = 30 * time.Second // of a request
 	maxAnswer  = 64 << 10         // bytes
@@ -160,29 +162,52 @@ func (r *Reporter) Status() *Status {
 	return &st
 }
 
-// Run tells until ctx ends. What is not told then is lost.
+// away is a registry whose starts could not be told.
+type away struct {
+	until time.Time
+	pause time.Duration
+	err   error
+}
+
+// Run tells until ctx ends. What is not told then is lost. The service asks a registry before it takes what is told of its images: one that does not answer is in no
+// other's way.
 func (r *Reporter) Run(ctx context.Context) {
-	for {
-		select {
-		case <-r.wake:
-		case <-ctx.Done():
-			return
-		}
-		sleep(ctx, r.collect/5+mathrand.N(r.collect*4/5))
-		for pause := r.pause; ; pause = min(2*pause, lastPause) {
-			batch := r.next()
-			if len(batch) == 0 || ctx.Err() != nil {
-				break
+	failed := map[string]away{} // by registry
+	for ctx.Err() == nil {
+		batch, wait := r.next(failed)
+		if len(batch) == 0 {
+			if r.wait(ctx, wait) {
+				sleep(ctx, r.collect/5+mathrand.N(r.collect*4/5))
 			}
-			taken, err := r.send(ctx, batch)
-			r.done(ctx, batch, taken, err)
-			if err == nil || taken > 0 {
-				pause = r.pause / 2
-				continue
-			}
-			sleep(ctx, pause+mathrand.N(pause/4))
+			continue
 		}
+		taken, err := r.send(ctx, batch)
+		host := batch[0].host()
+		if err == nil || taken > 0 || errors.Is(err, errRefused) {
+			delete(failed, host)
+		} else {
+			pause := min(max(r.pause, 2*failed[host].pause), lastPause)
+			failed[host] = away{time.Now().Add(pause + mathrand.N(pause/4)), pause, err}
+		}
+		r.done(ctx, batch, taken, err, failed)
 	}
+}
+
+// wait waits for something new to tell, which it says, or for d, for ever if that is 0.
+func (r *Reporter) wait(ctx context.Context, d time.Duration) (news bool) {
+	var due <-chan time.Time
+	if d > 0 {
+		t := time.NewTimer(d)
+		defer t.Stop()
+		due = t.C
+	}
+	select {
+	case <-r.wake:
+		return true
+	case <-due:
+	case <-ctx.Done():
+	}
+	return false
 }
 
 func sleep(ctx context.Context, d time.Duration) {
@@ -194,8 +219,15 @@ func sleep(ctx context.Context, d time.Duration) {
 	}
 }
 
-// next returns the starts of the repository of the first one that is not too old, those of one image side by side.
-func (r *Reporter) next() (batch []waiting) {
+// host is that of the start's registry.
+func (w waiting) host() string {
+	host, _, _ := strings.Cut(string(w.repo), "/")
+	return host
+}
+
+// next returns the starts of the repository of the first one that is not too old, and whose registry is not to be left alone, those of one image side by side.
+// Without any, it says how long until one is to be tried again; 0 is that nothing waits.
+func (r *Reporter) next(failed map[string]away) (batch []waiting, wait time.Duration) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	old := 0
@@ -203,20 +235,27 @@ func (r *Reporter) next() (batch []waiting) {
 		old++
 	}
 	r.drop(old)
+	maps.DeleteFunc(failed, func(host string, _ away) bool {
+		return !slices.ContainsFunc(r.queue, func(w waiting) bool { return w.host() == host })
+	})
 	for _, w := range r.queue {
-		if w.repo == r.queue[0].repo && len(batch) < starts.MaxStarts {
+		switch d := time.Until(failed[w.host()].until); {
+		case d > 0 && (wait == 0 || d < wait):
+			wait = d
+		case d > 0:
+		case (len(batch) == 0 || w.repo == batch[0].repo) && len(batch) < starts.MaxStarts:
 			batch = append(batch, w)
 		}
 	}
 	slices.SortStableFunc(batch, func(a, b waiting) int { return strings.Compare(string(a.start.Manifest), string(b.start.Manifest)) })
-	return batch
+	return batch, wait
 }
 
 // errRefused is an answer that will be the same the next time.
 var errRefused = errors.New("refused")
 
-// done takes what need not be told again out of the queue, and says when reports begin to fail and when they work again.
-func (r *Reporter) done(ctx context.Context, batch []waiting, taken int, err error) {
+// done takes what need not be told again out of the queue, and says when reports begin to fail and when all work again.
+func (r *Reporter) done(ctx context.Context, batch []waiting, taken int, err error, failed map[string]away) {
 	refused := errors.Is(err, errRefused)
 	gone := batch[:taken]
 	if refused {
@@ -229,13 +268,16 @@ func (r *Reporter) done(ctx context.Context, batch []waiting, taken int, err err
 	} else {
 		r.status.Told += int64(len(gone))
 	}
-	failed := r.status.Error != ""
+	for _, a := range failed {
+		err = cmp.Or(err, a.err)
+	}
+	before := r.status.Error != ""
 	r.status.Error = ""
 	if err != nil {
 		r.status.Error = err.Error()
 	}
 	r.mu.Unlock()
-	if ctx.Err() == nil && failed != (err != nil) {
+	if ctx.Err() == nil && before != (err != nil) {
 		r.o.OnError(err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -25,8 +26,9 @@ import (
 type answers struct {
 	*httptest.Server
 	mu     sync.Mutex
-	status int // 0 takes all
-	take   int // at most, of a report
+	status int    // 0 takes all
+	away   string // the registry whose reports fail
+	take   int    // at most, of a report
 	paths  []string
 	tokens []string
 	taken  []starts.Start
@@ -49,9 +51,13 @@ func (a *answers) ServeHTTP(w http.ResponseWriter, req *http.Request) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.paths, a.tokens, a.raw = append(a.paths, req.Method+" "+req.URL.Path), append(a.tokens, req.Header.Get("Authorization")), string(b)
-	if a.status != 0 {
-		w.WriteHeader(a.status)
-		fmt.Fprintf(w, `{"errors":[{"code":"X","message":"it is %d"}]}`, a.status)
+	status := a.status
+	if a.away != "" && strings.Contains(req.URL.Path, a.away) {
+		status = http.StatusServiceUnavailable
+	}
+	if status != 0 {
+		w.WriteHeader(status)
+		fmt.Fprintf(w, `{"errors":[{"code":"X","message":"it is %d"}]}`, status)
 		return
 	}
 	var r starts.Report
@@ -149,7 +155,7 @@ func TestReports(t *testing.T) {
 		t.Errorf("told of %v, want that it works again", err)
 	}
 	paths, taken := a.asked()
-	if taken != 6 || paths[0] != "POST /base/v1/registries/registry.example.com:5000/repositories/team/app/_starts" || paths[len(paths)-1] != "POST /base/v1/registries/docker.io/repositories/library/nginx/_starts" {
+	if taken != 6 || paths[0] != "POST /base/v1/registries/registry.example.com:5000/repositories/team/app/_starts" || !slices.Contains(paths, "POST /base/v1/registries/docker.io/repositories/library/nginx/_starts") {
 		t.Errorf("taken %d, asked %q", taken, paths)
 	}
 	seen := map[float64]bool{}
@@ -168,6 +174,30 @@ func TestReports(t *testing.T) {
 	again, err := New(r.o)
 	if err != nil || !a.nodes[again.node] {
 		t.Errorf("after a restart the node is another one: %v", err)
+	}
+}
+
+// A registry whose reports the service cannot take keeps those of no other waiting, however often they fail.
+func TestOneRegistryIsAway(t *testing.T) {
+	a := startAnswers(t)
+	a.away = "registry.example.com:5000"
+	r, errs := newReporter(t, a)
+	r.pause = time.Hour
+	r.Add(app, start(1))
+	run(t, r)
+	if err := <-errs; err == nil {
+		t.Error("told of nothing")
+	}
+	r.Add(app, start(2))
+	for n := range 3 {
+		r.Add("docker.io/library/nginx", start(n))
+		until(t, "the other registry's are told", func() bool { return r.Status().Told == int64(n+1) })
+	}
+	if paths, _ := a.asked(); len(paths) != 4 {
+		t.Errorf("asked %q", paths)
+	}
+	if st := r.Status(); st.Waiting != 2 || !strings.Contains(st.Error, "503") || len(errs) != 0 {
+		t.Errorf("status %+v, told of %d changes", st, len(errs))
 	}
 }
 

@@ -16,7 +16,9 @@ import (
 	"log/slog"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -59,7 +61,7 @@ const (
 	maxDeliveries = 64               // of a source at once
 	minSecret     = 16               // bytes
 	retryAfter    = "10"             // seconds
-	readTime      = 10 * time.Second // of a body: with HMAC, who sends it is not authenticated yet, and must not hold a place for long
+	readTime      = 10 * time.Second // of a body
 )
 
 // hook is a source, ready for use.
@@ -69,7 +71,13 @@ type hook struct {
 	verifier *access.Verifier // nil unless there is an Issuer
 	refusals *rate.Limiter    // that are logged
 	room     chan struct{}    // one for each delivery being handled: what one source's sender does keeps out no other
+
+	mu      sync.Mutex
+	unknown []*sender // of HMAC's whose bodies are being read, the first one first
 }
+
+// sender is one who is authenticated when the body is there, and not before.
+type sender struct{ cut func() }
 
 // Server serves /hooks/NAME for each source.
 type Server struct {
@@ -247,29 +255,52 @@ func (s *Server) note(ctx context.Context, k *hook, events []service.Event) erro
 var errFull = errors.New("too many deliveries at once")
 
 // read authenticates a delivery, takes one of the source's places for it, and returns its body: errRefused for who is not the source,
-// *http.MaxBytesError. Without an error, the caller leaves the place. Who can be authenticated before the body is read has no place until then.
+// *http.MaxBytesError. Without an error, the caller leaves the place. Who is not authenticated has none.
 func (k *hook) read(w http.ResponseWriter, r *http.Request) (body []byte, err error) {
-	http.NewResponseController(w).SetReadDeadline(time.Now().Add(readTime)) // not supported in tests without a connection
-	if k.HMAC == "" {
-		if err := k.authenticate(r, nil); err != nil {
-			return nil, err
+	c := http.NewResponseController(w)
+	c.SetReadDeadline(time.Now().Add(readTime)) // not supported in tests without a connection
+	all := func() ([]byte, error) { return io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody)) }
+	if k.HMAC != "" {
+		leave := k.enter(&sender{func() { c.SetReadDeadline(time.Unix(1, 0)) }})
+		body, err = all()
+		leave()
+		if err == nil {
+			err = k.authenticate(r, body)
 		}
+	} else {
+		err = k.authenticate(r, nil)
+	}
+	if err != nil {
+		return nil, err
 	}
 	select {
 	case k.room <- struct{}{}:
 	default:
 		return nil, errFull
 	}
-	defer func() {
-		if err != nil {
+	if k.HMAC == "" {
+		if body, err = all(); err != nil {
 			k.leave()
 		}
-	}()
-	body, err = io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
-	if err == nil && k.HMAC != "" {
-		err = k.authenticate(r, body)
 	}
 	return body, err
+}
+
+// enter counts one whose body is about to be read. When there are as many as deliveries may be, the one who began first is cut off: the source itself is done in a
+// moment, and strangers who take their time are in nobody's way.
+func (k *hook) enter(s *sender) (leave func()) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.unknown) >= maxDeliveries {
+		k.unknown[0].cut()
+		k.unknown = k.unknown[1:]
+	}
+	k.unknown = append(k.unknown, s)
+	return func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.unknown = slices.DeleteFunc(k.unknown, func(o *sender) bool { return o == s })
+	}
 }
 
 func (k *hook) leave() { <-k.room }

@@ -10,10 +10,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -231,15 +233,17 @@ func TestEventGridHandshakes(t *testing.T) {
 	}
 }
 
+// sign is the HMAC of a body, as senders write it.
+func sign(key string, body []byte) string {
+	m := hmac.New(sha256.New, []byte(key))
+	m.Write(body)
+	return hex.EncodeToString(m.Sum(nil))
+}
+
 // Whoever is not the source is refused, and what it sends is noted by nobody.
 func TestAuthentication(t *testing.T) {
 	i := oidctest.Start(t)
 	body := payload(t, "acr-push")
-	sign := func(key string, body []byte) string {
-		m := hmac.New(sha256.New, []byte(key))
-		m.Write(body)
-		return hex.EncodeToString(m.Sum(nil))
-	}
 	basic := func(user, password string) string {
 		r := httptest.NewRequest("GET", "/", nil)
 		r.SetBasicAuth(user, password)
@@ -491,6 +495,43 @@ func TestDeliveriesAreBounded(t *testing.T) {
 	wait.Wait()
 	if got, want := h.Counts(), [...]int64{Accepted: maxDeliveries, Refused: 2, Invalid: 0, Unavailable: 1}; got != want {
 		t.Errorf("counted %v, want %v", got, want)
+	}
+}
+
+// Strangers who begin deliveries and send no body keep out nobody who sends one, where that alone tells who it is.
+func TestSlowStrangers(t *testing.T) {
+	h := handler(t, &noted{}, Source{Name: "hook", Kind: "acr", Registry: "example.com", HMAC: "X-Signature", Secret: []byte(secret)})
+	server := httptest.NewServer(h)
+	defer server.Close()
+	for range maxDeliveries {
+		c, err := net.Dial("tcp", server.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		if _, err := io.WriteString(c, "POST /hooks/hook HTTP/1.1\r\nHost: x\r\nX-Signature: 00\r\nContent-Length: 1000\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	k := h.hooks["hook"]
+	for n := 0; n < maxDeliveries; runtime.Gosched() {
+		k.mu.Lock()
+		n = len(k.unknown)
+		k.mu.Unlock()
+	}
+	body := payload(t, "acr-push")
+	req, err := http.NewRequest("POST", server.URL+"/hooks/hook", bytes.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-Signature", sign(secret, body))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != 200 {
+		t.Errorf("the source itself: %s", resp.Status)
 	}
 }
 
