@@ -130,18 +130,15 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 		return c, err
 	}
 	if !o.Force {
-		for _, a := range old {
-			if a.manifest != nil {
-				c.Status, c.Artifact = StatusExists, a.desc
-				o.Progress.report(Event{Kind: ArtifactFound, Platform: c.Platform, Digest: a.desc.Digest, Total: img.bytes()})
-				if err := c.sign(ctx, p, o, proof(ctx, p, a)); err != nil {
-					return c, err
-				}
-				if o.Static {
-					err = c.addStatic(ctx, p, img, a.manifest, o)
-				}
+		a, signature, err := has(ctx, p, img, old, o.Signer)
+		if err != nil && CodeOf(err) != SigningFailed { // which sign meets, too
+			return c, err
+		}
+		if a != nil {
+			if err = c.exists(ctx, p, img, a, signature, o); !errors.Is(err, ErrDifferent) {
 				return c, err
 			}
+			c = Created{Platform: c.Platform, Subject: c.Subject, Warnings: []string{fmt.Sprintf("another artifact is made beside %s, which was there and is not signed: %v", a.desc.Digest, err)}}
 		}
 	}
 
@@ -181,10 +178,12 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 	if err := c.sign(ctx, p, o, nil); err != nil { // before an old one that is signed goes
 		return c, errors.Join(err, c.unsigned(ctx, p, old))
 	}
+	replaced := false
 	for _, a := range old {
-		if a.desc.Digest == c.Artifact.Digest {
+		if a.desc.Digest == c.Artifact.Digest || a.manifest != nil && !o.Force { // what others have attached stays
 			continue
 		}
+		replaced = true
 		// The new artifact is attached and good; that an old one stays is no reason to call the conversion failed.
 		if _, err := deleteSigned(ctx, p, a.desc.Digest, img.desc.Digest); err != nil {
 			if ctx.Err() != nil {
@@ -193,7 +192,7 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 			c.Warnings = append(c.Warnings, fmt.Sprintf("the artifact before, %s, stays: %v", a.desc.Digest, err))
 		}
 	}
-	if len(old) > 0 {
+	if replaced {
 		warnings, err := deleteStale(ctx, p, m)
 		c.Warnings = append(c.Warnings, warnings...)
 		if err != nil {
@@ -206,6 +205,42 @@ func createOne(ctx context.Context, p Place, img *image, o CreateOptions) (Creat
 	return c, err
 }
 
+// has returns the artifact that an image has, nil if it has none, and its signature by the signer, unless that is nil: of those whose manifests are of the image
+// the first that it has signed, or else the first. Whoever may push can have attached it.
+func has(ctx context.Context, p Place, img *image, list []attached, signer trust.Signer) (first *attached, signature digest.Digest, err error) {
+	for i := range list {
+		a := &list[i]
+		if a.manifest == nil || compareManifest(a.manifest, img) != nil {
+			continue
+		}
+		if signer == nil {
+			return a, "", nil
+		}
+		if signature, err = signedBy(ctx, p, a.desc, signer); err != nil || signature != "" {
+			return a, signature, err
+		}
+		if first == nil {
+			first = a
+		}
+	}
+	return first, "", nil
+}
+
+// exists is for an image that has the artifact a already, which gets what it lacks. That it is not the image's is ErrDifferent.
+func (c *Created) exists(ctx context.Context, p Place, img *image, a *attached, signature digest.Digest, o CreateOptions) error {
+	c.Status, c.Artifact = StatusExists, a.desc
+	if signature != "" {
+		c.Signature = &Signed{Platform: c.Platform, Artifact: a.desc.Digest, Status: StatusExists, Signature: signature}
+	} else if err := c.sign(ctx, p, o, proof(ctx, p, *a)); err != nil {
+		return err
+	}
+	o.Progress.report(Event{Kind: ArtifactFound, Platform: c.Platform, Digest: a.desc.Digest, Total: img.bytes()})
+	if !o.Static {
+		return nil
+	}
+	return c.addStatic(ctx, p, img, a.manifest, o)
+}
+
 // sign signs the artifact, if that is asked for, once it is proven; nil is that it was made now.
 func (c *Created) sign(ctx context.Context, p Place, o CreateOptions, prove func() error) error {
 	if o.Signer == nil {
@@ -215,7 +250,7 @@ func (c *Created) sign(ctx context.Context, p Place, o CreateOptions, prove func
 	if err == nil && s.Status == StatusCreated && c.Status == StatusExists {
 		s.Warnings, err = rewriteHints(ctx, p, c.Subject.Digest, s.hints, false)
 	}
-	if err != nil && o.SigningOptional && ctx.Err() == nil {
+	if err != nil && o.SigningOptional && ctx.Err() == nil && !errors.Is(err, ErrDifferent) {
 		c.Warnings = append(c.Warnings, fmt.Sprintf("the artifact %s is not signed: %v", c.Artifact.Digest, err))
 		return nil
 	}

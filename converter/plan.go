@@ -13,13 +13,13 @@ type Planned struct {
 	Subject  ocispec.Descriptor
 	Layers   int
 	Bytes    int64         // of its compressed layers, each different one once
-	Artifact digest.Digest // the usable one that it has, for which Create does nothing without Force; "" if there is none
+	Artifact digest.Digest // the one that it has, for which Create does nothing without Force; "" if there is none
 }
 
-// Plan says what Create would convert of the image that ref names: its Linux platforms, or those of them that are among platforms. It
-// reads manifests and configs, no layer. Its errors are those of Create.
-func Plan(ctx context.Context, p Place, ref string, platforms []ocispec.Platform) ([]Planned, error) {
-	images, err := resolveImage(ctx, p, ref, platforms)
+// Plan says what Create would convert of the image that ref names with o, whether that has Force or not. With a Signer, an artifact that it has not signed is none.
+// It reads manifests, configs and signatures, no layer. Its errors are those of Create.
+func Plan(ctx context.Context, p Place, ref string, o CreateOptions) ([]Planned, error) {
+	images, err := resolveImage(ctx, p, ref, o.Platforms)
 	if err != nil {
 		return nil, err
 	}
@@ -30,11 +30,12 @@ func Plan(ctx context.Context, p Place, ref string, platforms []ocispec.Platform
 		if err != nil {
 			return nil, err
 		}
-		for _, a := range attached {
-			if a.manifest != nil {
-				plan.Artifact = a.desc.Digest
-				break
-			}
+		a, signature, err := has(ctx, p, img, attached, o.Signer)
+		if err != nil && CodeOf(err) != SigningFailed { // which is Create's to say
+			return nil, err
+		}
+		if a != nil && (o.Signer == nil || signature != "") {
+			plan.Artifact = a.desc.Digest
 		}
 		list = append(list, plan)
 	}

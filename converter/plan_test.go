@@ -36,7 +36,7 @@ func TestPlan(t *testing.T) {
 	putIndex(t, p, "v1", amd, arm)
 	done := create(t, image, CreateOptions{Platforms: []ocispec.Platform{*amd.Platform}})
 	r.Reset()
-	list, err := Plan(t.Context(), p, "v1", nil)
+	list, err := Plan(t.Context(), p, "v1", CreateOptions{})
 	if err != nil || len(list) != 2 {
 		t.Fatalf("%+v, %v", list, err)
 	}
@@ -58,7 +58,7 @@ func TestPlan(t *testing.T) {
 	if _, bytes := r.Count(registrytest.OfBlobs); bytes > 10_000 {
 		t.Errorf("a plan has read %d bytes of blobs", bytes)
 	}
-	if _, err := Plan(t.Context(), p, "nothing", nil); CodeOf(err) != ResourceNotFound {
+	if _, err := Plan(t.Context(), p, "nothing", CreateOptions{}); CodeOf(err) != ResourceNotFound {
 		t.Errorf("no image: %v", err)
 	}
 

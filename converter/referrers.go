@@ -1,7 +1,9 @@
 package converter
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -112,13 +114,15 @@ func artifactsNamed(ctx context.Context, p Place, ref string, want []ocispec.Pla
 }
 
 // DeleteArtifacts deletes the artifacts of the image that ref names, or the artifact that it names itself, and the profiles of
-// what has no artifact any more, and their signatures; nothing else. It returns what it deleted, also with an error.
+// what has no artifact any more, and their signatures; nothing else. It returns what it deleted, also with an error; one that is ErrNotOurs is told after the rest
+// was deleted.
 func DeleteArtifacts(ctx context.Context, p Place, ref string, platforms []ocispec.Platform) ([]digest.Digest, error) {
 	list, err := artifactsNamed(ctx, p, ref, platforms)
 	if err != nil {
 		return nil, err
 	}
 	var deleted, subjects []digest.Digest
+	var foreign error
 	for _, a := range list {
 		c, err := parseContent(a.raw)
 		if a.raw != nil && err != nil {
@@ -130,19 +134,22 @@ func DeleteArtifacts(ctx context.Context, p Place, ref string, platforms []ocisp
 			subjects = append(subjects, subject)
 		}
 		gone, err := deleteSigned(ctx, p, a.desc.Digest, subject)
-		if deleted = append(deleted, gone...); err != nil {
+		if deleted = append(deleted, gone...); errors.Is(err, ErrNotOurs) {
+			foreign = cmp.Or(foreign, err)
+		} else if err != nil {
 			return deleted, fmt.Errorf("delete artifact %s: %w", a.desc.Digest, err)
 		}
 	}
 	slices.Sort(subjects)
 	for _, s := range slices.Compact(subjects) {
 		gone, err := deleteProfilesAlone(ctx, p, s)
-		deleted = append(deleted, gone...)
-		if err != nil {
+		if deleted = append(deleted, gone...); errors.Is(err, ErrNotOurs) {
+			foreign = cmp.Or(foreign, err)
+		} else if err != nil {
 			return deleted, err
 		}
 	}
-	return deleted, nil
+	return deleted, foreign
 }
 
 // deleteProfilesAlone deletes the profiles of subject if it has no artifact.
@@ -158,7 +165,7 @@ func deleteProfilesAlone(ctx context.Context, p Place, subject digest.Digest) (d
 }
 
 // DeleteReferrers deletes the artifacts and profiles of subject, and their signatures, whether it is there itself or not, and nothing else that refers to it. It returns what it
-// deleted, also with an error.
+// deleted, also with an error; one that is ErrNotOurs is told after the rest was deleted.
 func DeleteReferrers(ctx context.Context, p Place, subject digest.Digest) (deleted []digest.Digest, err error) {
 	list, err := p.Referrers(ctx, subject)
 	if err != nil {
@@ -169,14 +176,17 @@ func DeleteReferrers(ctx context.Context, p Place, subject digest.Digest) (delet
 
 // deleteOurs deletes the artifacts and profiles among list, which refer to subject.
 func deleteOurs(ctx context.Context, p Place, subject digest.Digest, list []ocispec.Descriptor) (deleted []digest.Digest, err error) {
+	var foreign error
 	for _, d := range list {
 		if d.ArtifactType != artifact.ArtifactType && d.ArtifactType != artifact.ProfileType {
 			continue
 		}
 		gone, err := deleteSigned(ctx, p, d.Digest, subject)
-		if deleted = append(deleted, gone...); err != nil {
+		if deleted = append(deleted, gone...); errors.Is(err, ErrNotOurs) {
+			foreign = cmp.Or(foreign, err)
+		} else if err != nil {
 			return deleted, fmt.Errorf("delete %s, which refers to %s: %w", d.Digest, subject, err)
 		}
 	}
-	return deleted, nil
+	return deleted, foreign
 }

@@ -2,10 +2,12 @@ package converter
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -17,8 +19,11 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
-// maxSignatures of an artifact are looked at: more than nodes look at.
-const maxSignatures = 100
+// Of an artifact's signatures as many are looked at: to describe them more than nodes look at, and for one of a key's own more than anybody attaches by mistake.
+const (
+	maxSignatures = 100
+	maxForeign    = 1000
+)
 
 // Judge says what an envelope is: who has signed t, as it says itself or as somebody has checked. Its error is one of package trust's.
 type Judge func(ctx context.Context, t trust.Target, e trust.Envelope) (trust.Verdict, error)
@@ -42,14 +47,14 @@ func target(p Place, d ocispec.Descriptor) trust.Target {
 	return trust.Target{Repository: p.String(), Digest: d.Digest, MediaType: d.MediaType, Size: d.Size}
 }
 
-// signatures lists the signatures of a manifest.
-func signatures(ctx context.Context, p Place, of digest.Digest) ([]ocispec.Descriptor, error) {
+// signatures lists the signatures of a manifest, limit at most.
+func signatures(ctx context.Context, p Place, of digest.Digest, limit int) ([]ocispec.Descriptor, error) {
 	list, err := p.Referrers(ctx, of)
 	if err != nil {
 		return nil, fmt.Errorf("list signatures of %s: %w", of, err)
 	}
 	list = slices.DeleteFunc(list, func(d ocispec.Descriptor) bool { return d.ArtifactType != trust.SignatureType })
-	return list[:min(len(list), maxSignatures)], nil
+	return list[:min(len(list), limit)], nil
 }
 
 // envelope fetches the envelope of a signature. Its error is trust.ErrInvalid if there is none to be had.
@@ -79,7 +84,7 @@ func missing(err error) error {
 
 // signaturesOf describes the signatures of the artifact d. What is wrong with one is in it; the error is that of the place.
 func signaturesOf(ctx context.Context, p Place, d ocispec.Descriptor, judge Judge) ([]Signature, error) {
-	list, err := signatures(ctx, p, d.Digest)
+	list, err := signatures(ctx, p, d.Digest, maxSignatures)
 	if err != nil {
 		return nil, err
 	}
@@ -166,25 +171,10 @@ func Adopt(ctx context.Context, p Place, ref string, platforms []ocispec.Platfor
 // sign attaches a signature to the artifact d, unless it has one by the same signer. Errors of the signer have the code SigningFailed.
 func sign(ctx context.Context, p Place, d ocispec.Descriptor, signer trust.Signer, prove func() error) (Signed, error) {
 	res := Signed{Artifact: d.Digest, Status: StatusExists}
-	old, err := signatures(ctx, p, d.Digest)
-	if err != nil {
-		return res, err
-	}
 	d = bare(d)
-	for _, s := range old {
-		e, err := envelope(ctx, p, s.Digest, d.Digest)
-		if err != nil && !errors.Is(err, trust.ErrInvalid) {
-			return res, fmt.Errorf("fetch signature %s: %w", s.Digest, err)
-		}
-		if err != nil {
-			continue
-		}
-		if signed, err := signer.Signed(ctx, target(p, d), e); err != nil {
-			return res, signingFailed(ctx, err)
-		} else if signed {
-			res.Signature = s.Digest
-			return res, nil
-		}
+	var err error
+	if res.Signature, err = signedBy(ctx, p, d, signer); err != nil || res.Signature != "" {
+		return res, err
 	}
 	if prove != nil {
 		if err := prove(); err != nil {
@@ -213,6 +203,29 @@ func sign(ctx context.Context, p Place, d ocispec.Descriptor, signer trust.Signe
 	return res, nil
 }
 
+// signedBy returns the signature of the artifact d by a signer, "" if there is none. Errors of the signer have the code SigningFailed.
+func signedBy(ctx context.Context, p Place, d ocispec.Descriptor, signer trust.Signer) (digest.Digest, error) {
+	list, err := signatures(ctx, p, d.Digest, maxForeign)
+	if err != nil {
+		return "", err
+	}
+	for _, s := range list {
+		e, err := envelope(ctx, p, s.Digest, d.Digest)
+		if err != nil && !errors.Is(err, trust.ErrInvalid) {
+			return "", fmt.Errorf("fetch signature %s: %w", s.Digest, err)
+		}
+		if err != nil {
+			continue
+		}
+		if signed, err := signer.Signed(ctx, target(p, d), e); err != nil {
+			return "", signingFailed(ctx, err)
+		} else if signed {
+			return s.Digest, nil
+		}
+	}
+	return "", nil
+}
+
 // proof proves an artifact that was found: whoever may push can have attached it, and nobody's key says that it is the image.
 func proof(ctx context.Context, p Place, a attached) func() error {
 	return func() error {
@@ -230,7 +243,7 @@ func signingFailed(ctx context.Context, err error) error {
 
 // hintOf are annotations that say where the newest signature of an artifact is; nil if there is none.
 func hintOf(ctx context.Context, p Place, of digest.Digest) (map[string]string, error) {
-	list, err := signatures(ctx, p, of)
+	list, err := signatures(ctx, p, of, maxForeign)
 	if err != nil {
 		return nil, err
 	}
@@ -287,29 +300,75 @@ func rewriteHints(ctx context.Context, p Place, subject digest.Digest, hints map
 	return warnings, nil
 }
 
-// DeleteSignatures deletes the signatures of an artifact: registries keep what refers to what is gone. It returns what it deleted, also with an error.
+// ErrNotOurs: what lists name as an artifact, a profile or a signature is none, by its own bytes. It stays: in a registry without the referrers API a list is a
+// tag, which whoever may push can write, and names whatever they like.
+var ErrNotOurs = errors.New("not what the list of referrers calls it")
+
+// checkReferrer is nil if the manifest dgst is, by its own bytes, a referrer of subject of one of the types. That it is not there is ErrNotFound.
+func checkReferrer(ctx context.Context, p Place, dgst, subject digest.Digest, types ...string) error {
+	d, raw, err := p.Manifest(ctx, dgst.String())
+	if err != nil {
+		return err
+	}
+	c, err := parseContent(raw)
+	if err != nil {
+		return fmt.Errorf("%w: %s stays: %w", ErrNotOurs, dgst, err)
+	}
+	if !slices.Contains(types, d.ArtifactType) || c.Subject == nil || c.Subject.Digest != subject {
+		return fmt.Errorf("%w: %s stays: its type is %q, and its subject is not %s", ErrNotOurs, dgst, d.ArtifactType, subject)
+	}
+	return nil
+}
+
+// deleteReferrer deletes the manifest dgst if it is a referrer of subject of one of the types: ErrNotOurs otherwise. Before it, unless that is nil, others are
+// deleted. One that cannot be read is not known to be one, and deleted is false without an error.
+func deleteReferrer(ctx context.Context, p Place, dgst, subject digest.Digest, before func() error, types ...string) (deleted bool, err error) {
+	err = checkReferrer(ctx, p, dgst, subject, types...)
+	if err == nil && before != nil {
+		err = before()
+	}
+	if err == nil {
+		err = p.Delete(ctx, dgst, subject)
+	}
+	if errors.Is(err, ErrNotFound) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// DeleteSignatures deletes the signatures of an artifact: registries keep what refers to what is gone. It returns what it deleted, also with an error; one that is
+// ErrNotOurs is told after all others were deleted.
 func DeleteSignatures(ctx context.Context, p Place, of digest.Digest) (deleted []digest.Digest, err error) {
-	list, err := signatures(ctx, p, of)
+	list, err := signatures(ctx, p, of, math.MaxInt)
 	if err != nil {
 		return nil, err
 	}
+	var foreign error
 	for _, d := range list {
-		if err := p.Delete(ctx, d.Digest, of); err != nil && !errors.Is(err, ErrNotFound) {
+		done, err := deleteReferrer(ctx, p, d.Digest, of, nil, trust.SignatureType)
+		switch {
+		case errors.Is(err, ErrNotOurs):
+			foreign = cmp.Or(foreign, err)
+		case err != nil:
 			return deleted, fmt.Errorf("delete signature %s of %s: %w", d.Digest, of, err)
+		case done:
+			deleted = append(deleted, d.Digest)
 		}
-		deleted = append(deleted, d.Digest)
 	}
-	return deleted, nil
+	return deleted, foreign
 }
 
-// deleteSigned deletes an artifact or a profile, and its signatures before it.
+// deleteSigned deletes an artifact or a profile, and its signatures before it. What is neither is ErrNotOurs, and told after that.
 func deleteSigned(ctx context.Context, p Place, dgst, subject digest.Digest) (deleted []digest.Digest, err error) {
-	deleted, err = DeleteSignatures(ctx, p, dgst)
-	if err != nil {
-		return deleted, err
+	var foreign error
+	done, err := deleteReferrer(ctx, p, dgst, subject, func() (err error) {
+		if deleted, err = DeleteSignatures(ctx, p, dgst); errors.Is(err, ErrNotOurs) {
+			foreign, err = err, nil
+		}
+		return err
+	}, artifact.ArtifactType, artifact.ProfileType)
+	if done {
+		deleted = append(deleted, dgst)
 	}
-	if err := p.Delete(ctx, dgst, subject); err != nil && !errors.Is(err, ErrNotFound) {
-		return deleted, err
-	}
-	return append(deleted, dgst), nil
+	return deleted, cmp.Or(err, foreign)
 }

@@ -221,4 +221,7 @@ func TestVerifyListedElsewhere(t *testing.T) {
 	if c := create(t, image+":v1", CreateOptions{})[0]; c.Status != StatusCreated {
 		t.Errorf("%+v", c)
 	}
+	if _, err := Verify(t.Context(), p, "other", VerifyOptions{}); err != nil {
+		t.Errorf("the other image's artifact: %v", err)
+	}
 }

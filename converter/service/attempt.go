@@ -144,6 +144,9 @@ func (a *attempt) convert(ctx context.Context, op Operation, track *tracker) out
 	}
 	o := converter.CreateOptions{Options: a.s.c.Convert, Platforms: platforms, Force: op.Force, Static: a.s.c.Static}
 	o.Record, o.Progress, o.Reserve = a.s.record, track.report, a.s.room.reserve
+	if err := a.s.auto.awaitLeaving(ctx, place, op.Image); err != nil {
+		return outcome{err: err}
+	}
 	created, err := converter.Create(ctx, fenced{place, a.hold, a.regret(op, place)}, op.Digest.String(), o)
 	return outcome{created: created, err: err}
 }
@@ -283,19 +286,43 @@ func (a *attempt) conclude(ctx context.Context, change func(*record)) error {
 	return err
 }
 
-// note lets auto know what is attached, before the record says so: it must not be lost.
-func (a *attempt) note(ctx context.Context, o outcome) {
-	ctx, cancel := context.WithTimeout(ctx, a.s.c.Lease/3)
-	defer cancel()
+// note lets auto know what is attached, before the record says so: what is not known to be ours would count as somebody's who asked for it. It tries as long as the
+// operation is ours.
+func (a *attempt) note(ctx context.Context, o outcome) error {
 	op := a.rec.Operation
 	op.Artifacts = artifacts(o.created, a.rec.Made)
-	if err := a.s.auto.converted(ctx, op, a.doing.wanted); err != nil {
-		a.s.c.Log.Warn("artifacts may stay when their image is deleted", "operation", op.ID, "image", op.Image.String(), "error", err)
+	if len(op.Artifacts) == 0 {
+		return nil
+	}
+	for {
+		try, cancel := context.WithTimeout(ctx, a.s.c.Lease/3)
+		m, err := a.s.auto.converted(try, op, a.doing.wanted)
+		if err == nil {
+			err = a.s.auto.stillThere(try, m)
+			cancel()
+			if err != nil { // reconcile finds it out
+				a.s.c.Log.Warn("whether an image is still there is not known", "operation", op.ID, "image", op.Image.String(), "error", err)
+			}
+			return nil
+		}
+		cancel()
+		a.s.c.Log.Warn("what is attached cannot be noted", "operation", op.ID, "image", op.Image.String(), "error", err)
+		if a.msg != nil {
+			_ = a.msg.InProgress()
+		}
+		if err := a.persist(ctx, func(*record) error { return nil }); err != nil { // is it still ours?
+			return err
+		}
+		if !sleep(ctx, min(retryTime, a.s.c.Lease/10)) {
+			return ctx.Err()
+		}
 	}
 }
 
 func (a *attempt) succeed(ctx context.Context, o outcome, track *tracker) error {
-	a.note(ctx, o)
+	if err := a.note(ctx, o); err != nil {
+		return err
+	}
 	return a.conclude(ctx, func(r *record) {
 		r.State, r.Artifacts, r.Warnings = Succeeded, artifacts(o.created, r.Made), warnings(o.created)
 		r.Progress = track.progress()
@@ -304,7 +331,9 @@ func (a *attempt) succeed(ctx context.Context, o outcome, track *tracker) error 
 }
 
 func (a *attempt) fail(ctx context.Context, o outcome) error {
-	a.note(ctx, o)
+	if err := a.note(ctx, o); err != nil {
+		return err
+	}
 	return a.conclude(ctx, func(r *record) {
 		r.State, r.Artifacts, r.Warnings = Failed, artifacts(o.created, r.Made), warnings(o.created)
 		r.ErrorCode, r.Message = converter.CodeOf(o.err), plain.Cut(o.err.Error(), maxMessage)

@@ -66,6 +66,8 @@ type auto struct {
 	noCatalog map[string]string    // by registry, why it cannot be listed
 	tagCounts map[repository]int   // as last listed
 	deeds     deeds
+	scans     map[repository]*scan
+	doubts    memo[string, time.Time] // that were logged
 }
 
 // repository of a registry.
@@ -87,7 +89,7 @@ func hashKey(name string) string {
 func newAuto(ctx context.Context, c Config, ops operations, bucket func(ctx context.Context, name string, ttl time.Duration) (jetstream.KeyValue, error)) (*auto, error) {
 	a := &auto{
 		ops: ops, registries: map[string]Registry{}, interval: c.Reconcile, log: c.Log,
-		viewer: newViewer(), fleet: newFleet(), hints: map[repository]*hint{}, wake: make(chan struct{}, 1), noCatalog: map[string]string{}, tagCounts: map[repository]int{},
+		viewer: newViewer(), fleet: newFleet(c.Registries), hints: map[repository]*hint{}, wake: make(chan struct{}, 1), noCatalog: map[string]string{}, tagCounts: map[repository]int{}, scans: map[repository]*scan{},
 		deeds: deeds{due: map[repository]int{}, passed: map[string]time.Time{}, failed: map[string]uint64{}}, audit: c.Audit,
 	}
 	for _, r := range c.Registries {
@@ -428,6 +430,7 @@ func (a *auto) lookAt(ctx context.Context, r repository, h hint) (again bool) {
 		again = again || err != nil
 	}
 	if !v.settings.Active {
+		v.countDue()
 		return again
 	}
 	var listed []string

@@ -13,21 +13,19 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 )
 
-// converted notes what an operation has attached. The image may have been deleted while it was converted: registries attach to what is not there, too.
-func (a *auto) converted(ctx context.Context, op Operation, asked bool) error {
-	if len(op.Artifacts) == 0 {
-		return nil
-	}
+// converted notes what an operation has attached, which must not be lost.
+func (a *auto) converted(ctx context.Context, op Operation, asked bool) (m madeFor, err error) {
 	a.tags.clear()
-	m, err := a.noteMade(ctx, madeFor{Image: op.Image, Artifacts: op.Artifacts, Asked: asked})
+	return a.noteMade(ctx, madeFor{Image: op.Image, Artifacts: op.Artifacts, Asked: asked})
+}
+
+// stillThere notes whether the image of an operation was deleted while it was converted: registries attach to what is not there, too.
+func (a *auto) stillThere(ctx context.Context, m madeFor) error {
+	_, p, err := a.reach(m.Registry, m.Repository)
 	if err != nil {
 		return err
 	}
-	_, p, err := a.reach(op.Registry, op.Repository)
-	if err != nil {
-		return err
-	}
-	gone, err := isGone(ctx, p, op.Digest)
+	gone, err := isGone(ctx, p, m.Digest)
 	if err != nil {
 		return err
 	}
@@ -69,10 +67,9 @@ func (v *visit) cascade(ctx context.Context, dgst digest.Digest) error {
 	if !gone {
 		return v.note(ctx, m, false)
 	}
-	subjects := m.unshared(v.made, nil)
 	has := false
 	if m.rev != 0 {
-		if has, err = hasArtifacts(ctx, v.p, subjects); err != nil {
+		if has, err = hasArtifacts(ctx, v.p, m.unshared(v.made)); err != nil {
 			return err
 		}
 	}
@@ -94,123 +91,59 @@ func (v *visit) cascade(ctx context.Context, dgst digest.Digest) error {
 		}
 		a.done(Deed{Action: "cancel", Image: image, Target: op.ID, Detail: "the image is gone since " + m.Gone.Format(time.RFC3339)})
 	}
-	return v.takeArtifacts(ctx, m, subjects)
+	return v.takeArtifacts(ctx, m)
 }
 
 // takeArtifacts deletes the artifacts and profiles of what only an image has that is gone.
-func (v *visit) takeArtifacts(ctx context.Context, m madeFor, subjects []digest.Digest) error {
-	stay, err := v.inUse(ctx, m.Digest, subjects)
-	if err != nil {
-		return err
+func (v *visit) takeArtifacts(ctx context.Context, m madeFor) error {
+	tagged := map[digest.Digest]bool{}
+	if slices.ContainsFunc(m.subjects(), func(s digest.Digest) bool { return s != m.Digest }) {
+		var known bool
+		var err error
+		if tagged, known, err = v.tagged(ctx, &m); !known {
+			return err
+		}
 	}
 	if gone, err := isGone(ctx, v.p, m.Digest); !gone { // it may have been pushed again
 		return err
 	}
-	for _, s := range subjects {
-		if slices.Contains(stay, s) {
-			continue
-		}
-		if err := v.drop(ctx, m.Image, s, "the image is gone since "+m.Gone.Format(time.RFC3339)); err != nil {
-			return err
-		}
+	ctx, cancel := context.WithTimeout(ctx, leaveTime)
+	defer cancel()
+	d, err := v.leave(ctx, m)
+	if err != nil || len(d.images) == 0 {
+		return err
+	}
+	m = d.images[0]
+	stay, err := v.release(ctx, d, m, tagged, "the image is gone since "+m.Gone.Format(time.RFC3339))
+	if err != nil {
+		return err
 	}
 	// What stays goes with the last image that has it, of which nothing else may be known.
-	m.Artifacts = slices.DeleteFunc(m.Artifacts, func(made Artifact) bool { return !slices.Contains(stay, made.Subject) })
+	m.Artifacts = slices.DeleteFunc(m.Artifacts, func(made Artifact) bool { return !stay[made.Subject] })
 	if len(m.Artifacts) == 0 {
 		return v.forget(ctx, m)
 	}
-	if err := v.a.setMade(ctx, &m); err != nil {
+	if err := v.stay(ctx, &m); err != nil {
 		return err
 	}
 	v.made[m.Digest] = m
 	return v.forgetTags(ctx, m.Digest)
 }
 
-// inUse returns those of an image's subjects that are there and that another image has. Without knowing what all tags name, that is all that are there.
-func (v *visit) inUse(ctx context.Context, image digest.Digest, subjects []digest.Digest) (there []digest.Digest, err error) {
-	for _, s := range subjects {
-		if s == image {
+// release deletes the artifacts and profiles of the manifests that one of the images has, but for those that are needed or that another image has, which it returns.
+func (v *visit) release(ctx context.Context, d *departure, m madeFor, needed map[digest.Digest]bool, why string) (stay map[digest.Digest]bool, err error) {
+	stay = map[digest.Digest]bool{}
+	unshared := m.unshared(d.all)
+	for _, s := range m.subjects() {
+		if stay[s] = needed[s] || d.used[s] || !slices.Contains(unshared, s); stay[s] {
 			continue
 		}
-		gone, err := isGone(ctx, v.p, s)
-		if err != nil {
+		if err := v.drop(ctx, m.Image, s, why); err != nil {
 			return nil, err
 		}
-		if !gone {
-			there = append(there, s)
-		}
 	}
-	if len(there) == 0 {
-		return nil, nil
-	}
-	tagged, all, err := v.manifests(ctx)
-	if err != nil || !all {
-		return there, err
-	}
-	return slices.DeleteFunc(there, func(s digest.Digest) bool { return !tagged[s] }), nil
-}
-
-// manifests returns the images that tags name, with all manifests of those that are indexes. It is false if there are too many tags to ask for.
-func (v *visit) manifests(ctx context.Context) (tagged map[digest.Digest]bool, all bool, err error) {
-	if v.tagged != nil {
-		return v.tagged, true, nil
-	}
-	listed, err := v.list(ctx)
-	if err != nil || len(listed) > visitChecks {
-		return nil, false, err
-	}
-	var ask []*seenTag
-	for _, name := range listed {
-		if v.named[name] == "" {
-			ask = append(ask, &seenTag{Tag: name})
-		}
-	}
-	err = v.each(ctx, ask, func(ctx context.Context, t *seenTag) error {
-		d, err := v.p.Resolve(ctx, t.Tag)
-		if errors.Is(err, converter.ErrNotFound) {
-			return nil // deleted since it was listed
-		}
-		if err != nil {
-			return placeError(err)
-		}
-		v.mu.Lock()
-		v.named[t.Tag] = d.Digest
-		v.mu.Unlock()
-		return nil
-	})
-	if err != nil {
-		return nil, false, err
-	}
-	tagged = map[digest.Digest]bool{}
-	for _, name := range listed {
-		if dgst := v.named[name]; dgst != "" && !tagged[dgst] {
-			if err := v.addManifests(ctx, tagged, dgst); err != nil {
-				return nil, false, err
-			}
-		}
-	}
-	v.tagged = tagged
-	return tagged, true, nil
-}
-
-// addManifests adds an image and, of an index, its manifests.
-func (v *visit) addManifests(ctx context.Context, to map[digest.Digest]bool, dgst digest.Digest) error {
-	image := v.r.image(dgst)
-	list, ok := v.a.members.get(image)
-	if !ok {
-		var err error
-		if list, err = converter.Manifests(ctx, v.p, dgst.String()); err != nil && !errors.Is(err, converter.ErrNotFound) {
-			return placeError(err)
-		}
-		if err == nil {
-			v.a.members.put(image, list)
-		}
-	}
-	to[dgst] = true
-	for _, d := range list {
-		to[d] = true
-	}
-	return nil
+	delete(d.all, m.Digest)
+	return stay, nil
 }
 
 // note is noteGone for the visit.
@@ -285,6 +218,11 @@ func (v *visit) reconcileImages(ctx context.Context) error {
 			check = append(check, dgst)
 		}
 	}
+	if len(first) == 0 {
+		v.a.mu.Lock()
+		delete(v.a.scans, v.r)
+		v.a.mu.Unlock()
+	}
 	var errs []error
 	for _, dgst := range append(window(first, visitChecks), window(check, visitChecks)...) {
 		if len(errs) == visitFails || ctx.Err() != nil {
@@ -329,6 +267,10 @@ func (v *visit) drop(ctx context.Context, i Image, subject digest.Digest, why st
 	v.a.mu.Lock()
 	v.a.deeds.deleted += uint64(len(deleted))
 	v.a.mu.Unlock()
+	if errors.Is(err, converter.ErrNotOurs) {
+		v.a.log.Warn("a list of referrers names what is none, and it stays", "image", i.String(), "subject", subject, "error", err)
+		err = nil
+	}
 	if err == nil {
 		err = v.a.forgetStarts(ctx, v.r, subject)
 	}
@@ -357,6 +299,10 @@ func (a *auto) DeleteArtifacts(ctx context.Context, i Image, by string) ([]diges
 	}
 	deleted, err := converter.DeleteArtifacts(ctx, p, i.Digest.String(), nil)
 	a.tags.clear()
+	if errors.Is(err, converter.ErrNotOurs) {
+		a.log.Warn("a list of referrers names what is none, and it stays", "image", i.String(), "error", err)
+		err = nil
+	}
 	if err != nil || m.rev == 0 {
 		return deleted, placeError(err)
 	}

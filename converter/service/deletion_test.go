@@ -67,6 +67,9 @@ func (w *world) later() {
 				continue
 			}
 			m.Gone = m.Gone.Add(-notYet)
+			if !m.Alone.IsZero() {
+				m.Alone = m.Alone.Add(-longMissing)
+			}
 			if err := w.setMade(w.t.Context(), &m); err != nil {
 				w.t.Fatal(err)
 			}
@@ -237,6 +240,11 @@ func TestSharedPlatform(t *testing.T) {
 			t.Errorf("referrers %+v", got)
 		}
 		w.deleted(other, "v2")
+		w.reconciled()
+		if got := w.attached(first, subjects(op)...); len(got) != 2 {
+			t.Errorf("after one list without tags: referrers %+v", got)
+		}
+		w.later()
 		w.reconciled()
 		if got := w.attached(first, subjects(op)...); len(got) != 0 {
 			t.Errorf("with the other one gone, too, there are %+v", got)

@@ -20,6 +20,9 @@ import (
 // the middle, it could arrive after it was taken away.
 const attachTime = time.Second
 
+// regretTime is how long who finds that its operation is not its own any more tries to take away what it has attached: nobody else knows of it.
+const regretTime = 30 * time.Second
+
 // fenced is the place of an attempt's image. Blobs are nothing until a manifest names them, so it is manifests that an attempt must not
 // write when the operation is no longer its own: it shows that it is, by a write of its record, right before.
 type fenced struct {
@@ -44,7 +47,9 @@ func (f fenced) PutManifest(ctx context.Context, d ocispec.Descriptor, raw []byt
 	// Between the two the process may have been stopped for any time.
 	if lost := f.hold(ctx, nil); lost != nil {
 		if err = errors.Join(err, lost); m != nil {
-			err = errors.Join(err, f.regret(put, *m))
+			undo, stop := context.WithTimeout(context.WithoutCancel(ctx), regretTime)
+			defer stop()
+			err = errors.Join(err, f.regret(undo, *m))
 		}
 	}
 	return err
@@ -103,7 +108,7 @@ func takeAway(ctx context.Context, p converter.Place, list []made) error {
 			errs = append(errs, err)
 			continue
 		}
-		if _, err := converter.DeleteSignatures(ctx, p, m.Digest); err != nil {
+		if _, err := converter.DeleteSignatures(ctx, p, m.Digest); err != nil && !errors.Is(err, converter.ErrNotOurs) {
 			errs = append(errs, err)
 			continue
 		}

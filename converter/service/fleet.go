@@ -22,7 +22,7 @@ import (
 // Bounds on reports of starts.
 const (
 	startsTTL      = 90 * 24 * time.Hour // after the last report of an image
-	reportsWaiting = 256                 // for their turn in a process
+	reportsWaiting = 256                 // of a registry in a process, for its answer and their turn
 	nodeStarts     = 2 * starts.MaxStarts
 	nodeInterval   = 10 * time.Second // in which a node may report one start more, once it has reported nodeStarts
 	maxNodes       = 1 << 14          // whose limits a process remembers
@@ -33,8 +33,8 @@ const (
 // processes add to it by compare-and-set.
 type fleet struct {
 	summaries jetstream.KeyValue
-	turns     chan struct{} // one for each report that is looked at or waits
-	adding    chan struct{} // held by the one that is looked at, so that reports of one process do not contest each other
+	turns     map[string]chan struct{} // by registry, one for each report that is looked at or waits: one that does not answer is in no other's way
+	adding    chan struct{}            // held by the one that is added, so that reports of one process do not contest each other
 	referrers memo[string, referrersAt]
 
 	mu    sync.Mutex
@@ -47,8 +47,12 @@ type referrersAt struct {
 	kinds map[digest.Digest]string // "" of an artifact
 }
 
-func newFleet() *fleet {
-	return &fleet{turns: make(chan struct{}, reportsWaiting), adding: make(chan struct{}, 1), nodes: map[string]*rate.Limiter{}}
+func newFleet(registries []Registry) *fleet {
+	f := &fleet{turns: map[string]chan struct{}{}, adding: make(chan struct{}, 1), nodes: map[string]*rate.Limiter{}}
+	for _, r := range registries {
+		f.turns[r.Name] = make(chan struct{}, reportsWaiting)
+	}
+	return f
 }
 
 // Reported says what became of a report: its first Taken starts need not be sent again, and Counted of them were added.
@@ -68,16 +72,10 @@ func (a *auto) Report(ctx context.Context, registry, repositoryName string, rep 
 		return done, fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
 	select {
-	case a.fleet.turns <- struct{}{}:
-		defer func() { <-a.fleet.turns }()
+	case a.fleet.turns[registry] <- struct{}{}:
+		defer func() { <-a.fleet.turns[registry] }()
 	default:
-		return done, fmt.Errorf("%w: %d reports wait already", ErrUnavailable, reportsWaiting)
-	}
-	select {
-	case a.fleet.adding <- struct{}{}:
-		defer func() { <-a.fleet.adding }()
-	case <-ctx.Done():
-		return done, unavailable("wait for other reports", ctx.Err())
+		return done, fmt.Errorf("%w: %d reports of %s wait already", ErrUnavailable, reportsWaiting, registry)
 	}
 	for list := rep.Starts; len(list) > 0; {
 		n := 1
@@ -118,6 +116,12 @@ func (a *auto) addStarts(ctx context.Context, r repository, p converter.Place, n
 	}
 	if len(known) == 0 {
 		return 0, nil
+	}
+	select {
+	case a.fleet.adding <- struct{}{}:
+		defer func() { <-a.fleet.adding }()
+	case <-ctx.Done():
+		return 0, unavailable("wait for other reports", ctx.Err())
 	}
 	for range contested {
 		var sum starts.Summary

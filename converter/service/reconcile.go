@@ -49,6 +49,9 @@ func (a *auto) reconcile(ctx context.Context, registry string) {
 
 // tryPass makes a pass if it is time for one and no other process makes one, and says when to try again.
 func (a *auto) tryPass(ctx context.Context, registry string) (wait time.Duration, err error) {
+	if err := a.recount(ctx, registry); err != nil && ctx.Err() == nil {
+		a.log.Warn("count the tags that are due", "registry", registry, "error", err)
+	}
 	key := leaseKey(registry)
 	var l lease
 	rev, err := getJSON(ctx, a.seen, key, &l)
@@ -186,13 +189,30 @@ func (a *auto) reconcileRepository(ctx context.Context, r repository) error {
 	var errs []error
 	if v.settings.Active {
 		errs = append(errs, v.reconcile(ctx))
-		v.countDue()
 	}
+	v.countDue()
 	errs = append(errs, v.reconcileImages(ctx))
 	if v.settings.Active && errors.Join(errs...) == nil {
 		errs = append(errs, v.keep(ctx))
 	}
 	return errors.Join(errs...)
+}
+
+// recount counts anew what this process has counted of a registry: another one may have looked since, or the repository is switched off.
+func (a *auto) recount(ctx context.Context, registry string) error {
+	ctx, cancel := context.WithTimeout(ctx, visitTime)
+	defer cancel()
+	a.mu.Lock()
+	counted := slices.DeleteFunc(slices.Collect(maps.Keys(a.deeds.due)), func(r repository) bool { return r.registry != registry })
+	a.mu.Unlock()
+	for _, r := range counted {
+		v, err := a.visit(ctx, r)
+		if err != nil {
+			return err
+		}
+		v.countDue()
+	}
+	return nil
 }
 
 // resume looks at what another process, or this one before, has left due.

@@ -42,11 +42,16 @@ func (s *Service) Submit(ctx context.Context, r Request) (op Operation, existed 
 		if ongoing || err != nil {
 			return last, ongoing, err
 		}
-		if err := plan(ctx, place, r, platforms); err != nil {
+		if err := s.plan(ctx, place, r, platforms); err != nil {
+			has := true
 			if errors.Is(err, ErrExists) {
-				err = errors.Join(err, s.auto.claim(ctx, r))
+				var claimed error
+				has, claimed = s.auto.claim(ctx, r)
+				err = errors.Join(err, claimed)
 			}
-			return op, false, err
+			if has {
+				return op, false, err
+			}
 		}
 		rec := newRecord(r)
 		rec.Bulk = s.view.waiting(rec) >= bulkAfter
@@ -75,7 +80,7 @@ func (s *Service) join(ctx context.Context, id string, place converter.Place, r 
 	rec.widen(r)
 	if after := rec.scope(); after != before {
 		if after.platforms != before.platforms || after.force != before.force {
-			if err := plan(ctx, place, r, platforms); err != nil {
+			if err := s.plan(ctx, place, r, platforms); err != nil {
 				return Operation{}, err
 			}
 		}
@@ -202,8 +207,8 @@ func (s *Service) begin(ctx context.Context, rec record) (Operation, error) {
 }
 
 // plan says what is against converting the image.
-func plan(ctx context.Context, p converter.Place, r Request, platforms []ocispec.Platform) error {
-	list, err := converter.Plan(ctx, p, r.Image.Digest.String(), platforms)
+func (s *Service) plan(ctx context.Context, p converter.Place, r Request, platforms []ocispec.Platform) error {
+	list, err := converter.Plan(ctx, p, r.Image.Digest.String(), converter.CreateOptions{Options: s.c.Convert, Platforms: platforms})
 	if err != nil {
 		return registryError(r.Image, err)
 	}

@@ -45,10 +45,12 @@ type visit struct {
 	made     map[digest.Digest]madeFor // read before the tags: what is made for a tag is not in it before the tag is
 	tags     map[string]*seenTag
 
+	scanned bool
+
 	mu     sync.Mutex               // guards tags, too, while several are looked at
 	listed map[string]bool          // tags; nil until they are listed
 	named  map[string]digest.Digest // what tags name that were asked for
-	tagged map[digest.Digest]bool   // see manifests
+	used   map[digest.Digest]bool   // see tagged: nil if nobody knows, once they were scanned
 }
 
 // visit begins a look at a repository. Of an inactive one the tags are not read.
@@ -98,6 +100,7 @@ func (v *visit) list(ctx context.Context) ([]string, error) {
 	if err != nil && !errors.Is(err, converter.ErrNotFound) {
 		return nil, placeError(err)
 	}
+	tags = slices.DeleteFunc(tags, func(name string) bool { return !IsTag(name) }) // what lists other names lists what cannot be asked for
 	v.listed = make(map[string]bool, len(tags))
 	for _, name := range tags {
 		v.listed[name] = true
@@ -176,11 +179,11 @@ func (v *visit) credible(ctx context.Context, work []*seenTag) (list []*seenTag,
 	return list, left, nil
 }
 
-// countDue counts the tags that are left to look at.
+// countDue counts the tags that are left to look at: none of an inactive repository.
 func (v *visit) countDue() {
 	n := 0
 	for _, t := range v.tags {
-		if t.State == stateDue {
+		if t.State == stateDue && v.settings.Active {
 			n++
 		}
 	}
@@ -313,6 +316,9 @@ func (v *visit) decide(ctx context.Context, c candidate) (again bool, err error)
 		request, wanted := v.request(c)
 		if wanted {
 			if often, err := v.a.often(ctx, c.t, c.image); often || err != nil {
+				if often {
+					v.doubt("the tag " + t.Tag + " comes and goes, and is not asked for again before a day is over")
+				}
 				return true, err
 			}
 			op, existed, err := v.a.ops.Submit(ctx, request)

@@ -252,9 +252,13 @@ func (s *Signer) within(ctx context.Context, do func(context.Context) error) err
 }
 
 // Signed says if e is a signature of t by the same certificate that has more than a quarter of its time left, see trust.Signer. A plugin tells its certificate
-// with a signature only: the first call has it sign nothing.
+// with a signature only: the first call has it sign nothing. What is signed is checked: anybody can write an envelope that has our certificates in it.
 func (s *Signer) Signed(ctx context.Context, t trust.Target, e trust.Envelope) (bool, error) {
-	content, err := parse(e)
+	envelope, err := signature.ParseEnvelope(e.MediaType, e.Bytes)
+	if err != nil {
+		return false, nil
+	}
+	content, err := envelope.Verify()
 	if err != nil || isOf(t, content) != nil {
 		return false, nil
 	}

@@ -192,6 +192,7 @@ func TestSigned(t *testing.T) {
 		"good":          {id.Sign(t, target("x"), "cose"), true},
 		"another's":     {ca.Issue(t, "build", trusttest.Leaf{}).Sign(t, target("x"), "jws"), false},
 		"of another":    {id.Sign(t, target("y"), "jws"), false},
+		"forged":        {forged(t, id.Sign(t, target("x"), "jws")), false},
 		"nothing":       {trusttest.Envelope(formats["jws"], []byte("{}")), false},
 		"over":          {sign(t, id, target("x"), request{signed: time.Now().Add(-2 * time.Hour), expires: time.Now().Add(-time.Hour)}), false},
 		"over soon":     {sign(t, id, target("x"), request{signed: time.Now().Add(-20 * time.Hour), expires: time.Now().Add(time.Hour)}), false},
@@ -201,6 +202,22 @@ func TestSigned(t *testing.T) {
 			t.Errorf("%s: %v, %v", name, got, err)
 		}
 	}
+}
+
+// forged is an envelope with the same payload and certificates, as anybody can write one who has no key: they are public.
+func forged(t *testing.T, e trust.Envelope) trust.Envelope {
+	t.Helper()
+	var fields map[string]any
+	if err := json.Unmarshal(e.Bytes, &fields); err != nil {
+		t.Fatal(err)
+	}
+	old := fields["signature"].(string)
+	fields["signature"] = strings.Repeat("A", len(old))
+	b, err := json.Marshal(fields)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return trusttest.Envelope(e.MediaType, b)
 }
 
 func TestRefusedKeys(t *testing.T) {
