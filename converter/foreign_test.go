@@ -1,7 +1,6 @@
 package converter
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"slices"
@@ -74,35 +73,11 @@ func TestAttachedByOthers(t *testing.T) {
 	img := testImage{layers: layersOf(1, 2)}
 	d := img.put(t, p, "v1")
 	honest := create(t, image+":v1", CreateOptions{})[0]
-	attach := func(change func(m *artifact.Manifest)) digest.Digest {
-		t.Helper()
-		m := manifestOf(t, p, honest)
-		change(m)
-		raw, err := m.Encode()
-		if err != nil {
-			t.Fatal(err)
-		}
-		a := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
-		if err := p.PutManifest(t.Context(), a, raw, ""); err != nil {
-			t.Fatal(err)
-		}
-		return a.Digest
-	}
-	var blob bytes.Buffer
-	liar := bytes.Clone(img.layers[0].tar)
-	i := bytes.Index(liar, []byte("file0"))
-	copy(liar[i:], "filex")
-	fixChecksum(liar[i/512*512:])
-	enc, err := artifact.EncodeLayer(t.Context(), &blob, bytes.NewReader(liar), artifact.EncodeOptions{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	putBlob(t, p, artifact.LayerMediaType, blob.Bytes())
-	lie := attach(func(m *artifact.Manifest) {
-		enc.Layer.Source = m.Layers[0].Source
-		m.Layers[0] = enc.Layer
-	})
-	less := attach(func(m *artifact.Manifest) { m.Layers = m.Layers[:1] })
+	m := manifestOf(t, p, honest)
+	m.Layers[0] = lie(t, p, img.layers[0].tar, m.Layers[0].Source)
+	lying := attachForged(t, p, m)
+	m.Layers = m.Layers[:1]
+	less := attachForged(t, p, m)
 	if err := p.Delete(t.Context(), honest.Artifact.Digest, d.Digest); err != nil {
 		t.Fatal(err)
 	}
@@ -115,8 +90,8 @@ func TestAttachedByOthers(t *testing.T) {
 		}
 		return list[0].Artifact
 	}
-	if got := planned(nil); got != lie {
-		t.Errorf("without a signature the artifact is %s, want %s", got, lie)
+	if got := planned(nil); got != lying {
+		t.Errorf("without a signature the artifact is %s, want %s", got, lying)
 	}
 	if got := planned(signer); got != "" {
 		t.Errorf("unsigned, %s counts", got)
@@ -130,7 +105,7 @@ func TestAttachedByOthers(t *testing.T) {
 	if got := planned(signer); got != honest.Artifact.Digest {
 		t.Errorf("the artifact is %s, want ours", got)
 	}
-	for _, a := range []digest.Digest{lie, less} {
+	for _, a := range []digest.Digest{lying, less} {
 		if list := referrers(t, p, a); len(list) != 0 {
 			t.Errorf("%s is signed: %+v", a, list)
 		}
@@ -140,7 +115,7 @@ func TestAttachedByOthers(t *testing.T) {
 	}
 
 	// With the one alone that is not of the image.
-	for _, a := range []digest.Digest{lie, honest.Artifact.Digest} {
+	for _, a := range []digest.Digest{lying, honest.Artifact.Digest} {
 		if err := p.Delete(t.Context(), a, d.Digest); err != nil {
 			t.Fatal(err)
 		}

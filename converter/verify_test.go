@@ -113,15 +113,7 @@ func TestVerifyForged(t *testing.T) {
 	forge := func(change func(m *artifact.Manifest)) string {
 		m := manifestOf(t, p, c)
 		change(m)
-		raw, err := m.Encode()
-		if err != nil {
-			t.Fatal(err)
-		}
-		fd := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
-		if err := p.PutManifest(t.Context(), fd, raw, ""); err != nil {
-			t.Fatal(err)
-		}
-		return fd.Digest.String()
+		return attachForged(t, p, m).String()
 	}
 	evilLayers := manifestOf(t, p, evil).Layers
 	tests := []struct {
@@ -167,21 +159,7 @@ func TestVerifyForged(t *testing.T) {
 	}
 
 	t.Run("a layer like it but for one name", func(t *testing.T) {
-		var blob bytes.Buffer
-		honest := layers[0].tar
-		liar := bytes.Clone(honest)
-		i := bytes.Index(liar, []byte("file0"))
-		copy(liar[i:], "filex")
-		fixChecksum(liar[i/512*512:])
-		enc, err := artifact.EncodeLayer(t.Context(), &blob, bytes.NewReader(liar), artifact.EncodeOptions{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		putBlob(t, p, artifact.LayerMediaType, blob.Bytes())
-		ref := forge(func(m *artifact.Manifest) {
-			enc.Layer.Source = m.Layers[0].Source
-			m.Layers[0] = enc.Layer
-		})
+		ref := forge(func(m *artifact.Manifest) { m.Layers[0] = lie(t, p, layers[0].tar, m.Layers[0].Source) })
 		verifyDiffers(t, p, ref, "layer 0")
 		isNotSigned(t, p, ref)
 	})
@@ -193,6 +171,37 @@ func TestVerifyForged(t *testing.T) {
 		t.Errorf("%d referrers", len(list))
 	}
 	verifyDiffers(t, p, "v1", "artifact sha256:")
+}
+
+// attachForged attaches an artifact.
+func attachForged(t *testing.T, p Place, m *artifact.Manifest) digest.Digest {
+	t.Helper()
+	raw, err := m.Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+	if err := p.PutManifest(t.Context(), d, raw, ""); err != nil {
+		t.Fatal(err)
+	}
+	return d.Digest
+}
+
+// lie stores a layer like a tar but for one name, which says that it is made from source.
+func lie(t *testing.T, p Place, honest []byte, source digest.Digest) artifact.Layer {
+	t.Helper()
+	var blob bytes.Buffer
+	liar := bytes.Clone(honest)
+	i := bytes.Index(liar, []byte("file0"))
+	copy(liar[i:], "filex")
+	fixChecksum(liar[i/512*512:])
+	enc, err := artifact.EncodeLayer(t.Context(), &blob, bytes.NewReader(liar), artifact.EncodeOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	putBlob(t, p, artifact.LayerMediaType, blob.Bytes())
+	enc.Layer.Source = source
+	return enc.Layer
 }
 
 // fixChecksum computes a tar header's checksum again.
