@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"bytes"
 	"encoding/binary"
-	"encoding/json"
 	"io"
 	"math/rand/v2"
 	"path/filepath"
@@ -225,17 +224,16 @@ func TestStaticOfHugeIndexes(t *testing.T) {
 			img := programImage(t)
 			img.layers = append(img.layers, img.layers[1])
 			d := img.put(t, p, "v1")
-			m := &artifact.Manifest{Subject: bare(d), Platform: *d.Platform, Config: ocispec.Descriptor{MediaType: ocispec.MediaTypeImageConfig, Digest: d.Digest}}
-			for range img.layers {
-				l := layer(t, p)
-				l.Source = d.Digest
-				m.Layers = append(m.Layers, l)
-			}
-			raw, err := m.Encode()
-			if err != nil {
+			made := create(t, image, CreateOptions{})[0]
+			m := manifestOf(t, p, made)
+			if err := p.Delete(t.Context(), made.Artifact.Digest, d.Digest); err != nil {
 				t.Fatal(err)
 			}
-			putManifest(t, p, ocispec.MediaTypeImageManifest, "", json.RawMessage(raw))
+			for i, l := range m.Layers {
+				m.Layers[i] = layer(t, p)
+				m.Layers[i].Source = l.Source
+			}
+			attachForged(t, p, m)
 			c := create(t, image, CreateOptions{Static: true})[0]
 			if c.Status != StatusExists || c.Profile != nil || len(c.Warnings) != 1 || !strings.Contains(c.Warnings[0], name) {
 				t.Errorf("%+v", c)
