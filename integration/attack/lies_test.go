@@ -128,7 +128,7 @@ func TestNewerLies(t *testing.T) {
 				t.Errorf("wrong bytes at %q, error %v", wrong, failed)
 			}
 			if seen, _ := reg.Count(func(q registrytest.Request) bool { return strings.HasSuffix(q.Path, lie.Digest.String()) }); seen == 0 {
-				t.Error("the lie is not looked at, so it was not in front")
+				t.Error("the lie is not looked at")
 			}
 			if read := f.DataRequests(reg, 1); read != 0 {
 				t.Errorf("%d requests for the lie's data", read)
