@@ -177,6 +177,14 @@ func (c *Client) readHosts(domain string) (*registry, error) {
 	if err != nil {
 		return nil, err
 	}
+	itself := len(found) - 1 // the registry itself, without what hosts.toml says of it where it is one of the hosts, too: a CA, for instance. Then it is one host, not two.
+	for i := range itself {
+		if f, last := &found[i], found[itself]; f.Scheme == last.Scheme && f.Host == last.Host && f.Path == last.Path {
+			f.Capabilities |= last.Capabilities
+			found, itself = found[:itself], i
+			break
+		}
+	}
 	own := map[string]bool{}
 	for _, f := range found {
 		own[f.Host] = true
@@ -184,7 +192,7 @@ func (c *Client) readHosts(domain string) (*registry, error) {
 	for i, f := range found {
 		f.Authorizer = nil
 		f.Client = &http.Client{Transport: &guarded{base: f.Client.Transport, own: own}}
-		h := &host{RegistryHost: f, registry: domain, server: i == len(found)-1, onChange: c.o.OnHost, noAPI: map[string]time.Time{}}
+		h := &host{RegistryHost: f, registry: domain, server: i == itself, onChange: c.o.OnHost, noAPI: map[string]time.Time{}}
 		h.transport = &metered{base: f.Client.Transport, m: &c.meter}
 		h.auth = newAuthorizer(h, c)
 		if f.Host != domain && !(domain == "docker.io" && f.Host == "registry-1.docker.io") {

@@ -252,6 +252,19 @@ func TestTLS(t *testing.T) {
 	}
 }
 
+// TestServerAmongHosts: a registry that hosts.toml has as its server and as a host, with a CA, is asked once, and what it lacks is not found: there is no other one of unknown authority.
+func TestServerAmongHosts(t *testing.T) {
+	r := registrytest.Start(t, registrytest.Options{TLS: true})
+	toml := fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = ['pull', 'resolve']\nca = %q\n", r.URL(), r.URL(), write(t, "ca.pem", r.CAPEM()))
+	c := newClient(t, Options{HostsDir: hostsDir(t, domain, toml)})
+	if _, _, err := c.Resolve(t.Context(), domain+"/team/none:v1"); !errors.Is(err, ErrNotFound) {
+		t.Errorf("got %v, want that it is not found", err)
+	}
+	if _, err := c.Referrers(t.Context(), domain+"/team/none", digest.FromString("none"), ""); err != nil {
+		t.Errorf("referrers: %v", err)
+	}
+}
+
 func TestClientCertificate(t *testing.T) {
 	cert, key, pair := selfSigned(t)
 	r := registrytest.Start(t, registrytest.Options{})
