@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/netip"
 	"strings"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -66,8 +65,27 @@ func whose(a netip.Addr, loopback bool) string {
 // guarded sends a host's requests, and those that it leads to only where they may go.
 type guarded struct {
 	base     http.RoundTripper
-	own      map[string]bool // host:port of the registry's hosts
-	loopback atomic.Bool     // one of them is on this machine itself, and so are maybe its blob store and its token server
+	own      map[string]bool // host:port of the registry's hosts; nil: all but where others lead
+	loopback bool            // one of them is said to be on this machine itself, and so are maybe its blob store and its token server
+}
+
+// isHere reports whether host, with or without a port, is this machine by what is written there. What a name resolves to says nothing: whoever answers for it may change that.
+func isHere(host string) bool {
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	name := strings.ToLower(strings.TrimSuffix(strings.Trim(host, "[]"), "."))
+	if a, err := netip.ParseAddr(name); err == nil {
+		return a.Unmap().IsLoopback()
+	}
+	return name == "localhost" || strings.HasSuffix(name, ".localhost")
+}
+
+// Guarded returns a client for servers that are no registry. Where they lead, by redirects, is guarded as with a registry that is not on this machine.
+func Guarded() *http.Client {
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.DialContext = guardDial(t.DialContext)
+	return &http.Client{Transport: &guarded{base: t}}
 }
 
 type guardKey struct{}
@@ -77,14 +95,13 @@ func (g *guarded) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return nil, err
 	}
-	own := g.own[req.URL.Host]
+	own := g.own[req.URL.Host] || g.own == nil && req.Response == nil
 	if !own {
 		// A proxy resolves names and dials, so that all there is to look at is this.
-		name := strings.ToLower(strings.TrimSuffix(req.URL.Hostname(), "."))
-		a, err := netip.ParseAddr(name)
+		a, err := netip.ParseAddr(strings.TrimSuffix(req.URL.Hostname(), "."))
 		if err == nil {
 			err = g.check(a)
-		} else if err = nil; !g.loopback.Load() && (name == "localhost" || strings.HasSuffix(name, ".localhost")) {
+		} else if err = nil; !g.loopback && isHere(req.URL.Hostname()) {
 			err = refused("it leads to this machine")
 		}
 		if err != nil {
@@ -98,7 +115,7 @@ func (g *guarded) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 func (g *guarded) check(a netip.Addr) error {
-	if w := whose(a, g.loopback.Load()); w != "" {
+	if w := whose(a, g.loopback); w != "" {
 		return refused("it leads to %s, an address %s", a, w)
 	}
 	return nil
@@ -123,12 +140,6 @@ func guardDial(dial func(ctx context.Context, network, addr string) (net.Conn, e
 				return d.check(to.Addr())
 			}}).DialContext(ctx, network, addr)
 		}
-		c, err := dial(ctx, network, addr)
-		if err == nil && ok {
-			if to, ok := c.RemoteAddr().(*net.TCPAddr); ok && to.IP.IsLoopback() {
-				d.loopback.Store(true)
-			}
-		}
-		return c, err
+		return dial(ctx, network, addr)
 	}
 }

@@ -1,6 +1,7 @@
 package registryclient
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/http"
@@ -111,6 +112,43 @@ func TestLeadsHereFromHere(t *testing.T) {
 		t.Fatal(err)
 	}
 	resp.Body.Close()
+}
+
+// A registry that is not said to be on this machine may not lead here because its name does: the name may be anybody's to answer for. Nor may what is no registry, which may be here itself.
+func TestLeadsHereByName(t *testing.T) {
+	var asked atomic.Int64
+	inner := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { asked.Add(1) }))
+	defer inner.Close()
+	outer := httptest.NewServer(http.RedirectHandler(inner.URL, http.StatusTemporaryRedirect))
+	defer outer.Close()
+	c := newClient(t, Options{})
+	r, err := c.registry("registry.example:1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	h := r.hosts[0]
+	h.Scheme = "http"
+	g := h.Client.Transport.(*guarded)
+	tr := g.base.(*http.Transport)
+	guard := guardDial(func(ctx context.Context, network, _ string) (net.Conn, error) { // as its name resolves
+		return (&net.Dialer{}).DialContext(ctx, network, outer.Listener.Addr().String())
+	})
+	tr.DialContext = guard
+	if _, err := h.do(t.Context(), c, "team/app", question{path: "manifests/v1"}); !errors.Is(err, ErrBadAnswer) || !strings.Contains(err.Error(), "it leads to ") {
+		t.Errorf("by name: %v", err)
+	}
+	if resp, err := Guarded().Get(outer.URL); err == nil || !strings.Contains(err.Error(), "it leads to ") {
+		t.Errorf("what is no registry: %v, %v", resp, err)
+	}
+	if n := asked.Load(); n != 0 {
+		t.Errorf("%d requests came", n)
+	}
+	resp, err := Guarded().Get(inner.URL)
+	if err != nil || asked.Load() != 1 {
+		t.Errorf("where nobody leads: %v", err)
+	} else {
+		resp.Body.Close()
+	}
 }
 
 type roundTrip func(*http.Request) (*http.Response, error)

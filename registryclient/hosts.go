@@ -185,13 +185,14 @@ func (c *Client) readHosts(domain string) (*registry, error) {
 			break
 		}
 	}
-	own := map[string]bool{}
+	own, here := map[string]bool{}, isHere(domain)
 	for _, f := range found {
 		own[f.Host] = true
+		here = here || isHere(f.Host)
 	}
 	for i, f := range found {
 		f.Authorizer = nil
-		f.Client = &http.Client{Transport: &guarded{base: f.Client.Transport, own: own}}
+		f.Client = &http.Client{Transport: &guarded{base: f.Client.Transport, own: own, loopback: here}}
 		h := &host{RegistryHost: f, registry: domain, server: i == itself, onChange: c.o.OnHost, noAPI: map[string]time.Time{}}
 		h.transport = &metered{base: f.Client.Transport, m: &c.meter}
 		h.auth = newAuthorizer(h, c)

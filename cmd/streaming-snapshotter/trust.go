@@ -71,7 +71,7 @@ func (c *config) policy(cacheDir string) (func(registryclient.Repository) (trust
 	r := c.trust()
 	var v trust.Verifier
 	if r.Has(trust.Signed) {
-		checks, err := notary.NewVerifier(notary.Options{Dir: c.NotaryDir, PluginDir: c.NotaryPlugins, CacheDir: cacheDir, Log: slog.Default()})
+		checks, err := notary.NewVerifier(notary.Options{Dir: c.NotaryDir, PluginDir: c.NotaryPlugins, CacheDir: cacheDir, HTTP: registryclient.Guarded(), Log: slog.Default()})
 		if err == nil {
 			err = errors.Join(checks.Check(func(repo string) bool { return r.Of(repo) == trust.Signed })...)
 		}
