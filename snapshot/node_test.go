@@ -56,6 +56,7 @@ type testNode struct {
 	limit             int64         // of cache.Options
 	noReadAhead       bool
 	onForget          func()
+	elsewhere         func(context.Context, []digest.Digest) ([]registryclient.Repository, error)
 	policy            func(registryclient.Repository) (trust.Policy, trust.Verifier)
 
 	starts   chan stream.Start // that were told of
@@ -134,6 +135,7 @@ func (n *testNode) start() {
 		Timeout:    5 * time.Second,
 		RetryAfter: n.retryAfter,
 		StartQuiet: n.quiet,
+		Elsewhere:  n.elsewhere,
 		Background: n.background, NoReadAhead: n.noReadAhead,
 		OnForget: func() {
 			if n.onForget != nil {
@@ -209,6 +211,38 @@ func (n *testNode) push(image string, tars ...[]byte) testImage {
 		diffIDs = append(diffIDs, digest.Digest(d.String()))
 	}
 	return testImage{ref: ref, manifest: digest.Digest(h.String()), chainIDs: identity.ChainIDs(diffIDs)}
+}
+
+// relabel pushes img, of repo, with another config and so another manifest, and returns its digest. Its layers, and so its chain IDs, are the same.
+func (n *testNode) relabel(repo string, img testImage) testImage {
+	n.t.Helper()
+	r, err := name.NewDigest(n.reg.Host() + "/" + repo + "@" + img.manifest.String())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	old, err := remote.Image(r)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	cf, err := old.ConfigFile()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	cf = cf.DeepCopy()
+	cf.Author = "mallory"
+	other, err := mutate.ConfigFile(old, cf)
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	h, err := other.Digest()
+	if err == nil {
+		err = remote.Write(r.Context().Tag("other"), other)
+	}
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	img.ref, img.manifest = r.Context().Tag("other").String(), digest.Digest(h.String())
+	return img
 }
 
 // convert attaches the image's artifact.

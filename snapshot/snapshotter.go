@@ -46,6 +46,8 @@ type Images interface {
 	Mount(ctx context.Context, id string, n int, target string) error
 	// Usable says why image id must not serve another pull, or nil. It waits for nothing.
 	Usable(id string) error
+	// Pulled says that image id serves a pull of ref, which may be of another repository, or what that unpacks.
+	Pulled(id, ref string) error
 	// Unmount undoes Mount; a target that is not mounted is no error.
 	Unmount(target string) error
 	// Mounted reports whether what is mounted at target is served, be it mounted in an earlier life of the daemon.
@@ -139,6 +141,9 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	}
 	if l.target != "" {
 		opts = append(opts, dropIDMaps)
+		if base, err := s.streamedBase(ctx, parent); err == nil && base != nil {
+			s.pulled(base, l)
+		}
 	}
 	return s.create(ctx, parent, l.mapped && l.target == "", func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
 }

@@ -109,7 +109,8 @@ func parseStreamed(id string, info snapshots.Info) (*streamedSnapshot, error) {
 // stream reports whether the layer that l.target names is streamed, and makes its snapshot if there is none yet. All failures
 // are logged here and mean no.
 func (s *Snapshotter) stream(ctx context.Context, key, parent string, l labels) bool {
-	if s.lookup(l.target, parent) {
+	if sn := s.serving(l.target, parent); sn != nil {
+		s.pulled(sn, l)
 		return true
 	}
 	if err := l.check(); err != nil {
@@ -137,21 +138,37 @@ func (s *Snapshotter) stream(ctx context.Context, key, parent string, l labels) 
 		s.fallback(l, err)
 		return false
 	}
+	if sn := s.serving(l.target, parent); !made && sn != nil {
+		s.pulled(sn, l)
+	}
 	if made {
 		s.onPull(Pull{Image: l.ref, Manifest: l.manifest, Artifact: id, At: time.Now(), Took: time.Since(began)})
 	}
 	return true
 }
 
-func (s *Snapshotter) lookup(ref, parent string) bool {
+func (s *Snapshotter) lookup(ref, parent string) bool { return s.serving(ref, parent) != nil }
+
+// serving returns the snapshot of a chain on parent that may serve a pull, or nil.
+func (s *Snapshotter) serving(ref, parent string) *streamedSnapshot {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, sn := range s.streamed {
 		if sn.ref == ref && sn.parent == parent && s.images.Usable(sn.image) == nil {
-			return true
+			return sn
 		}
 	}
-	return false
+	return nil
+}
+
+// pulled tells that sn, of an image that may be of another repository, serves the pull of l, or what that unpacks.
+func (s *Snapshotter) pulled(sn *streamedSnapshot, l labels) {
+	if l.ref == "" {
+		return
+	}
+	if err := s.images.Pulled(sn.image, l.ref); err != nil {
+		s.log.Warn("where a streamed image is read, too, is not noted", "image", l.ref, "snapshot", sn.ref, "error", err)
+	}
 }
 
 // commitStreamed commits snapshots for chains first.. of the image, on top of parent, in one transaction: containerd asks for them one

@@ -230,6 +230,7 @@ func (no noImages) Find(context.Context, string, digest.Digest) (string, []diges
 }
 func (no noImages) Mount(context.Context, string, int, string) error { return no.why }
 func (noImages) Usable(string) error                                 { return nil }
+func (noImages) Pulled(string, string) error                         { return nil }
 func (noImages) Unmount(string) error                                { return nil }
 func (noImages) Mounted(string) bool                                 { return true } // for all that is known: nothing is detached
 func (noImages) Forget(string) error                                 { return nil }

@@ -20,11 +20,18 @@ import (
 // cost no round trip. Where nothing must be signed the first is nearly always taken, and the next is asked for when it was not.
 const vetAhead = 4
 
+// maxCandidates is how many artifacts of an image are tried, the newest first: whoever may push can attach any number. What was read of one is let go of when the next has its turn.
+const maxCandidates = 64
+
+// earlyIndexes is how many bytes of indexes are fetched beside the signature: those of nearly all images. Of more, nothing is before that is good.
+const earlyIndexes = 16 << 20
+
 // candidates are the artifacts of an image, in the order in which they are tried.
 type candidates struct {
 	store    *Store
 	repo     registryclient.Repository
 	list     []ocispec.Descriptor
+	more     int                              // artifacts that are not tried
 	verifier trust.Verifier                   // nil: no signature is asked for
 	early    []func() (trust.Envelope, error) // that the image's profiles hint at
 	begun    []*candidate
@@ -38,10 +45,12 @@ type candidate struct {
 	vetting  *vetting // nil: no signature is asked for
 }
 
-// at returns the artifact of list[i], once those before it were tried.
+// at returns the artifact of list[i], once those before it were tried, and lets go of it.
 func (c *candidates) at(ctx context.Context, i int) *candidate {
 	c.begin(ctx, i)
-	return c.begun[i]
+	a := c.begun[i]
+	c.begun[i] = nil
+	return a
 }
 
 // begin asks for the artifact i and, if they must be signed, for those after it.
@@ -161,7 +170,11 @@ func (c *candidates) take(ctx context.Context, manifest digest.Digest, src *sour
 			break
 		}
 	}
-	return nil, errors.Join(some(append(errs, unsigned...), "artifacts")...)
+	errs = some(append(errs, unsigned...), "artifacts")
+	if c.more > 0 && ctx.Err() == nil {
+		errs = append(errs, fmt.Errorf("%d older artifacts are not looked at", c.more))
+	}
+	return nil, errors.Join(errs...)
 }
 
 // fetched has the indexes of rec on disk, and a signature that is good if one is asked for: that, and nothing before it, lets bytes of the artifact go where
@@ -175,13 +188,28 @@ func (s *Store) fetched(ctx context.Context, rec *record, raw []byte, hot *hotFe
 		hot.want(rec)
 		return nil, s.openIndexes(ctx, rec, first, hot)
 	}
+	size := int64(0)
+	for _, i := range first {
+		size += rec.Layers[i].IndexSize
+	}
+	good := make(chan struct{})
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
 		if got, err = vet.verdict(gctx, raw); err == nil {
 			hot.want(rec)
+			close(good)
 		}
 		return err
 	})
-	g.Go(func() error { return s.openIndexes(gctx, rec, first, hot) })
+	g.Go(func() error {
+		if size > earlyIndexes {
+			select {
+			case <-good:
+			case <-gctx.Done():
+				return gctx.Err()
+			}
+		}
+		return s.openIndexes(gctx, rec, first, hot)
+	})
 	return got, g.Wait()
 }

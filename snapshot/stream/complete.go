@@ -151,7 +151,7 @@ func (s *Store) fetchRest(ctx context.Context, img *image, use *deviceUse) (err 
 			if s.forgotten(img) {
 				return nil
 			}
-			src := pacedBlob{blob{s.o.Registry, img.rec, i}, s, img}
+			src := pacedBlob{img.blob(i), s, img}
 			if err = l.Complete(ctx, src); err == nil {
 				break
 			}

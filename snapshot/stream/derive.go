@@ -23,7 +23,7 @@ func (d difference) Unwrap() error { return d.error }
 //
 // The artifact's blob may be gone, or have other bytes than x says for every host: then the image's own layer is read instead.
 func (s *Store) derive(ctx context.Context, use *deviceUse, i int, x *artifact.Index, again bool, pace pace) error {
-	b := blob{s.o.Registry, use.image.rec, i}
+	b := use.image.blob(i)
 	sweep := use.layers[i].Sweep(ctx, x, b, again)
 	defer sweep.Pause()
 	err := proveTar(ctx, x, use.image.rec.DiffIDs[i], again, func(c int) ([]byte, error) {
@@ -65,7 +65,7 @@ func proveTar(ctx context.Context, x *artifact.Index, diffID digest.Digest, plai
 // deriveFromSource compares x with the tar of the image's own layer, which proves itself: only if that tar is the one of the diffID, a difference is one.
 func (s *Store) deriveFromSource(ctx context.Context, use *deviceUse, i int, x *artifact.Index, again bool, pace pace) error {
 	rec := use.image.rec
-	tar, err := blob{s.o.Registry, rec, i}.Tar(ctx, 0)
+	tar, err := use.image.blob(i).Tar(ctx, 0)
 	if err != nil {
 		return err
 	}

@@ -54,6 +54,8 @@ type image struct {
 	size  atomic.Int64 // of its tars, for the status; 0 if nobody has asked
 	bad   atomic.Pointer[refusal]
 
+	places *places // where it is read
+
 	profile atomic.Pointer[ocispec.Descriptor] // whose hot blob came, or comes
 	vetted  []*vetted                          // nil: not read yet; guarded by store.mu
 
@@ -218,7 +220,7 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 	}()
 	headers := int64(0)
 	for i, l := range img.rec.Layers {
-		x, err := img.store.openIndex(ctx, img.rec.Repository, l)
+		x, err := img.store.openIndex(ctx, img.blob(i))
 		if err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
 		}
@@ -226,7 +228,7 @@ func (img *image) open(ctx context.Context) (_ *device, err error) {
 			return nil, fmt.Errorf("layer %d: %w: the headers up to here have more than %d MiB", i, artifact.ErrUnsupported, artifact.MaxImageHeaders>>20)
 		}
 		d.indexes, d.digests = append(d.indexes, x), append(d.digests, l.IndexDigest)
-		cl, err := img.store.o.Cache.Layer(l.IndexDigest, x, blob{img.store.o.Registry, img.rec, i})
+		cl, err := img.store.o.Cache.Layer(l.IndexDigest, x, img.blob(i))
 		if err != nil {
 			return nil, fmt.Errorf("layer %d: %w", i, err)
 		}

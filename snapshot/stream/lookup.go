@@ -83,7 +83,8 @@ func (s *Store) lookup(ctx context.Context, repo registryclient.Repository, mani
 	slices.SortStableFunc(artifacts, func(a, b ocispec.Descriptor) int {
 		return cmp.Compare(b.Annotations[ocispec.AnnotationCreated], a.Annotations[ocispec.AnnotationCreated])
 	})
-	c := &candidates{store: s, repo: repo, list: artifacts, verifier: verifier}
+	n := min(len(artifacts), maxCandidates)
+	c := &candidates{store: s, repo: repo, list: artifacts[:n], more: len(artifacts) - n, verifier: verifier}
 	defer c.running.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -197,6 +198,9 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	if err != nil {
 		return nil, err
 	}
+	if err := s.pulledFrom(img, repo); err != nil {
+		s.log.Warn("where an image is read, too, is not written down", "image", img.name(), "repository", repo, "error", err)
+	}
 	// What cannot be mounted must be known now: once a layer is promised to containerd, there is no normal pull to fall back to.
 	use, err := img.prepare(ctx)
 	if err == nil && got != nil {
@@ -226,7 +230,7 @@ func (s *Store) openIndexes(ctx context.Context, rec *record, layers []int, hot 
 			if l.IndexSize <= artifact.MaxHotIndex && !s.hasIndex(l) {
 				hot.await(gctx)
 			}
-			x, err := s.openIndex(gctx, rec.Repository, l)
+			x, err := s.openIndex(gctx, blob{store: s, rec: rec, layer: i})
 			if err != nil {
 				return fmt.Errorf("index of layer %d: %w", i, err)
 			}
@@ -302,8 +306,9 @@ func (s *Store) pin(rec *record) (unpin func()) {
 	return func() { add(-1) }
 }
 
-// openIndex maps the index of layer l, from disk if an intact copy is there, from the registry otherwise.
-func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer) (*artifact.Index, error) {
+// openIndex maps the index of b's layer, from disk if an intact copy is there, from the registry otherwise.
+func (s *Store) openIndex(ctx context.Context, b blob) (*artifact.Index, error) {
+	l := b.rec.Layers[b.layer]
 	path := s.indexPath(l.IndexDigest)
 	if x, err := mapIndex(path, l); err == nil {
 		return x, nil
@@ -311,7 +316,7 @@ func (s *Store) openIndex(ctx context.Context, repo registryclient.Repository, l
 	var errs []error
 	var before []part // of an index that was wrong
 	for try := 0; ; try++ {
-		parts, err := s.fetchIndex(ctx, repo, l, try)
+		parts, err := s.fetchIndex(ctx, b, try)
 		if err == nil {
 			for i, p := range before {
 				if p.sum != parts[i].sum {
@@ -344,8 +349,9 @@ func tellWrong(answer io.Reader, off, n int64) {
 	}
 }
 
-// fetchIndex fetches the index of layer l. If its digest is another, the parts are returned, too: a right index will tell which of them is wrong.
-func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, l artifact.Layer, try int) (parts []part, err error) {
+// fetchIndex fetches the index of b's layer. If its digest is another, the parts are returned, too: a right index will tell which of them is wrong.
+func (s *Store) fetchIndex(ctx context.Context, b blob, try int) (parts []part, err error) {
+	l := b.rec.Layers[b.layer]
 	size := max(indexPart, (l.IndexSize+indexParts-1)/indexParts)
 	for off := int64(0); off < l.IndexSize; off += size {
 		parts = append(parts, part{off: l.IndexOffset + off, n: min(size, l.IndexSize-off)})
@@ -355,7 +361,7 @@ func (s *Store) fetchIndex(ctx context.Context, repo registryclient.Repository, 
 		for i := range parts {
 			g.Go(func() error {
 				p := &parts[i]
-				r, err := s.o.Registry.ReadRange(gctx, repo, l.Digest, p.off, p.n, try)
+				r, err := b.ReadRange(gctx, p.off, p.n, try)
 				if err != nil {
 					return err
 				}

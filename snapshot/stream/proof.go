@@ -193,12 +193,11 @@ func (s *Store) Prove(ctx context.Context, id string, progress func(n int64)) er
 // proveChunk looks at one chunk of layer i, whose bytes were seen to have their digest and other headers than the index, and puts the index into quarantine if they have: it contradicts itself then, whatever
 // the rest of it says. Where the blob does not give the chunk, the layer is proven as a whole.
 func (s *Store) proveChunk(ctx context.Context, use *deviceUse, i, chunk int, pace pace) error {
-	rec := use.image.rec
-	x, err := s.openIndex(ctx, rec.Repository, rec.Layers[i]) // read anew: it may be memory that is damaged
+	b := use.image.blob(i)
+	x, err := s.openIndex(ctx, b) // read anew: it may be memory that is damaged
 	if err != nil {
 		return err
 	}
-	b := blob{s.o.Registry, rec, i}
 	var lie error
 	if fault := mapped.Guard(func() { // of the index
 		if chunk >= x.NumChunks() {
@@ -235,7 +234,7 @@ func (s *Store) proveLayer(ctx context.Context, use *deviceUse, i int, pace pace
 	err := s.derive(ctx, use, i, x, false, pace)
 	if errors.As(err, new(difference)) {
 		s.log.Warn("a layer differs from what the image's config promises; it is looked at again", "image", img.name(), "layer", i, "difference", err)
-		if x, err = s.openIndex(ctx, rec.Repository, rec.Layers[i]); err == nil {
+		if x, err = s.openIndex(ctx, use.image.blob(i)); err == nil {
 			err = s.derive(ctx, use, i, x, true, pace)
 		}
 	}

@@ -65,7 +65,7 @@ func (img *image) refused() error {
 
 // newImage is the image of a record. The caller holds mu: whoever puts an index into quarantine after this looked at the ledger finds the image in the set.
 func (s *Store) newImage(id string, rec *record) *image {
-	img := &image{store: s, id: id, rec: rec}
+	img := &image{store: s, id: id, rec: rec, places: newPlaces(rec)}
 	img.bad.Store(s.refusalOf(rec))
 	s.images[id] = img
 	return img

@@ -31,12 +31,14 @@ type record struct {
 	Artifact   digest.Digest             `json:"artifact"`         // of the artifact's manifest
 	Manifest   digest.Digest             `json:"manifest"`         // of the image's platform manifest
 	Config     digest.Digest             `json:"config,omitempty"` // of the image's config: the image's ID for CRI. Releases before it wrote none
-	Repository registryclient.Repository `json:"repository"`       // where its blobs are read
+	Repository registryclient.Repository `json:"repository"`       // where its blobs are read: that of its first pull
 	ChainIDs   []digest.Digest           `json:"chainIDs"`         // of the image's own config, bottom first
 	DiffIDs    []digest.Digest           `json:"diffIDs"`          // likewise
 	Layers     []artifact.Layer          `json:"layers"`
 	Sources    []ocispec.Descriptor      `json:"sources,omitempty"`   // the image's own layers: type, digest, size. Releases before it wrote none
 	Converter  string                    `json:"converter,omitempty"` // as the artifact claims
+
+	Others []registryclient.Repository `json:"others,omitempty"` // where its blobs are read, too: see places.go
 }
 
 func loadRecord(dir string) (*record, error) {
@@ -76,7 +78,7 @@ func (rec *record) digests() []digest.Digest {
 	return list
 }
 
-// Origin is where an image's blobs are read.
+// Origin is one of the repositories where an image's blobs are read.
 type Origin struct {
 	Repository registryclient.Repository
 	Config     digest.Digest // of the image's config; "" if that is not known, of what older releases have recorded
@@ -94,7 +96,9 @@ func (s *Store) Origins() (list []Origin, err error) {
 			err = errors.Join(err, loadErr)
 			continue
 		}
-		list = append(list, Origin{rec.Repository, rec.Config})
+		for _, repo := range append([]registryclient.Repository{rec.Repository}, rec.Others...) {
+			list = append(list, Origin{repo, rec.Config})
+		}
 	}
 	return list, err
 }

@@ -16,13 +16,16 @@ import (
 // blob reads one layer blob for the cache. Should it be deleted, as retention rules do with artifacts of images that run on, or be wrong, the tar
 // comes from the image's own layer. It is a cache.Rebuilder.
 type blob struct {
-	reg   Registry
+	store *Store
+	image *image // nil while it is looked for
 	rec   *record
 	layer int
 }
 
+func (img *image) blob(layer int) blob { return blob{img.store, img, img.rec, layer} }
+
 func (b blob) ReadRange(ctx context.Context, off, n int64, try int) (io.ReadCloser, error) {
-	return b.reg.ReadRange(ctx, b.rec.Repository, b.rec.Layers[b.layer].Digest, off, n, try)
+	return b.readRange(ctx, b.rec.Layers[b.layer].Digest, off, n, try)
 }
 
 // Gone reports whether err says that the registry has the blob no more, or only as a whole: then the image's own layer is as good, and is read
@@ -37,7 +40,7 @@ func (b blob) Tar(ctx context.Context, try int) (io.ReadCloser, error) {
 	if err != nil {
 		return nil, err
 	}
-	body, err := b.reg.ReadRange(ctx, b.rec.Repository, src.Digest, 0, src.Size, try)
+	body, err := b.readRange(ctx, src.Digest, 0, src.Size, try)
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +56,7 @@ func (b blob) Tar(ctx context.Context, try int) (io.ReadCloser, error) {
 func (b blob) source(ctx context.Context) (ocispec.Descriptor, error) {
 	sources := b.rec.Sources
 	if len(sources) == 0 {
-		raw, err := b.reg.Manifest(ctx, b.rec.Repository, b.rec.Manifest, artifact.MaxManifestSize)
+		raw, err := b.store.o.Registry.Manifest(ctx, b.rec.Repository, b.rec.Manifest, artifact.MaxManifestSize)
 		if err != nil {
 			return ocispec.Descriptor{}, err
 		}

@@ -93,6 +93,8 @@ type Options struct {
 	NoReadAhead bool
 	// Trust is what is proven of the images.
 	Trust Trust
+	// Elsewhere lists repositories that hold an image with one of these chains of layers, when none that is known gives a blob. Nil knows none.
+	Elsewhere func(ctx context.Context, chainIDs []digest.Digest) ([]registryclient.Repository, error)
 	// OnForget is called after an image was forgotten. Nil is nobody.
 	OnForget func()
 	Log      *slog.Logger // nil is slog.Default()
