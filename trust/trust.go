@@ -50,7 +50,10 @@ type Verdict struct {
 type Verifier interface {
 	// Verify says who has signed t. Its error is ctx's, or wraps exactly one of ErrInvalid, ErrUntrusted, ErrExpired, ErrRevoked and ErrUnchecked.
 	Verify(ctx context.Context, t Target, e Envelope) (Verdict, error)
-	// Epoch is another text after each change of what the verifier trusts: verdicts of another epoch are not good any more.
+	// Trusts is the part of Verify that whoever withdraws trust changes: is who has signed t somebody who is trusted for it, by what the verifier trusts now? Neither the
+	// time nor revocation is asked about, nor any server. Its error is ctx's, or wraps exactly one of ErrInvalid, ErrUntrusted and ErrUnchecked.
+	Trusts(ctx context.Context, t Target, e Envelope) error
+	// Epoch is the same text as long as what the verifier trusts is the same. A verdict of another epoch is to be asked for again. It costs a look at some files' status.
 	Epoch() string
 	// ArtifactType is that of the referrers in which envelopes are.
 	ArtifactType() string

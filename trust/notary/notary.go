@@ -48,7 +48,9 @@ type Verifier struct {
 	o       Options
 	plugins plugin.Manager // nil: none
 	answers *answers
+	epochs  epochs
 
+	// LOCK ORDER: mu before that of epochs.
 	mu   sync.Mutex
 	last *trusted // what the files said when they were read last
 }
@@ -59,10 +61,12 @@ type trusted struct {
 	document *trustpolicy.Document
 	store    truststore.X509TrustStore
 	verifier notation.Verifier
-	err      error // why the three are nil
+	signers  notation.Verifier // of signersAlone
+	err      error             // why the others are nil
 }
 
-// NewVerifier reads the trust policy. Its error says what is wrong with it; what is wrong with it later is ErrUnchecked of Verify.
+// NewVerifier reads the trust policy. Its error says what is wrong with it; what is wrong with it later is ErrUnchecked of Verify and Trusts, as with the verifier that is returned
+// beside an error.
 func NewVerifier(o Options) (*Verifier, error) {
 	if o.Timeout <= 0 {
 		o.Timeout = 10 * time.Second
@@ -74,14 +78,11 @@ func NewVerifier(o Options) (*Verifier, error) {
 	if o.PluginDir != "" {
 		v.plugins = pluginsOf(o.PluginDir)
 	}
-	if now := v.now(); now.err != nil {
-		return nil, now.err
-	}
-	return v, nil
+	return v, v.now().err
 }
 
-// Epoch is another one after each change of the trust policy and the trust store.
-func (v *Verifier) Epoch() string { return stamp(v.o.Dir) }
+// Epoch is another one with other content of the trust policy or the trust store.
+func (v *Verifier) Epoch() string { return v.epochs.of(v.o.Dir) }
 
 // ArtifactType is that of Notary Project signatures.
 func (v *Verifier) ArtifactType() string { return trust.SignatureType }
@@ -125,6 +126,12 @@ func (t *trusted) read(v *Verifier) (err error) {
 	}
 	t.verifier, err = verifier.NewWithOptions(t.document, t.store, v.plugins, verifier.VerifierOptions{
 		RevocationCodeSigningValidator: code, RevocationTimestampingValidator: stamping,
+	})
+	if err != nil {
+		return err
+	}
+	t.signers, err = verifier.NewWithOptions(signersAlone(t.document), t.store, v.plugins, verifier.VerifierOptions{
+		RevocationCodeSigningValidator: code, RevocationTimestampingValidator: stamping, // neither is asked
 	})
 	return err
 }

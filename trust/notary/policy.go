@@ -2,17 +2,13 @@ package notary
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/notaryproject/notation-go/dir"
 	"github.com/notaryproject/notation-go/verifier/trustpolicy"
@@ -75,27 +71,23 @@ func (t *trusted) checkStore(s *trustpolicy.TrustPolicy, name string) error {
 	return nil
 }
 
-// stamp changes with the trust policy and the trust store below directory: names, sizes, times and inodes.
-func stamp(directory string) string {
-	h := sha256.New()
-	note := func(path string, e fs.DirEntry, err error) error {
-		if err == nil {
-			var i fs.FileInfo
-			if i, err = e.Info(); err == nil {
-				inode := uint64(0)
-				if s, ok := i.Sys().(*syscall.Stat_t); ok {
-					inode = s.Ino
-				}
-				fmt.Fprintln(h, path, i.Mode(), i.Size(), i.ModTime().UnixNano(), inode)
-			}
+// signersAlone is d with one question left: who has signed. Not when, which timestamps prove, and not what was revoked since. Statements that enforce nothing stay as they
+// are, for their own refusal.
+func signersAlone(d *trustpolicy.Document) *trustpolicy.Document {
+	alone := *d
+	alone.TrustPolicies = slices.Clone(d.TrustPolicies)
+	for i := range alone.TrustPolicies {
+		s := &alone.TrustPolicies[i]
+		if enforces(s) != nil {
+			continue
 		}
-		if err != nil {
-			fmt.Fprintln(h, path, err) // what cannot be read now and can be later is a change
+		s.SignatureVerification = trustpolicy.SignatureVerification{VerificationLevel: trustpolicy.LevelStrict.Name, Override: map[trustpolicy.ValidationType]trustpolicy.ValidationAction{
+			trustpolicy.TypeExpiry: trustpolicy.ActionLog, trustpolicy.TypeAuthenticTimestamp: trustpolicy.ActionLog, trustpolicy.TypeRevocation: trustpolicy.ActionSkip,
+		}}
+		isTSA := func(name string) bool { return strings.HasPrefix(name, string(truststore.TypeTSA)+":") }
+		if stores := slices.DeleteFunc(slices.Clone(s.TrustStores), isTSA); len(stores) > 0 {
+			s.TrustStores = stores
 		}
-		return nil
 	}
-	for _, name := range []string{dir.PathTrustPolicy, dir.TrustStoreDir} {
-		filepath.WalkDir(filepath.Join(directory, name), note)
-	}
-	return hex.EncodeToString(h.Sum(nil)[:8])
+	return &alone
 }

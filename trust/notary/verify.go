@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"slices"
 	"strings"
 	"time"
@@ -31,6 +32,16 @@ const (
 
 // Verify checks e by the statement of the trust policy that applies to t.Repository, see trust.Verifier.
 func (v *Verifier) Verify(ctx context.Context, t trust.Target, e trust.Envelope) (trust.Verdict, error) {
+	return v.verify(ctx, t, e, func(now *trusted) notation.Verifier { return now.verifier })
+}
+
+// Trusts says if the signer of e is trusted, see trust.Verifier. A plugin that e names may be run for that.
+func (v *Verifier) Trusts(ctx context.Context, t trust.Target, e trust.Envelope) error {
+	_, err := v.verify(ctx, t, e, func(now *trusted) notation.Verifier { return now.signers })
+	return err
+}
+
+func (v *Verifier) verify(ctx context.Context, t trust.Target, e trust.Envelope, by func(*trusted) notation.Verifier) (trust.Verdict, error) {
 	if err := v.checkForm(e); err != nil {
 		return trust.Verdict{}, err
 	}
@@ -55,7 +66,7 @@ func (v *Verifier) Verify(ctx context.Context, t trust.Target, e trust.Envelope)
 	within, cancel := context.WithTimeout(context.WithValue(ctx, callKey{}, c), v.o.Timeout)
 	defer cancel()
 	desc := ocispec.Descriptor{MediaType: t.MediaType, Digest: t.Digest, Size: t.Size}
-	outcome, err := now.verifier.Verify(within, desc, e.Bytes, notation.VerifierVerifyOptions{ArtifactReference: reference, SignatureMediaType: e.MediaType})
+	outcome, err := by(now).Verify(within, desc, e.Bytes, notation.VerifierVerifyOptions{ArtifactReference: reference, SignatureMediaType: e.MediaType})
 	if ctx.Err() != nil {
 		return trust.Verdict{}, ctx.Err()
 	}
@@ -211,6 +222,8 @@ func authenticity(err error) error {
 	var store truststore.TrustStoreError
 	var certificate truststore.CertificateError
 	switch {
+	case errors.As(err, &certificate) && errors.Is(certificate.InnerError, fs.ErrNotExist): // a store that is there and empty trusts nobody
+		return trust.ErrUntrusted
 	case errors.As(err, &store), errors.As(err, &certificate):
 		return trust.ErrUnchecked
 	case errors.As(err, &chain), errors.As(err, &none):
