@@ -48,6 +48,8 @@ type Images interface {
 	Usable(id string) error
 	// Pulled says that image id serves a pull of ref, which may be of another repository, or what that unpacks.
 	Pulled(id, ref string) error
+	// Vet says why nothing new may begin on image id, be it mounted or not, or nil. Of an image that is Usable it waits for nothing.
+	Vet(ctx context.Context, id string) error
 	// Unmount undoes Mount; a target that is not mounted is no error.
 	Unmount(target string) error
 	// Mounted reports whether what is mounted at target is served, be it mounted in an earlier life of the daemon.
@@ -145,7 +147,7 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 			s.pulled(base, l)
 		}
 	}
-	return s.create(ctx, parent, l.mapped && l.target == "", func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
+	return s.create(ctx, key, parent, l.mapped && l.target == "", func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
 }
 
 // View is upstream's, over mounted parents.
@@ -154,7 +156,7 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, parent, l.mapped, func() ([]mount.Mount, error) { return s.Snapshotter.View(ctx, key, parent, opts...) })
+	return s.create(ctx, key, parent, l.mapped, func() ([]mount.Mount, error) { return s.Snapshotter.View(ctx, key, parent, opts...) })
 }
 
 // Mounts is upstream's, over mounted parents: containers of a former life are mounted again here.
@@ -163,11 +165,11 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, info.Parent, mapped(info.Labels), func() ([]mount.Mount, error) { return s.Snapshotter.Mounts(ctx, key) })
+	return s.create(ctx, key, info.Parent, mapped(info.Labels), func() ([]mount.Mount, error) { return s.Snapshotter.Mounts(ctx, key) })
 }
 
-// create runs f, which asks upstream for mounts over parent, once the streamed snapshot that parent stands on is mounted. mapped is whether the mounts are to map IDs.
-func (s *Snapshotter) create(ctx context.Context, parent string, mapped bool, f func() ([]mount.Mount, error)) ([]mount.Mount, error) {
+// create runs f, which asks upstream for mounts of key over parent, once the streamed snapshot that parent stands on is mounted. mapped is whether the mounts are to map IDs.
+func (s *Snapshotter) create(ctx context.Context, key, parent string, mapped bool, f func() ([]mount.Mount, error)) ([]mount.Mount, error) {
 	base, err := s.streamedBase(ctx, parent)
 	if err != nil {
 		return nil, err
@@ -180,7 +182,7 @@ func (s *Snapshotter) create(ctx context.Context, parent string, mapped bool, f 
 			return nil, fmt.Errorf("a user namespace over an image of which only the lower %d layers are streamed: %w: %w", base.layers, err, errdefs.ErrFailedPrecondition)
 		}
 	}
-	if err := s.mount(ctx, base); err != nil {
+	if err := s.mount(ctx, base, unpacks(key)); err != nil {
 		return nil, err
 	}
 	mounts, err := f()
@@ -214,21 +216,28 @@ func (s *Snapshotter) streamedBase(ctx context.Context, name string) (base *stre
 	return base, err
 }
 
+// unpacks reports whether key is that of a snapshot into which containerd unpacks a layer. Labels do not say so: those of a sandbox may be annotations of its pod.
+func unpacks(key string) bool {
+	return strings.HasPrefix(key[strings.LastIndex(key, "/")+1:], snapshots.UnpackKeyPrefix+"-")
+}
+
 // mount mounts sn unless it is mounted. The kernel is asked: somebody else may have unmounted it, and a container on the bare
-// directory would miss the image.
-func (s *Snapshotter) mount(ctx context.Context, sn *streamedSnapshot) error {
+// directory would miss the image. Whether something new may begin on the image is asked in either case, but for a layer of a pull that goes onto what is mounted.
+func (s *Snapshotter) mount(ctx context.Context, sn *streamedSnapshot, unpack bool) error {
 	defer s.mountMu.lock(sn.id)()
 	path := s.fsPath(sn.id)
 	mounted, err := mountinfo.Mounted(path)
-	if errors.Is(err, os.ErrNotExist) {
+	switch {
+	case errors.Is(err, os.ErrNotExist):
 		return fmt.Errorf("streamed snapshot %s was removed: %w", sn.ref, errdefs.ErrNotFound)
+	case err == nil && !(mounted && unpack):
+		err = s.images.Vet(ctx, sn.image)
 	}
-	if err != nil || mounted {
-		return err
-	}
-	err = s.images.Unmount(path) // Images may know of the mount that is gone
-	if err == nil || errors.Is(err, unix.EBUSY) {
-		err = s.images.Mount(ctx, sn.image, sn.layers, path)
+	if err == nil && !mounted {
+		err = s.images.Unmount(path) // Images may know of the mount that is gone
+		if err == nil || errors.Is(err, unix.EBUSY) {
+			err = s.images.Mount(ctx, sn.image, sn.layers, path)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("streamed snapshot %s: %w", sn.ref, err)

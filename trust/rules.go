@@ -61,6 +61,21 @@ func (r Rules) Of(repo string) Policy {
 	return r.Default
 }
 
+// Kept returns the policy against which images of repo are held that are on the node already. Off is no policy for these: they are there, and stand by chain ID for
+// layers of everybody's images. In its place is what the node asks of others at least: Signed or Proven, if a rule says one of them.
+func (r Rules) Kept(repo string) Policy {
+	policy := r.Of(repo)
+	if policy != Off {
+		return policy
+	}
+	for _, p := range []Policy{Signed, Proven} {
+		if r.Has(p) {
+			return p
+		}
+	}
+	return Off
+}
+
 // Has reports whether p may hold for a repository.
 func (r Rules) Has(p Policy) bool {
 	for _, rule := range r.List {

@@ -31,6 +31,29 @@ func TestOf(t *testing.T) {
 	}
 }
 
+// TestKept: what is there is held against the strictness of the node where its own repository is off.
+func TestKept(t *testing.T) {
+	const repo, other = "ghcr.io/acme/app", "ghcr.io/other/app"
+	for name, c := range map[string]struct {
+		rules       trust.Rules
+		repo, other trust.Policy
+	}{
+		"nothing said":              {trust.Rules{Default: trust.Open}, trust.Open, trust.Open},
+		"open, one off":             {trust.Rules{Default: trust.Open, List: []trust.Rule{rule(trust.Off, repo)}}, trust.Off, trust.Open},
+		"signed, one off":           {trust.Rules{Default: trust.Signed, List: []trust.Rule{rule(trust.Off, repo)}}, trust.Signed, trust.Signed},
+		"proven, one off":           {trust.Rules{Default: trust.Proven, List: []trust.Rule{rule(trust.Off, repo)}}, trust.Proven, trust.Proven},
+		"one signed, the rest off":  {trust.Rules{Default: trust.Off, List: []trust.Rule{rule(trust.Signed, repo)}}, trust.Signed, trust.Signed},
+		"one proven, others signed": {trust.Rules{Default: trust.Signed, List: []trust.Rule{rule(trust.Proven, repo), rule(trust.Off, other)}}, trust.Proven, trust.Signed},
+	} {
+		if got := c.rules.Kept(repo); got != c.repo {
+			t.Errorf("%s: %s, want %s", name, got, c.repo)
+		}
+		if got := c.rules.Kept(other); got != c.other {
+			t.Errorf("%s: the other is %s, want %s", name, got, c.other)
+		}
+	}
+}
+
 func TestValidate(t *testing.T) {
 	const repo = "registry.example.com/team/*"
 	for name, c := range map[string]struct {

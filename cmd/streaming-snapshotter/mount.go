@@ -57,6 +57,7 @@ func mountImage(ctx context.Context, c config, o mountOptions, st *fdstore.Store
 	}
 	g := gate{}
 	if !o.untrusted {
+		g.allow = c.allowByTrust
 		if g.policy, err = c.policy(""); err != nil {
 			return err
 		}

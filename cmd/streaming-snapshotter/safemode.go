@@ -24,6 +24,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
+	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
 
 // Safe mode. A daemon that has failed to start maxFailedStarts times running starts as what it can be without its own parts: a plain overlay
@@ -142,13 +143,16 @@ func attempt[T any](f func() (T, error)) (v T, err error) {
 	return f()
 }
 
-// startSafe opens what can be opened, in safe mode for why. Nothing is streamed that is not there already.
+// startSafe opens what can be opened, in safe mode for why. Nothing is streamed that is not there already, and what is there is held against the policy as ever.
 func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Logger, onPull func(snapshot.Pull), onProof func(stream.Proof)) (*node, *snapshot.Snapshotter, error) {
 	safe := reason.New(reason.SafeMode, fmt.Errorf("the daemon is in safe mode, in which nothing new is streamed: %s", why))
-	n, err := attempt(func() (*node, error) {
-		return newNode(c, gate{allow: func(registryclient.Repository) error { return safe }}, keep, false, cri, onProof)
-	})
-	var images snapshot.Images = noImages{safe}
+	g, err := c.gate(revocations(c.Root))
+	if err != nil {
+		log.Error("signatures cannot be checked: what is streamed already and was signed is used as before", "error", err)
+	}
+	g.allow = func(registryclient.Repository) error { return safe }
+	n, err := attempt(func() (*node, error) { return newNode(c, g, keep, false, cri, onProof) })
+	var images snapshot.Images = noImages{safe, c.trust()}
 	if err != nil {
 		log.Error("streamed images cannot be used until the daemon is restarted without this error", "error", err)
 		n = &node{}
@@ -223,7 +227,10 @@ func setAside(root string) (string, error) {
 }
 
 // noImages is what the snapshotter has of streamed images when they cannot be used.
-type noImages struct{ why error }
+type noImages struct {
+	why   error
+	rules trust.Rules
+}
 
 func (no noImages) Find(context.Context, string, digest.Digest) (string, []digest.Digest, error) {
 	return "", nil, no.why
@@ -231,9 +238,15 @@ func (no noImages) Find(context.Context, string, digest.Digest) (string, []diges
 func (no noImages) Mount(context.Context, string, int, string) error { return no.why }
 func (noImages) Usable(string) error                                 { return nil }
 func (noImages) Pulled(string, string) error                         { return nil }
-func (noImages) Unmount(string) error                                { return nil }
-func (noImages) Mounted(string) bool                                 { return true } // for all that is known: nothing is detached
-func (noImages) Forget(string) error                                 { return nil }
-func (noImages) Retain(func(string) bool) error                      { return nil }
-func (noImages) Blobs(string, int) []digest.Digest                   { return nil }
-func (noImages) Usage(string, int, []digest.Digest) (int64, error)   { return 0, nil }
+func (no noImages) Vet(context.Context, string) error {
+	if no.rules.Has(trust.Signed) || no.rules.Has(trust.Proven) {
+		return no.why // nobody can say what is mounted
+	}
+	return nil
+}
+func (noImages) Unmount(string) error                              { return nil }
+func (noImages) Mounted(string) bool                               { return true } // for all that is known: nothing is detached
+func (noImages) Forget(string) error                               { return nil }
+func (noImages) Retain(func(string) bool) error                    { return nil }
+func (noImages) Blobs(string, int) []digest.Digest                 { return nil }
+func (noImages) Usage(string, int, []digest.Digest) (int64, error) { return 0, nil }

@@ -222,6 +222,11 @@ func serve(ctx context.Context, file string, st *fdstore.Store, safeFor time.Dur
 	}
 	if safe != "" {
 		log.Error("safe mode: nothing new is streamed, images are pulled in the normal way", "failed_starts", count.Failed, "reason", safe)
+		if configErr != nil {
+			if err := c.recallTrust(); err != nil {
+				log.Error("the trust policy of the last good start cannot be read: what is streamed already is held against what can be read of the configuration", "error", err)
+			}
+		}
 		configErr = nil
 		if st.Keeps() {
 			var stop context.CancelFunc
@@ -295,6 +300,11 @@ func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Lo
 	}
 	n.images.OnStart = onStart
 	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return newSnapshotter(c, n.images, log, onPull) })
+	if err == nil {
+		if err := c.keepTrust(); err != nil {
+			log.Warn("the trust policy is not written down: safe mode has that of an earlier start", "error", err)
+		}
+	}
 	return n, sn, err
 }
 

@@ -1,13 +1,17 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust/notary"
@@ -47,6 +51,11 @@ func (c *config) allow(repo registryclient.Repository) error {
 	if err := c.Stream.allow(repo); err != nil {
 		return err
 	}
+	return c.allowByTrust(repo)
+}
+
+// allowByTrust is the part of allow that is the trust policy's.
+func (c *config) allowByTrust(repo registryclient.Repository) error {
 	if c.trust().Of(string(repo)) == trust.Off {
 		return reason.New(reason.PolicyOff, fmt.Errorf("`trust` in the configuration is off for %s", repo))
 	}
@@ -56,31 +65,79 @@ func (c *config) allow(repo registryclient.Repository) error {
 // gate is what is asked before an image is streamed.
 type gate struct {
 	allow  func(registryclient.Repository) error                          // says why not; nil lets everything in
-	policy func(registryclient.Repository) (trust.Policy, trust.Verifier) // nil is trust.Open
+	policy func(registryclient.Repository) (trust.Policy, trust.Verifier) // stream.Options.Policy; nil is trust.Open
 }
 
-// gate returns that of c. An error is one of the files in notation_dir. Answers about revocation are kept in cacheDir, or in memory if that is "".
+// gate returns that of c. An error is one of the files in notation_dir: beside it the gate lets no signature pass, as long as it is there. Answers about revocation are kept in cacheDir, or in memory if
+// that is "".
 func (c *config) gate(cacheDir string) (g gate, err error) {
 	g.allow = unlessPaused(c.Root, c.allow)
 	g.policy, err = c.policy(cacheDir)
 	return g, err
 }
 
-// policy returns what says which policy a repository has.
+// policy returns stream.Options.Policy, also beside an error, see gate.
 func (c *config) policy(cacheDir string) (func(registryclient.Repository) (trust.Policy, trust.Verifier), error) {
 	r := c.trust()
 	var v trust.Verifier
+	var err error
 	if r.Has(trust.Signed) {
-		checks, err := notary.NewVerifier(notary.Options{Dir: c.NotaryDir, PluginDir: c.NotaryPlugins, CacheDir: cacheDir, HTTP: registryclient.Guarded(), Log: slog.Default()})
+		var checks *notary.Verifier
+		checks, err = notary.NewVerifier(notary.Options{Dir: c.NotaryDir, PluginDir: c.NotaryPlugins, CacheDir: cacheDir, HTTP: registryclient.Guarded(), Log: slog.Default()})
 		if err == nil {
 			err = errors.Join(checks.Check(func(repo string) bool { return r.Of(repo) == trust.Signed })...)
 		}
 		if err != nil {
-			return nil, fmt.Errorf("notation_dir = %q: %w", c.NotaryDir, err)
+			err = fmt.Errorf("notation_dir = %q: %w", c.NotaryDir, err)
 		}
 		v = checks
 	}
-	return func(repo registryclient.Repository) (trust.Policy, trust.Verifier) { return r.Of(string(repo)), v }, nil
+	return func(repo registryclient.Repository) (trust.Policy, trust.Verifier) { return r.Kept(string(repo)), v }, err
+}
+
+// keptTrust is what the configuration of the last start that was a success says about trust: in safe mode it holds where the configuration cannot be read.
+type keptTrust struct {
+	Default trust.Policy `json:"default"`
+	Rules   []trustRule  `json:"rules"`
+	Dir     string       `json:"notationDir"`
+	Plugins string       `json:"notationPluginDir"`
+}
+
+// keptTrustName is its file, in the directory of the ledger.
+const keptTrustName = "policy.json"
+
+// keepTrust writes that of c down.
+func (c *config) keepTrust() error {
+	b, err := json.Marshal(keptTrust{c.TrustDefault, c.Trust, c.NotaryDir, c.NotaryPlugins})
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(c.Root, "trust")
+	if old, err := os.ReadFile(filepath.Join(dir, keptTrustName)); err == nil && bytes.Equal(old, b) {
+		return nil
+	}
+	return ledger.WriteFile(dir, keptTrustName, b)
+}
+
+// recallTrust puts it into c, if there is one.
+func (c *config) recallTrust() error {
+	b, err := os.ReadFile(filepath.Join(c.Root, "trust", keptTrustName))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	var k keptTrust
+	if err == nil {
+		err = json.Unmarshal(b, &k)
+	}
+	with := *c
+	with.TrustDefault, with.Trust, with.NotaryDir, with.NotaryPlugins = k.Default, k.Rules, k.Dir, k.Plugins
+	if err == nil {
+		err = with.validateTrust()
+	}
+	if err == nil {
+		*c = with
+	}
+	return err
 }
 
 // revocations is where the daemon keeps answers about revocation.

@@ -57,7 +57,8 @@ type image struct {
 	places *places // where it is read
 
 	profile atomic.Pointer[ocispec.Descriptor] // whose hot blob came, or comes
-	vetted  []*vetted                          // nil: not read yet; guarded by store.mu
+	vetted  atomic.Pointer[[]*vetted]          // nil: not read yet
+	doubt   atomic.Pointer[doubt]              // the last one
 
 	// Guarded by store.proofs.mu:
 	mounted time.Time // first, as far as is known; zero is never

@@ -30,22 +30,22 @@ type search struct {
 	expires time.Time // of a failure
 }
 
-// join returns the search for key, and begins it if none stands.
-func (s *Store) join(ctx context.Context, key searchKey) (*search, error) {
+// join returns the search for key, and begins it if none stands: then it is the caller's, whose questions are answered by what is true now.
+func (s *Store) join(ctx context.Context, key searchKey) (q *search, mine bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
-		return nil, reason.New(reason.Stopping, errors.New("the daemon is stopping"))
+		return nil, false, reason.New(reason.Stopping, errors.New("the daemon is stopping"))
 	}
 	maps.DeleteFunc(s.searches, func(_ searchKey, q *search) bool { return s.stale(q) })
-	q := s.searches[key]
-	if q == nil {
+	q = s.searches[key]
+	if mine = q == nil; mine {
 		q = &search{done: make(chan struct{})}
 		ctx, q.cancel = context.WithCancel(context.WithoutCancel(ctx))
 		s.searches[key] = q
 		s.running.Go(func() { s.search(ctx, q, key) })
 	}
-	return q, nil
+	return q, mine, nil
 }
 
 // stale reports whether q has ended and its result stands no longer. The caller holds mu.

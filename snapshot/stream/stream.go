@@ -78,7 +78,8 @@ type Options struct {
 	Mounter  Mounter
 	// Allow says why images of a repository may not be streamed; nil if they may. Nil allows all.
 	Allow func(repo registryclient.Repository) error
-	// Policy is the policy of a repository, and, if that is trust.Signed, what checks signatures. Nil is trust.Open for all.
+	// Policy is what an image of a repository must satisfy, to be taken and as long as it is here, and, if that is trust.Signed, what checks signatures: trust.Rules.Kept. Whether a
+	// repository is off is Allow's to say. Nil is trust.Open for all.
 	Policy func(repo registryclient.Repository) (trust.Policy, trust.Verifier)
 	// Timeout bounds a search for an artifact, so that a pull never waits long for what may not be there. 0 is 15 s.
 	Timeout time.Duration
@@ -109,8 +110,11 @@ type Store struct {
 
 	started    chan struct{} // gets a value when an image's first start is over, or one is mounted: complete looks what there is to do
 	completing atomic.Pointer[image]
-	quit       context.CancelFunc // of complete and prove
+	quit       context.CancelFunc // of complete, prove and vetAgain
 	proofs     *proofs
+
+	// LOCK ORDER: vouching before mu.
+	vouching sync.Mutex // held while verdicts are written
 
 	mu       sync.Mutex
 	closed   bool
@@ -156,6 +160,9 @@ func New(o Options) (*Store, error) {
 	}
 	if s.proves() {
 		s.running.Go(func() { s.prove(ctx) })
+	}
+	if o.Policy != nil && o.Mounter != nil {
+		s.running.Go(func() { s.vetAgain(ctx) })
 	}
 	return s, nil
 }
@@ -223,7 +230,8 @@ func (s *Store) find(ctx context.Context, ref string, manifest digest.Digest) (*
 		}
 	}
 	for {
-		q, err := s.join(ctx, searchKey{repo, manifest})
+		key := searchKey{repo, manifest}
+		q, mine, err := s.join(ctx, key)
 		if err != nil {
 			return nil, err
 		}
@@ -232,8 +240,12 @@ func (s *Store) find(ctx context.Context, ref string, manifest digest.Digest) (*
 		case <-ctx.Done():
 			return nil, ctx.Err()
 		}
+		stands := mine || q.err != nil || s.standing(repo, q.image)
 		s.mu.Lock()
-		stale := s.stale(q) // its image was forgotten just now
+		if !stands && s.searches[key] == q {
+			delete(s.searches, key)
+		}
+		stale := !stands || s.stale(q) // its image was forgotten just now
 		s.mu.Unlock()
 		if q.err != nil || !stale {
 			return q.image, q.err
@@ -272,10 +284,10 @@ func (s *Store) drop(img *image) error {
 // earlier life of the daemon as well, and asks the registry for nothing, unless a layer maps file data in a way that extents
 // cannot express, or an index on disk is damaged.
 func (s *Store) Mount(ctx context.Context, id string, n int, target string) error {
-	img, err := s.load(id)
-	if err == nil {
-		err = s.vet(ctx, img)
+	if err := s.Vet(ctx, id); err != nil {
+		return err
 	}
+	img, err := s.load(id)
 	if err != nil {
 		return err
 	}

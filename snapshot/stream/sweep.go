@@ -11,13 +11,18 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 )
 
-// records reads the records of the images on disk. all is false if there are others, which cannot be read: they name what this release does not know.
+// records returns the records of the images on disk, and reads those that are not in the set. all is false if there are others, which cannot be read: they name what this release does not
+// know. The caller holds s.mu or is alone.
 func (s *Store) records() (list []*record, all bool, err error) {
 	dirs, err := os.ReadDir(filepath.Join(s.o.Root, "images"))
 	if err != nil {
 		return nil, false, err
 	}
 	for _, d := range dirs {
+		if img := s.images[d.Name()]; img != nil {
+			list = append(list, img.rec) // a search that refuses one artifact after the other does not read them all each time
+			continue
+		}
 		rec, err := loadRecord(s.imageDir(d.Name()))
 		switch {
 		case err == nil:
@@ -34,7 +39,9 @@ func (s *Store) retainProofs() error {
 	if s.o.Trust.Ledger == nil {
 		return nil
 	}
+	s.mu.Lock()
 	list, all, err := s.records()
+	s.mu.Unlock()
 	if err != nil || !all {
 		return err
 	}

@@ -3,11 +3,8 @@ package stream
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
 
@@ -17,7 +14,6 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
-	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/span"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
@@ -39,10 +35,17 @@ type vetted struct {
 	MediaType  string                    `json:"mediaType"`
 	Envelope   []byte                    `json:"envelope"`
 	Verdict    trust.Verdict             `json:"verdict"`
-	Epoch      string                    `json:"epoch"` // of the verifier, when it said so
+	Epoch      string                    `json:"epoch"`             // of the verifier, when it said so
+	Revoked    string                    `json:"revoked,omitempty"` // why it says so no more: what was found when Verdict had run out
 }
 
-// policyOf returns the policy of repo. The verifier is nil unless that is trust.Signed.
+// of returns what is to be verified again: the envelope, and what it is for.
+func (g *vetted) of(artifact digest.Digest) (trust.Target, trust.Envelope) {
+	return trust.Target{Repository: string(g.Repository), Digest: artifact, MediaType: ocispec.MediaTypeImageManifest, Size: g.Size},
+		trust.Envelope{Digest: digest.FromBytes(g.Envelope), MediaType: g.MediaType, Bytes: g.Envelope}
+}
+
+// policyOf returns the policy of repo, see Options.Policy. The verifier is nil unless that is trust.Signed.
 func (s *Store) policyOf(repo registryclient.Repository) (trust.Policy, trust.Verifier) {
 	if s.o.Policy == nil {
 		return trust.Open, nil
@@ -189,7 +192,7 @@ func (v *vetting) check(ctx context.Context, t trust.Target, e trust.Envelope) (
 
 // stands reports whether a verdict need not be asked for again at a pull.
 func (g *vetted) stands(v trust.Verifier) bool {
-	return g.Epoch == v.Epoch() && time.Now().Before(g.Verdict.Until)
+	return g.Revoked == "" && g.Epoch == v.Epoch() && time.Now().Before(g.Verdict.Until)
 }
 
 // known returns the verdict on an artifact of repo that an earlier search has recorded, if it stands.
@@ -204,137 +207,4 @@ func (s *Store) known(repo registryclient.Repository, dgst digest.Digest, v trus
 		}
 	}
 	return nil
-}
-
-// vettedOf returns the verdicts on img's artifact. They are not to be changed.
-func (s *Store) vettedOf(img *image) []*vetted {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if img.vetted == nil {
-		img.vetted = loadVetted(s.imageDir(img.id))
-	}
-	return img.vetted
-}
-
-// loadVetted reads the file of an image's verdicts. One that is damaged has none.
-func loadVetted(dir string) []*vetted {
-	list := []*vetted{}
-	b, err := os.ReadFile(filepath.Join(dir, vettedName))
-	if err == nil {
-		err = json.Unmarshal(b, &list)
-	}
-	if err != nil || slices.Contains(list, nil) {
-		return []*vetted{}
-	}
-	return list
-}
-
-// vouch records a verdict on img's artifact, in the place of that of the same repository, and makes it durable.
-func (s *Store) vouch(img *image, got *vetted) error {
-	old := s.vettedOf(img)
-	if slices.Contains(old, got) {
-		return nil
-	}
-	list := slices.DeleteFunc(slices.Clone(old), func(g *vetted) bool { return g.Repository == got.Repository })
-	list = append(list, got)
-	b, err := json.Marshal(list)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.images[img.id] != img {
-		return fmt.Errorf("streamed image %s was removed", img.id)
-	}
-	if err := ledger.WriteFile(s.imageDir(img.id), vettedName, b); err != nil {
-		return err
-	}
-	img.vetted = list
-	return nil
-}
-
-// vet says why img must not be mounted by the policy of today, which may be stricter than that of its pull. What is proven may be. Else a signature is checked
-// again, without a registry, if what is trusted has changed since the pull: what has run out meanwhile stays what it was. If that comes to nothing, the image is proven now.
-func (s *Store) vet(ctx context.Context, img *image) error {
-	policy, v := s.policyOf(img.rec.Repository)
-	if policy != trust.Signed && policy != trust.Proven || s.o.Trust.Ledger != nil && s.proven(img.rec) {
-		return nil
-	}
-	err := untrusted(policy)
-	if v != nil {
-		if err = s.vetAgain(ctx, img, v); err == nil {
-			return nil
-		}
-	}
-	switch {
-	case s.o.Trust.Ledger == nil && policy == trust.Proven:
-		return fmt.Errorf("streamed image %s: the policy of %s is proven, and nothing proves images here but the daemon", img.id, img.rec.Repository)
-	case s.o.Trust.Ledger == nil:
-		return fmt.Errorf("streamed image %s of %s is not trusted any more: %w", img.id, img.rec.Repository, err)
-	}
-	if proveErr := s.Prove(ctx, img.id, func(int64) {}); proveErr != nil {
-		return fmt.Errorf("streamed image %s of %s is not trusted any more (%w), and cannot be proven: %w", img.id, img.rec.Repository, err, proveErr)
-	}
-	return nil
-}
-
-// vetAgain checks the signatures that img was trusted for, as far as what is trusted has changed.
-func (s *Store) vetAgain(ctx context.Context, img *image, v trust.Verifier) error {
-	err := error(trust.ErrMissing)
-	for _, g := range s.vettedOf(img) {
-		if g.Epoch == v.Epoch() {
-			return nil
-		}
-		again := &vetting{store: s, repo: g.Repository, artifact: img.rec.Artifact, verifier: v}
-		t := trust.Target{Repository: string(g.Repository), Digest: img.rec.Artifact, MediaType: ocispec.MediaTypeImageManifest, Size: g.Size}
-		var got *vetted
-		if got, err = again.check(ctx, t, trust.Envelope{Digest: digest.FromBytes(g.Envelope), MediaType: g.MediaType, Bytes: g.Envelope}); err == nil {
-			return s.vouch(img, got)
-		}
-	}
-	return err
-}
-
-// trusted says why img serves no further pull without a search: it was let in by another policy than that of today. It asks nobody.
-func (s *Store) trusted(img *image) error {
-	policy, v := s.policyOf(img.rec.Repository)
-	switch {
-	case policy != trust.Signed && policy != trust.Proven, s.o.Trust.Ledger != nil && s.proven(img.rec):
-		return nil
-	case v != nil && slices.ContainsFunc(s.vettedOf(img), func(g *vetted) bool { return g.Epoch == v.Epoch() }):
-		return nil
-	}
-	return untrusted(policy)
-}
-
-var errUnproven = errors.New("not all of it is proven")
-
-// untrusted is what an image lacks for a policy, if it was let in by another.
-func untrusted(policy trust.Policy) error {
-	if policy == trust.Proven {
-		return errUnproven
-	}
-	return trust.ErrMissing
-}
-
-// Signature is what is known of who has signed an image's artifact.
-type Signature struct {
-	Signer   string    // the subject of who has signed its artifact; "" if nobody has whom the node knows
-	Issuer   string    // of the signer's certificate
-	Until    time.Time // when that is asked for again at a pull
-	Warnings []string  // what failed and is only logged, by the trust policy
-}
-
-// Signature returns what is known of that of image id, as one of repo: the zero value where the policy asks for none.
-func (s *Store) Signature(id string, repo registryclient.Repository) Signature {
-	img, err := s.load(id)
-	if err != nil {
-		return Signature{}
-	}
-	for _, g := range s.vettedOf(img) {
-		if v := g.Verdict; g.Repository == repo {
-			return Signature{v.Identity, v.Issuer, v.Until, v.Warnings}
-		}
-	}
-	return Signature{}
 }
