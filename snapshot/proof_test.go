@@ -86,19 +86,19 @@ const hex = "0123456789abcdef"
 // big is a file that does not fit into one chunk.
 func big(word string) string { return strings.Repeat(word+" ", 100_000/len(word)) }
 
-// pushForged pushes an image of two layers with an artifact whose upper layer is another of the same shape; its index says that it is the image's.
-func (n *testNode) pushForged(name string) (img testImage, base string) {
-	lower := tarOf(n.t, file{"base", big("base")})
-	honest := tarOf(n.t, file{"program", big("good")}, file{"other", big("same")})
-	evil := tarOf(n.t, file{"program", big("evil")}, file{"other", big("same")})
-	img = n.push(name, lower, honest)
-	n.attachTars(img, [][]byte{lower, evil}, func(i int, index []byte, diffID digest.Digest) []byte {
-		if i == 1 {
-			diffID = digest.FromBytes(honest)
-		}
-		return claim(index, diffID)
-	})
+// pushForged pushes an image of two layers, and more, with an artifact whose second layer is another of the same shape; its index says that it is the image's.
+func (n *testNode) pushForged(name string, more ...[]byte) (img testImage, base string) {
+	tars := append(honestLayers(n.t), more...)
+	img = n.push(name, tars...)
+	evil := slices.Clone(tars)
+	evil[1] = tarOf(n.t, file{"program", big("evil")}, file{"other", big("same")})
+	n.attachTars(img, evil, func(i int, index []byte, _ digest.Digest) []byte { return claim(index, digest.FromBytes(tars[i])) })
 	return img, big("base")
+}
+
+// honestLayers are those of the image of pushForged.
+func honestLayers(t testing.TB) [][]byte {
+	return [][]byte{tarOf(t, file{"base", big("base")}), tarOf(t, file{"program", big("good")}, file{"other", big("same")})}
 }
 
 // next waits for the next of what n's images tell of proofs that is of a kind.
@@ -290,8 +290,7 @@ func TestBetterArtifact(t *testing.T) {
 	img, base := n.pushForged("app")
 	wantFiles(t, n.container("container", n.prepareAll(img, 0, "")), map[string]string{"base": base})
 	n.next(stream.Quarantined)
-	n.attachTars(img, [][]byte{tarOf(t, file{"base", base}), tarOf(t, file{"program", big("good")}, file{"other", big("same")})},
-		func(_ int, index []byte, _ digest.Digest) []byte { return index })
+	n.attachTars(img, honestLayers(t), func(_ int, index []byte, _ digest.Digest) []byte { return index })
 	n.prepareAll(img, 0, "")
 	id, _, err := n.images.Find(testContext(), img.ref, img.manifest)
 	if err != nil {
@@ -341,23 +340,8 @@ func TestADamagedDiskIsNoLie(t *testing.T) {
 func TestProofWithoutTheBlob(t *testing.T) {
 	gone := func(n *testNode, img testImage) {
 		layers := map[string]bool{}
-		for _, f := range n.filesIn("images") {
-			if filepath.Base(f) != "image.json" {
-				continue
-			}
-			var rec struct {
-				Layers []artifact.Layer `json:"layers"`
-			}
-			b, err := os.ReadFile(f)
-			if err == nil {
-				err = json.Unmarshal(b, &rec)
-			}
-			if err != nil {
-				n.t.Fatal(err)
-			}
-			for _, l := range rec.Layers {
-				layers[l.Digest.String()] = true
-			}
+		for _, l := range n.layersOf(img) {
+			layers[l.Digest.String()] = true
 		}
 		n.reg.Inject(func(r *http.Request) bool { return registrytest.Blobs(r) && layers[filepath.Base(r.URL.Path)] }, -1, registrytest.Status(http.StatusNotFound))
 	}

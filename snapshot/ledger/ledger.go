@@ -296,27 +296,45 @@ func (l *Ledger) Clear(index digest.Digest) error {
 	l.writing.Lock()
 	defer l.writing.Unlock()
 	l.mu.Lock()
-	q, ok := l.quarantined[index]
+	_, ok := l.quarantined[index]
+	var proofs []Key // it was entered after them, and need not say of which tar they are
+	for k := range l.proven {
+		if k.Index == index {
+			proofs = append(proofs, k)
+		}
+	}
 	l.mu.Unlock()
 	if !ok {
 		return fmt.Errorf("index %s is in no quarantine: %w", index, fs.ErrNotExist)
 	}
-	err := os.Remove(filepath.Join(l.quarantinedDir(), index.Encoded()))
-	if err == nil {
-		err = SyncDir(l.quarantinedDir())
+	for _, k := range proofs { // while the quarantine stands: a proof that is known to be wrong must not be what is left
+		if err := remove(l.proofDir(k.DiffID), index); err != nil {
+			return fmt.Errorf("clear the quarantine of %s: its proof: %w", index, err)
+		}
+		l.mu.Lock()
+		delete(l.proven, k)
+		l.mu.Unlock()
 	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := remove(l.quarantinedDir(), index); err != nil {
 		return fmt.Errorf("clear the quarantine of %s: %w", index, err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	delete(l.quarantined, index)
 	delete(l.unsaved, index)
-	delete(l.proven, q.Key) // it was entered after the proof
-	if q.DiffID != "" {
-		os.Remove(filepath.Join(l.proofDir(q.DiffID), index.Encoded()))
-	}
 	return nil
+}
+
+// remove removes the file of an index in dir, durably, if it is there.
+func remove(dir string, index digest.Digest) error {
+	err := os.Remove(filepath.Join(dir, index.Encoded()))
+	if err == nil {
+		err = SyncDir(dir)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }
 
 // Count returns how many proofs and how many quarantines are entered.

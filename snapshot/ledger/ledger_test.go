@@ -81,6 +81,40 @@ func TestQuarantineBeatsProof(t *testing.T) {
 	}
 }
 
+// TestClearedInPart: of what ends before a quarantine is cleared no proof is left that was known to be wrong, also if the record of the quarantine does not say of which tar it is.
+func TestClearedInPart(t *testing.T) {
+	dir := t.TempDir()
+	l := open(t, dir)
+	k := key("tar", "index")
+	if err := errors.Join(l.Prove(Proof{Key: k, At: time.Now()}), l.Quarantine(Quarantine{Key: k})); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(dir, "quarantined", k.Index.Encoded())
+	// A directory that is not empty, which is what root cannot remove.
+	if err := errors.Join(os.Remove(file), os.MkdirAll(filepath.Join(file, "x"), 0o700)); err != nil {
+		t.Fatal(err)
+	}
+	l = open(t, dir)
+	if err := l.Clear(k.Index); err == nil {
+		t.Fatal("cleared")
+	}
+	if _, ok := l.Quarantined(k.Index); !ok {
+		t.Error("not in quarantine")
+	}
+	if err := os.RemoveAll(file); err != nil { // as if that had been done, and nothing after it
+		t.Fatal(err)
+	}
+	if open(t, dir).Proven(k) {
+		t.Error("the wrong proof is left")
+	}
+	if err := l.Clear(k.Index); err != nil {
+		t.Fatal(err)
+	}
+	if l.Proven(k) {
+		t.Error("proven without a new proof")
+	}
+}
+
 // TestDamaged: what cannot be read is no proof, and is a quarantine.
 func TestDamaged(t *testing.T) {
 	for name, damage := range map[string]func(path string) error{

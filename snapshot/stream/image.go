@@ -53,6 +53,7 @@ type image struct {
 	rec   *record
 	size  atomic.Int64 // of its tars, for the status; 0 if nobody has asked
 	bad   atomic.Pointer[refusal]
+	waits atomic.Pointer[waits] // for registries, that end when the image is put into quarantine
 
 	places *places // where it is read
 
@@ -82,10 +83,13 @@ func (img *image) mount(ctx context.Context, n int, target string) (err error) {
 	}
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	if err := img.refused(); err != nil { // under mu: see detach
+	if err := img.refused(); err != nil {
 		return fmt.Errorf("mount %s: %w", target, err)
 	}
 	meta, err := img.metadata(ctx, n)
+	if refused := img.refused(); refused != nil { // again, under mu: see detach
+		err = refused
+	}
 	if err == nil {
 		i := fs.Image{ID: img.id, Metadata: meta, Device: img.dev, Started: img.started()}
 		if n == len(img.rec.Layers) {
@@ -213,6 +217,8 @@ func (img *image) release() {
 }
 
 func (img *image) open(ctx context.Context) (_ *device, err error) {
+	ctx, done := img.until(ctx)
+	defer done()
 	d := &device{image: img}
 	defer func() {
 		if err != nil {
@@ -259,6 +265,8 @@ func (img *image) makeMetadata(ctx context.Context, dev *device, path string, n 
 	if verifyMetadata(path) == nil {
 		return nil
 	}
+	ctx, done := img.until(ctx)
+	defer done()
 	weight := int64(0)
 	for _, x := range dev.indexes[:n] {
 		weight += x.HeadersSize
@@ -310,8 +318,10 @@ type device struct {
 
 func (d *device) Size() int64 { return d.size }
 
-// ReadAt has no bytes of an image in quarantine, be it put there meanwhile.
+// ReadAt has no bytes of an image in quarantine, be it put there meanwhile: then it waits no longer.
 func (d *device) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
+	ctx, done := d.image.until(ctx)
+	defer done()
 	n, err := 0, d.image.refused()
 	if err == nil {
 		n, err = d.read(ctx, p, off)

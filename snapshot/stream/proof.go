@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -192,7 +193,8 @@ func (s *Store) Prove(ctx context.Context, id string, progress func(n int64)) er
 
 // proveChunk looks at one chunk of layer i, whose bytes were seen to have their digest and other headers than the index, and puts the index into quarantine if they have: it contradicts itself then, whatever
 // the rest of it says. Where the blob does not give the chunk, the layer is proven as a whole.
-func (s *Store) proveChunk(ctx context.Context, use *deviceUse, i, chunk int, pace pace) error {
+func (s *Store) proveChunk(ctx context.Context, use *deviceUse, i, chunk int, pace pace) (err error) {
+	defer s.caught(use.image, i, &err)
 	b := use.image.blob(i)
 	x, err := s.openIndex(ctx, b) // read anew: it may be memory that is damaged
 	if err != nil {
@@ -227,11 +229,12 @@ func (s *Store) proveChunk(ctx context.Context, use *deviceUse, i, chunk int, pa
 }
 
 // proveLayer proves a layer, and remembers it. An error that is ErrQuarantined says that it is none of the image's, and was put into quarantine; with others nothing is known.
-func (s *Store) proveLayer(ctx context.Context, use *deviceUse, i int, pace pace) error {
+func (s *Store) proveLayer(ctx context.Context, use *deviceUse, i int, pace pace) (err error) {
 	img := use.image
+	defer s.caught(img, i, &err)
 	rec := img.rec
 	x := use.indexes[i]
-	err := s.derive(ctx, use, i, x, false, pace)
+	err = s.derive(ctx, use, i, x, false, pace)
 	if errors.As(err, new(difference)) {
 		s.log.Warn("a layer differs from what the image's config promises; it is looked at again", "image", img.name(), "layer", i, "difference", err)
 		if x, err = s.openIndex(ctx, use.image.blob(i)); err == nil {
@@ -252,6 +255,14 @@ func (s *Store) proveLayer(ctx context.Context, use *deviceUse, i int, pace pace
 	s.tell(Proof{Kind: Proven, Layer: i, Key: p.Key, Bytes: p.Bytes}, img)
 	s.wake()
 	return nil
+}
+
+// caught is deferred, and makes a panic an error: what a proof reads is anybody's, and a mistake of ours must not end the daemon, again and again.
+func (s *Store) caught(img *image, layer int, err *error) {
+	if p := recover(); p != nil {
+		s.log.Error("panic", "image", img.name(), "layer", layer, "value", p, "stack", string(debug.Stack()))
+		*err = fmt.Errorf("prove layer %d: panic: %v", layer, p)
+	}
 }
 
 // readChunk reads a chunk's n bytes, into buf if it has room.

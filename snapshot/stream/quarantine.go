@@ -1,9 +1,11 @@
 package stream
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -66,9 +68,47 @@ func (img *image) refused() error {
 // newImage is the image of a record. The caller holds mu: whoever puts an index into quarantine after this looked at the ledger finds the image in the set.
 func (s *Store) newImage(id string, rec *record) *image {
 	img := &image{store: s, id: id, rec: rec, places: newPlaces(rec)}
+	img.waits.Store(newWaits())
 	img.bad.Store(s.refusalOf(rec))
 	s.images[id] = img
 	return img
+}
+
+// waits is what the reads of an image have in common.
+type waits struct {
+	ctx context.Context
+	end context.CancelFunc
+}
+
+func newWaits() *waits {
+	w := &waits{}
+	w.ctx, w.end = context.WithCancel(context.Background())
+	return w
+}
+
+// until returns a context that ends when img is put into quarantine, too. Who is to read nothing of such an image asks refused after it, not before.
+func (img *image) until(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	stop := context.AfterFunc(img.waits.Load().ctx, cancel)
+	return ctx, func() {
+		stop()
+		cancel()
+	}
+}
+
+// judge has img be what the ledger says of it now. If it is none that is to be read, what waits for it does so no more. An image whose quarantine the ledger has refused gets it as otherwise.
+func (s *Store) judge(img *image, otherwise *refusal) *refusal {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.refusalOf(img.rec)
+	if r == nil {
+		r = otherwise
+	}
+	img.bad.Store(r)
+	if r != nil {
+		img.waits.Swap(newWaits()).end()
+	}
+	return r
 }
 
 // Usable says why image id must not be used for another pull, or nil. It asks nobody.
@@ -90,16 +130,29 @@ func (s *Store) quarantine(img *image, i int, why error) error {
 		Key: rec.key(i), At: time.Now(), Artifact: rec.Artifact, Manifest: rec.Manifest, Repository: string(rec.Repository), Converter: rec.Converter, Why: why.Error(),
 		Signer: s.Signature(img.id, rec.Repository).Signer,
 	}
+	var otherwise *refusal
 	if err := s.o.Trust.Ledger.Quarantine(q); err != nil {
 		s.log.Error("a quarantine counts in memory alone for now", "error", err)
+		otherwise = &refusal{q, img.name(), i}
 	}
-	for _, other := range s.withIndex(q.Index) {
-		r := s.refusalOf(other.rec)
-		other.bad.Store(r)
-		s.log.Error("a streaming artifact is in quarantine", "image", other.name(), "artifact", rec.Artifact, "signer", q.Signer, "converter", rec.Converter, "layer", r.layer, "difference", why)
-		s.detach(other)
-		s.tell(Proof{Kind: Quarantined, Layer: r.layer, Key: q.Key, Evidence: &q}, other)
+	images := s.withIndex(q.Index)
+	refusals := make([]*refusal, len(images))
+	for k, other := range images { // all of them before anything that takes its time
+		refusals[k] = s.judge(other, otherwise)
 	}
+	var all sync.WaitGroup
+	for k, other := range images {
+		r := refusals[k]
+		if r == nil {
+			continue // somebody has cleared it meanwhile
+		}
+		all.Go(func() {
+			s.log.Error("a streaming artifact is in quarantine", "image", other.name(), "artifact", rec.Artifact, "signer", q.Signer, "converter", rec.Converter, "layer", r.layer, "difference", why)
+			s.detach(other)
+			s.tell(Proof{Kind: Quarantined, Layer: r.layer, Key: q.Key, Evidence: &q}, other)
+		})
+	}
+	all.Wait()
 	return &refusal{q, img.name(), i}
 }
 
@@ -141,7 +194,7 @@ func (s *Store) ClearQuarantine(index digest.Digest) error {
 		return err
 	}
 	for _, img := range s.withIndex(index) {
-		img.bad.Store(s.refusalOf(img.rec))
+		s.judge(img, nil)
 	}
 	s.log.Warn("a quarantine was ended by hand", "index", index)
 	s.wakeProver()
