@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -63,6 +64,7 @@ type testNode struct {
 	deadline time.Duration     // of proofs; 0: nothing is proven
 	proofs   chan stream.Proof
 	ledger   *ledger.Ledger
+	unpack   func(ctx context.Context, l Layer, fresh func() ([]mount.Mount, error)) error // of the Snapshotter
 }
 
 // logBuffer counts the lines that operators would see.
@@ -147,6 +149,7 @@ func (n *testNode) start() {
 	n.images.OnStart = func(s stream.Start) { n.starts <- s }
 	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)), nil)
 	check(err)
+	n.sn.Unpack = n.unpack
 	n.stop = func() {
 		n.sn.Close()
 		n.images.Close()
@@ -332,7 +335,10 @@ func (n *testNode) prepareStreamed(img testImage, i int, parent string) string {
 	name := ""
 	filter := fmt.Sprintf(`labels."containerd.io/snapshot.ref"==%s,parent==%q`, img.chainIDs[i], parent)
 	if err := n.sn.Walk(ctx, func(_ context.Context, info snapshots.Info) error {
-		if info.Kind == snapshots.KindCommitted {
+		if info.Kind == snapshots.KindCommitted && info.Labels[snapshots.LabelSnapshotRef] == img.chainIDs[i].String() {
+			if name != "" {
+				n.t.Errorf("layer %d: containerd takes %s or %s", i, name, info.Name)
+			}
 			name = info.Name
 		}
 		return nil

@@ -208,7 +208,7 @@ func TestQuarantine(t *testing.T) {
 		}
 		wantRefused := func() {
 			t.Helper()
-			if _, err := n.sn.Prepare(testContext(), "next", top); !errors.Is(err, stream.ErrQuarantined) || !strings.Contains(err.Error(), "crictl rmi") {
+			if _, err := n.sn.Prepare(testContext(), "next", top); !errors.Is(err, stream.ErrQuarantined) || !strings.Contains(err.Error(), "Delete its pods") {
 				t.Errorf("a container starts: %v", err)
 			}
 			if err := n.images.Usable(id); !errors.Is(err, stream.ErrQuarantined) {

@@ -12,6 +12,8 @@
 //
 //	metadata.db            upstream's, shared with the inner snapshotter; the name of a streamed snapshot says which image it is of
 //	snapshots/<id>/fs      upstream's; of a streamed snapshot, the mount point of its chain
+//	snapshots/<id>/unpacked
+//	                       the layer of a streamed snapshot that must not be used, see unpack.go
 //	snapshots/removed-*    being removed
 package snapshot
 
@@ -33,6 +35,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 )
 
@@ -44,12 +47,14 @@ type Images interface {
 	// Mount mounts the chain of the first n layers of image id at target. It needs no network for an image that was found
 	// before, in this life of the daemon or an earlier one.
 	Mount(ctx context.Context, id string, n int, target string) error
-	// Usable says why image id must not serve another pull, or nil. It waits for nothing.
+	// Usable says why image id must not serve another pull, or nil. It waits for nothing. What it refuses is unpacked where it cannot be mounted.
 	Usable(id string) error
 	// Pulled says that image id serves a pull of ref, which may be of another repository, or what that unpacks.
 	Pulled(id, ref string) error
 	// Vet says why nothing new may begin on image id, be it mounted or not, or nil. Of an image that is Usable it waits for nothing.
 	Vet(ctx context.Context, id string) error
+	// Source says where a layer of the image that id is of can be had, as the image itself has it: repository@digest, the layer's type, digest and size, and the digest of its tar.
+	Source(ctx context.Context, id string, layer int) (ref string, d ocispec.Descriptor, diffID digest.Digest, err error)
 	// Unmount undoes Mount; a target that is not mounted is no error.
 	Unmount(target string) error
 	// Mounted reports whether what is mounted at target is served, be it mounted in an earlier life of the daemon.
@@ -72,6 +77,9 @@ type Snapshotter struct {
 	// MapsBelow is an error if the containerd that calls maps the IDs of a directory, for a user namespace, and not of what is mounted below it. Nil is taken for one that maps both.
 	// It is set before the first call.
 	MapsBelow func(ctx context.Context) error
+	// Unpack unpacks a layer into mounts as a pull does. fresh gives the mounts of an empty one, and is called again for each try. Nil: what must not be used fails whatever is prepared on it.
+	// It is set before the first call.
+	Unpack func(ctx context.Context, l Layer, fresh func() ([]mount.Mount, error)) error
 
 	root   string
 	ms     *storage.MetaStore
@@ -87,6 +95,12 @@ type Snapshotter struct {
 	told     map[string]time.Time         // normal pulls told of lately, by reference, manifest digest and reason
 	finds    int                          // searches whose snapshots are not made yet
 	unused   map[string]bool              // images of which the last snapshot may be gone
+	unpacks  map[string]*unpacking        // by snapshot id
+	closed   bool
+
+	ctx     context.Context // of what goes on when its caller waits no more; ends with Close
+	quit    context.CancelFunc
+	running sync.WaitGroup
 }
 
 var _ snapshots.Snapshotter = (*Snapshotter)(nil)
@@ -120,13 +134,23 @@ func New(root string, images Images, log *slog.Logger, onPull func(Pull)) (*Snap
 	}
 	s := &Snapshotter{
 		Snapshotter: inner, root: root, ms: ms, images: images, log: log, onPull: onPull,
-		streamed: map[string]*streamedSnapshot{}, told: map[string]time.Time{}, unused: map[string]bool{},
+		streamed: map[string]*streamedSnapshot{}, told: map[string]time.Time{}, unused: map[string]bool{}, unpacks: map[string]*unpacking{},
 	}
-	ctx := context.Background()
-	if err := errors.Join(s.loadStreamed(ctx), s.Cleanup(ctx)); err != nil {
+	s.ctx, s.quit = context.WithCancel(context.Background())
+	if err := errors.Join(s.loadStreamed(s.ctx), s.Cleanup(s.ctx)); err != nil {
 		return nil, errors.Join(err, ms.Close())
 	}
 	return s, nil
+}
+
+// Close ends what goes on, and closes the metadata store. It unmounts nothing.
+func (s *Snapshotter) Close() error {
+	s.mu.Lock()
+	s.closed = true
+	s.mu.Unlock()
+	s.quit()
+	s.running.Wait()
+	return s.Snapshotter.Close()
 }
 
 // Prepare returns ErrAlreadyExists for a layer that is streamed: containerd then finds the snapshot by its chain ID, and skips the download.
@@ -147,7 +171,8 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 			s.pulled(base, l)
 		}
 	}
-	return s.create(ctx, key, parent, l.mapped && l.target == "", func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
+	l.mapped = l.mapped && l.target == ""
+	return s.create(ctx, key, parent, l, func() ([]mount.Mount, error) { return s.Snapshotter.Prepare(ctx, key, parent, opts...) })
 }
 
 // View is upstream's, over mounted parents.
@@ -156,7 +181,7 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, key, parent, l.mapped, func() ([]mount.Mount, error) { return s.Snapshotter.View(ctx, key, parent, opts...) })
+	return s.create(ctx, key, parent, l, func() ([]mount.Mount, error) { return s.Snapshotter.View(ctx, key, parent, opts...) })
 }
 
 // Mounts is upstream's, over mounted parents: containers of a former life are mounted again here.
@@ -165,34 +190,32 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 	if err != nil {
 		return nil, err
 	}
-	return s.create(ctx, key, info.Parent, mapped(info.Labels), func() ([]mount.Mount, error) { return s.Snapshotter.Mounts(ctx, key) })
+	return s.create(ctx, key, info.Parent, labels{mapped: mapped(info.Labels)}, func() ([]mount.Mount, error) { return s.Snapshotter.Mounts(ctx, key) })
 }
 
-// create runs f, which asks upstream for mounts of key over parent, once the streamed snapshot that parent stands on is mounted. mapped is whether the mounts are to map IDs.
-func (s *Snapshotter) create(ctx context.Context, key, parent string, mapped bool, f func() ([]mount.Mount, error)) ([]mount.Mount, error) {
-	base, err := s.streamedBase(ctx, parent)
+// create runs f, which asks upstream for mounts of key over parent, once the streamed snapshot that parent stands on is mounted. l are the labels of what is made.
+func (s *Snapshotter) create(ctx context.Context, key, parent string, l labels, f func() ([]mount.Mount, error)) ([]mount.Mount, error) {
+	base, err := s.ready(ctx, key, parent, l)
 	if err != nil {
 		return nil, err
 	}
-	if base == nil {
-		return f()
-	}
-	if mapped && base.name != parent && s.MapsBelow != nil {
+	if base != nil && l.mapped && base.name != parent && s.MapsBelow != nil {
 		if err := s.MapsBelow(ctx); err != nil {
 			return nil, fmt.Errorf("a user namespace over an image of which only the lower %d layers are streamed: %w: %w", base.layers, err, errdefs.ErrFailedPrecondition)
 		}
-	}
-	if err := s.mount(ctx, base, unpacks(key)); err != nil {
-		return nil, err
 	}
 	mounts, err := f()
 	if err != nil {
 		return nil, err
 	}
-	return cutBelow(mounts, s.fsPath(base.id)), nil
+	s.atUnpacked(mounts)
+	if base != nil {
+		mounts = cutBelow(mounts, s.fsPath(base.id))
+	}
+	return mounts, nil
 }
 
-// streamedBase returns the topmost streamed snapshot among name and its ancestors, nil if there is none.
+// streamedBase returns the topmost streamed snapshot among name and its ancestors that is not unpacked, nil if there is none.
 func (s *Snapshotter) streamedBase(ctx context.Context, name string) (base *streamedSnapshot, err error) {
 	if name == "" {
 		return nil, nil
@@ -208,6 +231,9 @@ func (s *Snapshotter) streamedBase(ctx context.Context, name string) (base *stre
 			}
 			if base, err = parseStreamed(id, info); err != nil {
 				return err
+			}
+			if base != nil && s.unpackedAt(id) != "" {
+				base = nil
 			}
 			name = info.Parent
 		}

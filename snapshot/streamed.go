@@ -75,6 +75,8 @@ type streamedSnapshot struct {
 	ref    string // chain ID
 	image  string // as Images names it
 	layers int    // length of the chain
+
+	unpacked *snapshots.Usage // of its layer, nil if that is not unpacked; guarded by Snapshotter.mu
 }
 
 // The name of a streamed snapshot is the record of what it is: it comes and goes with the snapshot, and unlike labels nobody can
@@ -154,7 +156,7 @@ func (s *Snapshotter) serving(ref, parent string) *streamedSnapshot {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, sn := range s.streamed {
-		if sn.ref == ref && sn.parent == parent && s.images.Usable(sn.image) == nil {
+		if sn.ref == ref && sn.parent == parent && s.mayServe(sn) {
 			return sn
 		}
 	}
@@ -169,6 +171,11 @@ func (s *Snapshotter) pulled(sn *streamedSnapshot, l labels) {
 	if err := s.images.Pulled(sn.image, l.ref); err != nil {
 		s.log.Warn("where a streamed image is read, too, is not noted", "image", l.ref, "snapshot", sn.ref, "error", err)
 	}
+}
+
+// mayServe reports whether sn may serve another pull. The caller holds mu.
+func (s *Snapshotter) mayServe(sn *streamedSnapshot) bool {
+	return sn.unpacked != nil || s.images.Usable(sn.image) == nil
 }
 
 // commitStreamed commits snapshots for chains first.. of the image, on top of parent, in one transaction: containerd asks for them one
@@ -267,7 +274,7 @@ func (s *Snapshotter) loadStreamed(ctx context.Context) error {
 	}
 	used := map[string]bool{}
 	for id, sn := range s.streamed {
-		if err := os.MkdirAll(s.fsPath(id), 0o755); err != nil {
+		if err := errors.Join(os.MkdirAll(s.fsPath(id), 0o755), s.loadUnpacked(sn)); err != nil {
 			return err
 		}
 		used[sn.image] = true

@@ -24,11 +24,18 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 		return snapshots.Usage{}, err
 	}
 	s.mu.Lock()
-	all := slices.Collect(maps.Values(s.streamed))
+	all := slices.DeleteFunc(slices.Collect(maps.Values(s.streamed)), func(sn *streamedSnapshot) bool { return sn.unpacked != nil })
 	sn := s.streamed[id]
+	var unpacked *snapshots.Usage
+	if sn != nil {
+		unpacked = sn.unpacked
+	}
 	s.mu.Unlock()
 	if sn == nil {
 		return s.Snapshotter.Usage(ctx, key)
+	}
+	if unpacked != nil {
+		return *unpacked, nil
 	}
 	blobs, chain := s.countedAt(sn, all)
 	size, err := s.images.Usage(sn.image, chain, blobs)

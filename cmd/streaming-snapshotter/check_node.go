@@ -161,7 +161,7 @@ func (r *checkReport) checkContainerd(ctx context.Context, c config, o checkOpti
 		config = startedWith(pid, config)
 	}
 	if err == nil && c.Containerd != o.containerd && !reaches(c.Containerd) {
-		r.trap(otherContainerd, "set it to "+o.containerd+", and restart the daemon", "containerd is at %s, and nobody answers at cri_containerd = %q, where the daemon asks: containers in user namespaces may be refused, and pulls through cri_proxy fail", o.containerd, c.Containerd)
+		r.trap(otherContainerd, "set it to "+o.containerd+", and restart the daemon", "containerd is at %s, and nobody answers at cri_containerd = %q, where the daemon asks: containers in user namespaces may be refused, what stands on an artifact in quarantine does not start, and pulls through cri_proxy fail", o.containerd, c.Containerd)
 	}
 	if o.config != "" {
 		config = o.config

@@ -93,7 +93,7 @@ func quarantineText(p stream.Proof) string {
 		by += fmt.Sprintf(", made by %q as it says itself", plain.Cut(p.Evidence.Converter, maxOrigin))
 	}
 	return fmt.Sprintf("%s: layer %d of the streaming artifact sha256:%s, %s, is not the one that image %s lists. On this node containers that run on it get read errors. "+
-		"What to do: if that is this pod, delete it, remove the image from the node and pull it again; %s", reason.Tampered, p.Layer, p.ID, by, p.Image, reason.Tampered.Remedy())
+		"What to do: if that is this pod, delete it: the next one has the image's own layers; %s", reason.Tampered, p.Layer, p.ID, by, p.Image, reason.Tampered.Remedy())
 }
 
 // maxOrigin is how many bytes are told of who has signed or made an artifact.

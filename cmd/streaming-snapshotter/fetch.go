@@ -93,10 +93,6 @@ func fetchImage(ctx context.Context, cl *client.Client, ref string, from blobs.S
 // as long as idle, with its configuration and the credentials that are found here.
 func fetchBlobs(c config, idle time.Duration) blobs.Source {
 	return func(ctx context.Context, ref string, blob ocispec.Descriptor, w io.Writer) (err error) {
-		repo, _, _, err := registryclient.ParseReference(ref)
-		if err != nil {
-			return err
-		}
 		path := "/blob?" + url.Values{"ref": {ref}, "digest": {blob.Digest.String()}, "size": {strconv.FormatInt(blob.Size, 10)}}.Encode()
 		had, daemonErr := copyFromDaemon(ctx, c.Root, path, w, idle)
 		if daemonErr == nil || ctx.Err() != nil {
@@ -111,13 +107,10 @@ func fetchBlobs(c config, idle time.Duration) blobs.Source {
 			return err
 		}
 		defer func() { err = errors.Join(err, reg.Close()) }()
-		r, err := reg.ReadRange(ctx, repo, blob.Digest, had, blob.Size-had, 0)
-		if err != nil {
+		if err := readBlob(ctx, reg, ref, blob, had, w); err != nil {
 			return fmt.Errorf("%w (and by the daemon: %w)", err, daemonErr)
 		}
-		defer r.Close()
-		_, err = io.Copy(w, r)
-		return err
+		return nil
 	}
 }
 

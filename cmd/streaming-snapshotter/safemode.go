@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/pelletier/go-toml/v2"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
@@ -159,7 +160,7 @@ func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, lo
 	} else {
 		images = n.images
 	}
-	start := func() (*snapshot.Snapshotter, error) { return newSnapshotter(c, images, log, onPull) }
+	start := func() (*snapshot.Snapshotter, error) { return n.snapshotter(c, images, log, onPull) }
 	sn, err := attempt(start)
 	if err == nil {
 		return n, sn, nil
@@ -243,6 +244,9 @@ func (no noImages) Vet(context.Context, string) error {
 		return no.why // nobody can say what is mounted
 	}
 	return nil
+}
+func (no noImages) Source(context.Context, string, int) (string, ocispec.Descriptor, digest.Digest, error) {
+	return "", ocispec.Descriptor{}, "", no.why
 }
 func (noImages) Unmount(string) error                              { return nil }
 func (noImages) Mounted(string) bool                               { return true } // for all that is known: nothing is detached

@@ -14,6 +14,7 @@ import (
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -299,7 +300,7 @@ func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Lo
 		return nil, nil, err
 	}
 	n.images.OnStart = onStart
-	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return newSnapshotter(c, n.images, log, onPull) })
+	sn, err := attempt(func() (*snapshot.Snapshotter, error) { return n.snapshotter(c, n.images, log, onPull) })
 	if err == nil {
 		if err := c.keepTrust(); err != nil {
 			log.Warn("the trust policy is not written down: safe mode has that of an earlier start", "error", err)
@@ -308,11 +309,14 @@ func startNormal(c config, keep nodefs.Keeper, cri *criproxy.Store, log *slog.Lo
 	return n, sn, err
 }
 
-// newSnapshotter opens the snapshotter of c over images.
-func newSnapshotter(c config, images snapshot.Images, log *slog.Logger, onPull func(snapshot.Pull)) (*snapshot.Snapshotter, error) {
+// snapshotter opens the snapshotter of c over images.
+func (n *node) snapshotter(c config, images snapshot.Images, log *slog.Logger, onPull func(snapshot.Pull)) (*snapshot.Snapshotter, error) {
 	sn, err := snapshot.New(c.Root, images, log, onPull)
 	if err == nil {
 		sn.MapsBelow = func(ctx context.Context) error { return mapsBelow(ctx, c.Containerd) }
+		sn.Unpack = func(ctx context.Context, l snapshot.Layer, fresh func() ([]mount.Mount, error)) error {
+			return unpack(ctx, c.Containerd, n.readBlob, l, fresh)
+		}
 	}
 	return sn, err
 }

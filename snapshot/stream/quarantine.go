@@ -16,7 +16,7 @@ import (
 )
 
 // An artifact whose index lies is in quarantine, and each image of it: the merged tree was made from that index, so that the data of the other layers under it means nothing either. What runs on it gets
-// I/O errors for what it reads, what the kernel has cached of it is dropped, and it is detached from where it was mounted, so that no container starts on it. That holds over restarts, and for whatever
+// I/O errors for what it reads, what the kernel has cached of it is dropped, and it is detached from where it was mounted: what starts next has the image's own layers, see package snapshot. That holds over restarts, and for whatever
 // artifact names the index later, until somebody clears it.
 
 // ErrQuarantined says that an artifact is in quarantine. Reads, mounts and pulls of it fail with it.
@@ -30,7 +30,7 @@ type refusal struct {
 }
 
 func (r *refusal) Error() string {
-	return fmt.Sprintf("%v: image %s, layer %d, artifact %s, since %s: %s. Delete its pods, remove the image from the node (crictl rmi) and pull it again: the artifact is not used any more. "+
+	return fmt.Sprintf("%v: image %s, layer %d, artifact %s, since %s: %s. Delete its pods: new ones have the image's own layers. The artifact is not used any more. "+
 		"`streamctl verify` proves what is in the registry; whoever may push to the repository may have attached it",
 		ErrQuarantined, r.image, r.layer, r.q.Artifact, r.q.At.Format(time.RFC3339), r.q.Why)
 }

@@ -73,6 +73,21 @@ func (b blob) source(ctx context.Context) (ocispec.Descriptor, error) {
 	return sources[b.layer], nil
 }
 
+// Source describes a layer of the image that id is of, as the image has it: repository@digest, the layer, and the digest of its tar. It asks the registry only for what older releases have recorded.
+func (s *Store) Source(ctx context.Context, id string, layer int) (ref string, d ocispec.Descriptor, diffID digest.Digest, err error) {
+	img, err := s.load(id)
+	if err == nil && layer >= len(img.rec.Layers) {
+		err = fmt.Errorf("no layer %d in image %s of %d", layer, id, len(img.rec.Layers))
+	}
+	if err == nil {
+		d, err = img.blob(layer).source(ctx)
+	}
+	if err != nil {
+		return "", d, "", err
+	}
+	return img.name(), d, img.rec.DiffIDs[layer], nil
+}
+
 // sourceTar is the tar out of a source layer's blob.
 type sourceTar struct {
 	body io.ReadCloser

@@ -41,8 +41,8 @@ func Fetch(ctx context.Context, cs content.Store, img Image, from Source) (got [
 		return nil, err
 	}
 	for _, d := range list {
-		if err := fetch(ctx, cs, img.Names, d, from); err != nil {
-			return got, fmt.Errorf("fetch layer %s: %w", d.Digest, err)
+		if err := Layer(ctx, cs, img.Names, d, from); err != nil {
+			return got, err
 		}
 		got = append(got, d)
 	}
@@ -72,8 +72,8 @@ func missing(ctx context.Context, cs content.Store, img Image, manifest images.H
 	return list, err
 }
 
-// fetch gets a blob by the first of an image's names that serves. What comes is held against its digest by containerd.
-func fetch(ctx context.Context, cs content.Store, names []string, l ocispec.Descriptor, from Source) error {
+// Layer gets a layer that is not in the content store by the first of its image's names that serves. What comes is held against its digest by containerd. ctx says the namespace, and has a lease.
+func Layer(ctx context.Context, cs content.Store, names []string, l ocispec.Descriptor, from Source) error {
 	var errs []error
 	for _, name := range names {
 		w, err := content.OpenWriter(ctx, cs, content.WithRef("streaming-snapshotter-"+l.Digest.String()), content.WithDescriptor(l))
@@ -97,5 +97,5 @@ func fetch(ctx context.Context, cs content.Store, names []string, l ocispec.Desc
 		}
 		errs = append(errs, err)
 	}
-	return errors.Join(errs...)
+	return fmt.Errorf("fetch layer %s: %w", l.Digest, errors.Join(errs...))
 }
