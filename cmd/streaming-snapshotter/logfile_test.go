@@ -81,8 +81,8 @@ func TestSuperviseLogOfOthers(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := start(t, args...)
-	daemon := p.child(0)
 	waitForSocket(t, filepath.Join(dir, "s.sock"))
+	daemon := p.child(0) // the one that serves
 	if err := errors.Join(os.Truncate(name, maxLog+1), os.Rename(name, name+".2")); err != nil {
 		t.Fatal(err)
 	}
@@ -91,7 +91,8 @@ func TestSuperviseLogOfOthers(t *testing.T) {
 			if at, err := os.Readlink(fd); err == nil && at == name {
 				break
 			} else if time.Now().After(deadline) {
-				t.Fatalf("%s is %s, %v", fd, at, err)
+				text, _ := os.ReadFile(name + ".2")
+				t.Fatalf("%s is %s, %v; the log:\n%s", fd, at, err, bytes.TrimLeft(text, "\x00"))
 			}
 		}
 	}
