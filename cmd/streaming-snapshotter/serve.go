@@ -111,6 +111,7 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 			return n, err
 		}
 		images.Trust = stream.Trust{Ledger: n.ledger, Deadline: c.ProofDeadline.D, OnProof: onProof}
+		images.Elsewhere = elsewhere(c.Containerd)
 	}
 	if n.images, err = stream.New(images); err != nil {
 		return n, err
