@@ -32,8 +32,13 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 	h := newHost(t, c, form)
 	host, _, _ := strings.Cut(c.App, "/")
 	install := []string{"install", "--stream", host + "/*"}
-	if form == bare {
+	switch form {
+	case bare:
 		h.installBare(install)
+		h.clear()
+		return
+	case documented:
+		h.installDocumented(host)
 		h.clear()
 		return
 	}
