@@ -98,7 +98,7 @@ func installOnHost(t *testing.T, c installTest, form string, first, last bool) {
 		h.busyUninstall(c.App)
 	default:
 		h.refusedUninstall(host)
-		h.putBack(install)
+		h.putBack(form == discarding)
 		h.uninstall(c.App)
 	}
 	h.clear()
@@ -478,35 +478,30 @@ func (h *hosted) inTheWay(w *watcher) {
 	end()
 }
 
-// putBack: others have put back containerd's files as they were before the install. If it was restarted since, an uninstall keeps the image that is streamed; if it was not, the next one has
-// containerd forget the snapshotter.
-func (h *hosted) putBack(install []string) {
+// putBack: others have put back containerd's files as they were before the install. If it is restarted then, it has forgotten the snapshotter, and an uninstall keeps the image that was
+// streamed; if not, an uninstall has it forget.
+func (h *hosted) putBack(restarted bool) {
 	h.Helper()
-	write := func() {
-		h.Helper()
-		for path, is := range h.files() {
-			f, before := h.was[path]
-			var err error
-			switch {
-			case !strings.HasPrefix(path, "/etc/containerd/"):
-			case !before:
-				err = os.RemoveAll(path)
-			case !bytes.Equal(f.Content, is.Content): // what the install has not written stays as it is, with its time
-				err = os.WriteFile(path, f.Content, 0)
-			}
-			if err != nil {
-				h.Fatal(err)
-			}
+	for path, is := range h.files() {
+		f, before := h.was[path]
+		var err error
+		switch {
+		case !strings.HasPrefix(path, "/etc/containerd/"):
+		case !before:
+			err = os.RemoveAll(path)
+		case !bytes.Equal(f.Content, is.Content):
+			err = os.WriteFile(path, f.Content, 0)
+		}
+		if err != nil {
+			h.Fatal(err)
 		}
 	}
-	write()
-	h.must("sh", "-c", restartContainerd)
-	if out := h.must(node.InstalledPath, "uninstall", "--dry-run"); !strings.Contains(out, "unpack "+node.Namespace+"/"+h.c.App) {
-		h.Errorf("an uninstall where containerd has forgotten the snapshotter:\n%s", out)
+	if restarted {
+		h.must("sh", "-c", restartContainerd)
 	}
-	h.must(append([]string{newProgram}, install...)...)
-	h.reads(h.c.App, systemdSeed, node.Snapshotter)
-	write()
+	if out := h.must(node.InstalledPath, "uninstall", "--dry-run"); !strings.Contains(out, "unpack "+node.Namespace+"/"+h.c.App) {
+		h.Errorf("an uninstall where containerd's files are as before:\n%s", out)
+	}
 }
 
 // failedUninstall: a container comes in the middle of it; then, containerd does not come back, once, when the snapshots are gone already. All is as installed again, and the image runs.
