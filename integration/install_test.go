@@ -82,7 +82,7 @@ var forms = map[string]map[string]string{
 	"version 2":             {"config.toml": "# kept as it is\nversion = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n  restrict_oom_score_adj = true\n"},
 	"list replaced":         {"config.toml": "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n", "conf.d/z.toml": "version = 3\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux'\n  snapshotter = 'overlayfs'\n"},
 	"another file imported": {"config.toml": "version = 3\nimports = ['/etc/containerd/other.toml']\n[plugins.'io.containerd.cri.v1.images'] # CRI\n  snapshotter = 'overlayfs'\n", "other.toml": "version = 3\n[plugins.'io.containerd.cri.v1.runtime']\n  restrict_oom_score_adj = true\n"},
-	documented:              {},
+	documented:              {"config.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = '/etc/containerd/certs.d'\n"},
 	bare:                    {"config.toml": "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n"},
 	"forced to local":       {"config.toml": "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 5\n  discard_unpacked_layers = true\n"},
 	"annotated":             {"config.toml": "version = 3\nimports = ['/etc/containerd/conf.d/*.toml']\n[plugins.'io.containerd.cri.v1.images']\n  disable_snapshot_annotations = false\n"},
