@@ -10,10 +10,10 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// names lists all snapshots, parents first.
+// names lists all snapshots, parents first. The caller may hold mu.
 func (n *testNode) names() (names []string) {
 	n.t.Helper()
-	err := n.sn.Walk(testContext(), func(_ context.Context, info snapshots.Info) error {
+	err := n.sn.Snapshotter.Walk(testContext(), func(_ context.Context, info snapshots.Info) error {
 		names = append(names, info.Name)
 		return nil
 	})

@@ -309,17 +309,17 @@ func syncFS(path string) error {
 
 // Walk is upstream's, without the reference of what must not be used: containerd takes the first snapshot that it is shown with the one that it looks for, and there may be a good one beside it.
 func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters ...string) error {
+	s.mu.Lock() // before the transaction: nothing waits for it inside
+	hidden := map[string]bool{}
+	for _, sn := range s.streamed {
+		if !s.mayServe(sn) {
+			hidden[sn.name] = true
+		}
+	}
+	s.mu.Unlock()
 	return s.Snapshotter.Walk(ctx, func(ctx context.Context, info snapshots.Info) error {
-		if streamedName.MatchString(info.Name) && info.Labels[snapshots.LabelSnapshotRef] != "" {
-			id, _, _, err := storage.GetInfo(ctx, info.Name)
-			if err != nil {
-				return err
-			}
-			s.mu.Lock()
-			if sn := s.streamed[id]; sn != nil && !s.mayServe(sn) {
-				delete(info.Labels, snapshots.LabelSnapshotRef) // of a map that was read for this
-			}
-			s.mu.Unlock()
+		if hidden[info.Name] {
+			delete(info.Labels, snapshots.LabelSnapshotRef) // of a map that was read for this
 		}
 		return fn(ctx, info)
 	}, filters...)
