@@ -77,6 +77,22 @@ func claim(index []byte, diffID digest.Digest) []byte {
 	return index
 }
 
+// withHeaders makes of an index one that has the headers of another tar with the same chunks' sizes, and the digests of its own.
+func withHeaders(t *testing.T, tar []byte) func(_ int, index []byte, diffID digest.Digest) []byte {
+	t.Helper()
+	var frame bytes.Buffer
+	l, err := artifact.EncodeLayer(t.Context(), &frame, bytes.NewReader(tar), artifact.EncodeOptions{ChunkSize: 4 << 10})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func(_ int, index []byte, diffID digest.Digest) []byte {
+		forged := bytes.Clone(frame.Bytes()[l.IndexOffset:])
+		const tableStart, entry = 72, 48
+		copy(forged[tableStart:tableStart+l.Chunks*entry], index[tableStart:])
+		return claim(forged, diffID)
+	}
+}
+
 func hexByte(s string) byte {
 	return byte(strings.IndexByte(hex, s[0])<<4 | strings.IndexByte(hex, s[1]))
 }
@@ -377,17 +393,7 @@ func TestALieIsProvenAtOnce(t *testing.T) {
 	copy(setuid[512+100:], "0004755\x00") // of dir/program
 	fixChecksum(setuid[512:])
 	img := n.push("app", honest)
-	var frame bytes.Buffer
-	l, err := artifact.EncodeLayer(t.Context(), &frame, bytes.NewReader(setuid), artifact.EncodeOptions{ChunkSize: 4 << 10})
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.attachTars(img, [][]byte{honest}, func(_ int, index []byte, diffID digest.Digest) []byte {
-		forged := bytes.Clone(frame.Bytes()[l.IndexOffset:]) // the headers of setuid, the chunks of honest
-		const tableStart, entry = 72, 48
-		copy(forged[tableStart:tableStart+l.Chunks*entry], index[tableStart:])
-		return claim(forged, diffID)
-	})
+	n.attachTars(img, [][]byte{honest}, withHeaders(t, setuid))
 	root := n.container("container", n.prepareAll(img, 0, ""))
 	if fi, err := os.Stat(filepath.Join(root, "dir/program")); err != nil || fi.Mode()&os.ModeSetuid == 0 {
 		t.Fatalf("%v, %v: the forgery shows nothing", fi, err)

@@ -134,17 +134,7 @@ func TestALieIsProvenByItsChunk(t *testing.T) {
 	copy(setuid[at+100:], "0004755\x00")
 	fixChecksum(setuid[at:])
 	img := n.push("app", honest)
-	var frame bytes.Buffer
-	l, err := artifact.EncodeLayer(t.Context(), &frame, bytes.NewReader(setuid), artifact.EncodeOptions{ChunkSize: 4 << 10})
-	if err != nil {
-		t.Fatal(err)
-	}
-	n.attachTars(img, [][]byte{honest}, func(_ int, index []byte, diffID digest.Digest) []byte {
-		forged := bytes.Clone(frame.Bytes()[l.IndexOffset:]) // the headers of setuid, the chunks of honest
-		const tableStart, entry = 72, 48
-		copy(forged[tableStart:tableStart+l.Chunks*entry], index[tableStart:])
-		return claim(forged, diffID)
-	})
+	n.attachTars(img, [][]byte{honest}, withHeaders(t, setuid))
 	n.reg.Inject(func(r *http.Request) bool { return strings.HasPrefix(r.Header.Get("Range"), "bytes=0-") }, -1, registrytest.Stall(-1))
 	root := n.container("container", n.prepareAll(img, 0, ""))
 	if b, err := os.ReadFile(filepath.Join(root, "dir/program")); !errors.Is(err, unix.EIO) {
