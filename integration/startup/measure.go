@@ -32,9 +32,11 @@ type sample struct {
 	Misses      int64   // chunks that a read waited for after the container was started; -1 is unknown
 	Containerd  float64 // seconds of processor time until the container was ready
 	Snapshotter float64
+	Serving     float64 // of the registry and the link, which have the node's cores, in that time
 	Memory      int64 // of the snapshotter when the container was ready, without what it has mapped, and at most with it; bytes
 	Peak        int64
 	Warm        float64 // overlayfs: seconds from create to ready of a second container of the image
+	Here        float64 // overlayfs: seconds from the pull of another tag of the image, all of which is on the node, to ready of a third container
 	Complete    float64 // seconds since the pull began until the node has all of the image and needs the registry no more; 0 if that was not waited for
 	Everything  float64 // seconds since the pull began until every file was read, on another fresh node; overlayfs: until it was unpacked
 }
@@ -66,11 +68,18 @@ func measure(ctx context.Context, o *origin, s *system, l *link, image string, t
 			return nil
 		}
 		m.Everything = m.Pull
-		m.Warm, err = startWarm(ctx, n, pod, l.Host+"/"+s.repository(image)+":latest", image)
+		ref := l.Host + "/" + s.repository(image)
+		if m.Warm, pod, err = startAgain(ctx, n, pod, ref+":latest", image, false); err != nil {
+			return err
+		}
+		m.Here, _, err = startAgain(ctx, n, pod, ref+":"+again, image, true)
 		return err
 	})
 	return m, err
 }
+
+// again is another tag of overlayfs' images.
+const again = "again"
 
 // waitComplete waits until the daemon has recorded that all of the one image is on the node.
 func waitComplete(ctx context.Context, n *node.Node) error {
@@ -106,6 +115,10 @@ func start(ctx context.Context, o *origin, s *system, l *link, image string, n *
 	if err != nil {
 		return m, err
 	}
+	serving, err := node.ReadUsage(os.Getpid())
+	if err != nil {
+		return m, err
+	}
 	o.Reset()
 	count := l.proxy.Count()
 	begin := time.Now()
@@ -131,6 +144,11 @@ func start(ctx context.Context, o *origin, s *system, l *link, image string, n *
 	if err != nil {
 		return m, err
 	}
+	served, err := node.ReadUsage(os.Getpid())
+	if err != nil {
+		return m, err
+	}
+	m.Serving = (served.CPU - serving.CPU).Seconds()
 	m.Bytes = l.proxy.Count().Sub(count).Down
 	requests := o.Requests()
 	m.Pull, m.Ready = pulled.Sub(begin).Seconds(), ready.Sub(begin).Seconds()
@@ -166,18 +184,23 @@ func (m *sample) count(requests []registrytest.Request, pulled, started, ready t
 	}
 }
 
-// startWarm starts another container of an image that is on the node, after the one in pod, and returns the seconds until it is ready.
-func startWarm(ctx context.Context, n *node.Node, pod *node.Pod, ref, image string) (float64, error) {
+// startAgain starts another container of an image that is on the node, after the one in pod, and returns the seconds until it is ready, from its pull if that is asked for.
+func startAgain(ctx context.Context, n *node.Node, pod *node.Pod, ref, image string, pull bool) (float64, *node.Pod, error) {
 	if _, err := n.Crictl(ctx, "rmp", "--force", pod.ID); err != nil { // it may have a port that the next one wants
-		return 0, err
+		return 0, nil, err
 	}
 	pod, err := n.RunSandbox(ctx)
 	if err != nil {
-		return 0, err
+		return 0, nil, err
 	}
 	begin := time.Now()
-	err = startIn(ctx, pod, ref, image)
-	return time.Since(begin).Seconds(), err
+	if pull {
+		err = n.Pull(ctx, ref)
+	}
+	if err == nil {
+		err = startIn(ctx, pod, ref, image)
+	}
+	return time.Since(begin).Seconds(), pod, err
 }
 
 // startIn creates and starts a container and waits until it is ready.

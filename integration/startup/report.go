@@ -159,6 +159,7 @@ func columns() []column {
 		{"after the start", 0, of(func(s sample) float64 { return float64(s.AfterStart) })},
 		{"misses", 0, func(s sample) (float64, bool) { return float64(s.Misses), s.Misses >= 0 }},
 		{"CPU, s", 2, of(func(s sample) float64 { return s.Containerd + s.Snapshotter })},
+		{"of registry and link", 2, func(s sample) (float64, bool) { return s.Serving, s.Serving > 0 }},
 		{"memory, MiB", 0, func(s sample) (float64, bool) { return float64(s.Memory) / (1 << 20), s.Memory > 0 }},
 		{"peak", 0, func(s sample) (float64, bool) { return float64(s.Peak) / (1 << 20), s.Peak > 0 }},
 		{"read everything, s", 1, everything},
@@ -189,6 +190,9 @@ func (r *results) table(w io.Writer, l *link) {
 		}
 		if f := r.floor(l, image); !math.IsNaN(f) {
 			fmt.Fprintf(w, "| %s | floor | %s | | | |  | %.1f |%s\n", image, number(f, 2), float64(r.Needed[image])/1e6, strings.Repeat(" |", len(cs)-2))
+			if h := median(r.of(l.Name, image, "overlayfs", here)); !math.IsNaN(h) {
+				fmt.Fprintf(w, "| %s | here | %s | | | %s |%s\n", image, number(h, 2), number(h/f, 2), strings.Repeat(" |", len(cs)))
+			}
 		}
 	}
 }

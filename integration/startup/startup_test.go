@@ -47,7 +47,7 @@ func twoSystems() *results {
 		Links: []*link{l}, Images: []string{"a", "b"}, Needed: map[string]int64{"a": 1e6, "b": 1e6},
 		Systems: []described{{"overlayfs", "theirs", ""}, {"none", "ours", ""}, {"later", "<ours>", "not there yet"}},
 		Samples: []sample{
-			{Link: "far", Image: "a", System: "overlayfs", Ready: 20, Pull: 19, Warm: 0.7, Misses: -1},
+			{Link: "far", Image: "a", System: "overlayfs", Ready: 20, Pull: 19, Warm: 0.7, Here: 1, Misses: -1},
 			{Link: "far", Image: "a", System: "none", Ready: 4, Pull: 1, Misses: 7},
 			{Link: "far", Image: "a", System: "none", Ready: 6, Pull: 1, Misses: 9},
 			{Link: "far", Image: "b", System: "overlayfs", Ready: 10, Pull: 9, Warm: 0.7, Misses: -1},
@@ -82,7 +82,8 @@ func TestReport(t *testing.T) {
 	}
 	for _, want := range []string{
 		"later (not there yet)", "none of b: it was late",
-		"| none | 2.0 (1.0; 3.54 floors) |",                      // 4 and 1 times faster; 2.5 and 5 floors
+		"| none | 2.0 (1.0; 3.54 floors) |", // 4 and 1 times faster; 2.5 and 5 floors
+		"| a | here | 1.00 | | | 0.50 |",
 		"| a | none | 5.00 | 4.00 to 6.00 | 4.0 | 2.50 | 1.00 |", // misses: 8
 	} {
 		if !strings.Contains(text, want) {
@@ -144,7 +145,7 @@ func TestMeasure(t *testing.T) {
 		}
 	}
 	theirs, ours := r.Samples[0], r.Samples[1]
-	if theirs.AfterPull != 0 || theirs.Warm <= 0 || theirs.Bytes < 40e6 {
+	if theirs.AfterPull != 0 || theirs.Warm <= 0 || theirs.Here <= 0 || theirs.Bytes < 40e6 {
 		t.Errorf("overlayfs: %+v", theirs)
 	}
 	if c := r.Samples[2].Complete; c <= r.Samples[2].Ready {

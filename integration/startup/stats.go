@@ -46,6 +46,9 @@ func pulled(s sample) (float64, bool) { return s.Pull, true }
 // warm is the time from create to ready of a container whose image is unpacked and in memory.
 func warm(s sample) (float64, bool) { return s.Warm, s.Warm > 0 }
 
+// here is the time from a pull to ready of a container whose image is all on the node.
+func here(s sample) (float64, bool) { return s.Here, s.Here > 0 }
+
 func completed(s sample) (float64, bool)  { return s.Complete, s.Complete > 0 }
 func everything(s sample) (float64, bool) { return s.Everything, s.Everything > 0 }
 

@@ -34,7 +34,13 @@ func systems() []*system {
 	return []*system{
 		{
 			Name: "overlayfs", What: "containerd's overlayfs snapshotter, gzip layers",
-			prepare: func(context.Context, *origin, string, string) error { return nil },
+			prepare: func(ctx context.Context, _ *origin, image, ref string) error {
+				img, err := ociimage.Built(image)
+				if err != nil {
+					return err
+				}
+				return ociimage.Push(ctx, img, strings.TrimSuffix(ref, ":latest")+":"+again)
+			},
 			node:    func(*origin, *link) node.Options { return node.Options{Pull: node.Plain} },
 			missing: nothing,
 		},
