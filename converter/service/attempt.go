@@ -111,7 +111,7 @@ func (a *attempt) tend(ctx, work context.Context, end <-chan struct{}, changes <
 		case q := <-a.asks:
 			q.reply <- a.persist(ctx, func(r *record) error {
 				r.Progress = track.progress()
-				if q.m != nil && !slices.Contains(r.Made, *q.m) {
+				if q.m != nil && !slices.ContainsFunc(r.Made, q.m.is) {
 					r.Made = append(slices.Clip(r.Made), *q.m)
 				}
 				return nil
@@ -147,7 +147,7 @@ func (a *attempt) convert(ctx context.Context, op Operation, track *tracker) out
 	if err := a.s.auto.awaitLeaving(ctx, place, op.Image); err != nil {
 		return outcome{err: err}
 	}
-	created, err := converter.Create(ctx, fenced{place, a.hold, a.regret(op, place)}, op.Digest.String(), o)
+	created, err := converter.Create(ctx, fenced{place, op.Force, a.hold, a.regret(op, place)}, op.Digest.String(), o)
 	return outcome{created: created, err: err}
 }
 
@@ -290,7 +290,7 @@ func (a *attempt) conclude(ctx context.Context, change func(*record)) error {
 // operation is ours.
 func (a *attempt) note(ctx context.Context, o outcome) error {
 	op := a.rec.Operation
-	op.Artifacts = artifacts(o.created, a.rec.Made)
+	op.Artifacts = append(artifacts(o.created, a.rec.Made), a.left(ctx, o.created)...)
 	if len(op.Artifacts) == 0 {
 		return nil
 	}
@@ -401,9 +401,29 @@ func (a *attempt) handBack(ctx context.Context, delay time.Duration) error {
 
 func artifacts(created []converter.Created, own []made) (list []Artifact) {
 	for _, c := range created {
-		m := made{c.Subject.Digest, c.Artifact.Digest}
-		existed := c.Status == converter.StatusExists && !slices.Contains(own, m)
+		m := made{Subject: c.Subject.Digest, Digest: c.Artifact.Digest}
+		existed := c.Status == converter.StatusExists && !slices.ContainsFunc(own, m.is)
 		list = append(list, Artifact{Platform: c.Platform, Subject: m.Subject, Digest: m.Digest, Existed: existed})
+	}
+	return list
+}
+
+// left returns the artifacts that the operation has attached and that no conversion tells of, because it, or its process, ended in the middle.
+func (a *attempt) left(ctx context.Context, created []converter.Created) (list []Artifact) {
+	ctx, cancel := context.WithTimeout(ctx, a.s.c.Lease/3)
+	defer cancel()
+	for _, m := range a.rec.Made {
+		if m.Platform == "" || slices.ContainsFunc(created, func(c converter.Created) bool { return c.Artifact.Digest == m.Digest }) {
+			continue
+		}
+		place, err := a.s.open(a.rec.Registry, a.rec.Repository)
+		if err != nil {
+			continue
+		}
+		if gone, err := isGone(ctx, place, m.Digest); err == nil && gone { // it was about to be
+			continue
+		}
+		list = append(list, Artifact{Platform: m.Platform, Subject: m.Subject, Digest: m.Digest})
 	}
 	return list
 }

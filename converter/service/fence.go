@@ -27,6 +27,7 @@ const regretTime = 30 * time.Second
 // write when the operation is no longer its own: it shows that it is, by a write of its record, right before.
 type fenced struct {
 	converter.Place
+	force bool // the operation replaces what is there: what takes its place is not taken away with it
 	// hold is nil if the operation is the attempt's; m, unless nil, is noted as made by it.
 	hold func(ctx context.Context, m *made) error
 	// regret undoes m, which was written when the operation may not have been the attempt's any more, if that is for this attempt to do.
@@ -62,7 +63,8 @@ func (f fenced) Delete(ctx context.Context, dgst, subject digest.Digest) error {
 	return f.Place.Delete(ctx, dgst, subject)
 }
 
-// news returns the referrer d if its subject does not have it, nor an artifact for which it is a replacement.
+// news returns the referrer d if its subject does not have it, nor an artifact for which it is a replacement. An artifact that is made beside another, which may be
+// a stranger's or be of no use, replaces none.
 func (f fenced) news(ctx context.Context, d ocispec.Descriptor, raw []byte) (*made, error) {
 	var m ocispec.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil || m.Subject == nil {
@@ -73,11 +75,15 @@ func (f fenced) news(ctx context.Context, d ocispec.Descriptor, raw []byte) (*ma
 		return nil, err
 	}
 	if slices.ContainsFunc(list, func(old ocispec.Descriptor) bool {
-		return old.Digest == d.Digest || old.ArtifactType == d.ArtifactType && d.ArtifactType == artifact.ArtifactType
+		return old.Digest == d.Digest || f.force && old.ArtifactType == d.ArtifactType && d.ArtifactType == artifact.ArtifactType
 	}) {
 		return nil, nil
 	}
-	return &made{m.Subject.Digest, d.Digest}, nil
+	is := &made{Subject: m.Subject.Digest, Digest: d.Digest}
+	if a, err := artifact.DecodeManifest(raw); err == nil {
+		is.Platform = converter.PlatformImage{Platform: a.Platform}.String()
+	}
+	return is, nil
 }
 
 // late returns a context that ends d after ctx.

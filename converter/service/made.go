@@ -68,15 +68,26 @@ func (a *auto) noteMade(ctx context.Context, m madeFor) (madeFor, error) {
 			return next, err
 		}
 		next.Asked, next.Leaving = next.Asked || m.Asked, time.Time{}
-		next.Artifacts = slices.DeleteFunc(next.Artifacts, func(old Artifact) bool {
-			return slices.ContainsFunc(m.Artifacts, func(n Artifact) bool { return n.Subject == old.Subject })
-		})
-		next.Artifacts = append(next.Artifacts, m.Artifacts...)
+		next.Artifacts = merged(next.Artifacts, m.Artifacts)
 		rev, err := setJSON(ctx, a.made, madeKey(m.Image), next, next.rev)
 		if next.rev = rev; !errors.Is(err, errContested) {
 			return next, err
 		}
 	}
+}
+
+// merged adds artifacts to those that are known of an image, in place of those of the same manifests. What an operation before has attached is the service's own,
+// although this one found it.
+func merged(known, news []Artifact) []Artifact {
+	news = slices.Clone(news)
+	for i, n := range news {
+		own := func(old Artifact) bool { return old.Subject == n.Subject && old.Digest == n.Digest && !old.Existed }
+		news[i].Existed = n.Existed && !slices.ContainsFunc(known, own)
+	}
+	known = slices.DeleteFunc(slices.Clone(known), func(old Artifact) bool {
+		return slices.ContainsFunc(news, func(n Artifact) bool { return n.Subject == old.Subject })
+	})
+	return append(known, news...)
 }
 
 // claim notes that somebody asked for what an image has already. It is false if that is being deleted, so that it is to be made again.

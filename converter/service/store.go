@@ -52,9 +52,13 @@ type record struct {
 
 // made is a referrer.
 type made struct {
-	Subject digest.Digest `json:"subject"`
-	Digest  digest.Digest `json:"digest"`
+	Subject  digest.Digest `json:"subject"`
+	Digest   digest.Digest `json:"digest"`
+	Platform string        `json:"platform,omitempty"` // of an artifact; "" of what is none
 }
+
+// is says that it is the same referrer, whatever else a record has of it.
+func (m made) is(other made) bool { return m.Subject == other.Subject && m.Digest == other.Digest }
 
 func imageKey(i Image) string {
 	sum := sha256.Sum256([]byte(i.String()))
