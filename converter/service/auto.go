@@ -67,7 +67,8 @@ type auto struct {
 	tagCounts map[repository]int   // as last listed
 	deeds     deeds
 	scans     map[repository]*scan
-	doubts    memo[string, time.Time] // that were logged
+	unread    map[repository]map[string]time.Time // tags that are listed, and since when the registry says of each that there is no such
+	doubts    memo[string, time.Time]             // that were logged
 }
 
 // repository of a registry.
@@ -89,7 +90,7 @@ func hashKey(name string) string {
 func newAuto(ctx context.Context, c Config, ops operations, bucket func(ctx context.Context, name string, ttl time.Duration) (jetstream.KeyValue, error)) (*auto, error) {
 	a := &auto{
 		ops: ops, registries: map[string]Registry{}, interval: c.Reconcile, log: c.Log,
-		viewer: newViewer(), fleet: newFleet(c.Registries), hints: map[repository]*hint{}, wake: make(chan struct{}, 1), noCatalog: map[string]string{}, tagCounts: map[repository]int{}, scans: map[repository]*scan{},
+		viewer: newViewer(), fleet: newFleet(c.Registries), hints: map[repository]*hint{}, wake: make(chan struct{}, 1), noCatalog: map[string]string{}, tagCounts: map[repository]int{}, scans: map[repository]*scan{}, unread: map[repository]map[string]time.Time{},
 		deeds: deeds{due: map[repository]int{}, passed: map[string]time.Time{}, failed: map[string]uint64{}}, audit: c.Audit,
 	}
 	for _, r := range c.Registries {

@@ -104,9 +104,6 @@ func (v *visit) takeArtifacts(ctx context.Context, m madeFor) error {
 			return err
 		}
 	}
-	if gone, err := isGone(ctx, v.p, m.Digest); !gone { // it may have been pushed again
-		return err
-	}
 	ctx, cancel := context.WithTimeout(ctx, leaveTime)
 	defer cancel()
 	d, err := v.leave(ctx, m)
@@ -114,19 +111,24 @@ func (v *visit) takeArtifacts(ctx context.Context, m madeFor) error {
 		return err
 	}
 	m = d.images[0]
+	defer func() { v.stay(ctx, m) }()
+	if gone, err := isGone(ctx, v.p, m.Digest); !gone { // it may have been pushed again
+		return err
+	}
 	stay, err := v.release(ctx, d, m, tagged, "the image is gone since "+m.Gone.Format(time.RFC3339))
 	if err != nil {
 		return err
 	}
 	// What stays goes with the last image that has it, of which nothing else may be known.
-	m.Artifacts = slices.DeleteFunc(m.Artifacts, func(made Artifact) bool { return !stay[made.Subject] })
-	if len(m.Artifacts) == 0 {
+	rest := m
+	rest.Leaving = time.Time{}
+	if rest.Artifacts = slices.DeleteFunc(slices.Clone(m.Artifacts), func(made Artifact) bool { return !stay[made.Subject] }); len(rest.Artifacts) == 0 {
 		return v.forget(ctx, m)
 	}
-	if err := v.stay(ctx, &m); err != nil {
+	if err := v.a.setMade(ctx, &rest); err != nil {
 		return err
 	}
-	v.made[m.Digest] = m
+	v.made[m.Digest] = rest
 	return v.forgetTags(ctx, m.Digest)
 }
 

@@ -196,7 +196,8 @@ func (a *auto) scanOf(r repository) *scan {
 // long.
 func (v *visit) addTag(ctx context.Context, to map[digest.Digest]bool, t *seenTag) (known bool, err error) {
 	gone := false
-	if !v.listed[t.Tag] { // what it had is remembered, and no sign that it is there
+	passed := v.passed[t.Tag]
+	if !v.listed[t.Tag] || !passed.IsZero() { // what it had is remembered, and no sign that it is there
 		if gone, err = isGone(ctx, v.p, t.Digest); err != nil {
 			return false, err
 		}
@@ -204,7 +205,7 @@ func (v *visit) addTag(ctx context.Context, to map[digest.Digest]bool, t *seenTa
 	if !gone {
 		return v.addManifests(ctx, to, t.Digest)
 	}
-	for _, since := range []time.Time{t.Missing, v.made[t.Digest].Gone} {
+	for _, since := range []time.Time{t.Missing, v.made[t.Digest].Gone, passed} {
 		known = known || !since.IsZero() && time.Since(since) >= notYet
 	}
 	return known, nil

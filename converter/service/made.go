@@ -90,24 +90,30 @@ func merged(known, news []Artifact) []Artifact {
 	return append(known, news...)
 }
 
-// claim notes that somebody asked for what an image has already. It is false if that is being deleted, so that it is to be made again.
-func (a *auto) claim(ctx context.Context, r Request) (has bool, err error) {
+// claim notes that what an image has already is asked for. It is false if that is being deleted, or was since known was read, so that it is to be made again. Who
+// is about to delete it knows by the record's revision, which changes also if a push is the reason and nothing else is to be noted.
+func (a *auto) claim(ctx context.Context, r Request, known madeFor) (has bool, err error) {
 	for {
 		m, err := a.getMade(ctx, r.Image)
 		if err != nil {
 			return true, err
 		}
-		if !m.Leaving.IsZero() {
+		if m.isLeaving() || m.rev == 0 && known.rev != 0 {
 			return false, nil
 		}
-		if m.rev == 0 || m.Asked || r.pushed() {
+		if m.rev == 0 {
 			return true, nil
 		}
-		m.Asked = true
+		m.Asked = m.Asked || !r.pushed()
 		if _, err = setJSON(ctx, a.made, madeKey(r.Image), m, m.rev); !errors.Is(err, errContested) {
 			return true, err
 		}
 	}
+}
+
+// isLeaving says that m's artifacts are being deleted. Who deletes them ends within leaveTime, or died.
+func (m madeFor) isLeaving() bool {
+	return !m.Leaving.IsZero() && time.Since(m.Leaving).Abs() < time.Hour // whatever the clocks are
 }
 
 // departure is of images whose artifacts are being deleted.
@@ -118,24 +124,31 @@ type departure struct {
 }
 
 // leave notes of images that their artifacts are being deleted, and finds out then what others need of them. Left out are those of which somebody has noted something
-// else since they were read, and those that are being converted. Who converts what has a manifest in common from now on waits, see awaitLeaving.
-func (v *visit) leave(ctx context.Context, list ...madeFor) (*departure, error) {
-	d := &departure{used: map[digest.Digest]bool{}}
+// else since they were read, and those that are being converted. Who converts what has a manifest in common from now on waits, see awaitLeaving. Who calls it has
+// what is not deleted stay.
+func (v *visit) leave(ctx context.Context, list ...madeFor) (d *departure, err error) {
+	d = &departure{used: map[digest.Digest]bool{}}
+	defer func() {
+		if err != nil {
+			v.stay(ctx, d.images...)
+			d = &departure{}
+		}
+	}()
 	for _, m := range list {
 		m.Leaving = now()
 		rev, err := setJSON(ctx, v.a.made, madeKey(m.Image), m, m.rev)
 		if errors.Is(err, errContested) {
 			continue
 		}
-		if err != nil {
-			return nil, err
-		}
 		m.rev = rev
-		d.images = append(d.images, m)
+		d.images = append(d.images, m) // or it may have been noted
+		if err != nil {
+			return d, err
+		}
 	}
 	ops, err := v.a.ops.Operations(ctx, Filter{Registry: v.r.registry, Repository: v.r.name, States: []State{NotStarted, Running}, Limit: math.MaxInt})
 	if err != nil {
-		return nil, err
+		return d, err
 	}
 	for _, op := range ops {
 		i := slices.IndexFunc(d.images, func(m madeFor) bool { return m.Digest == op.Digest })
@@ -143,29 +156,44 @@ func (v *visit) leave(ctx context.Context, list ...madeFor) (*departure, error) 
 			continue // it is being cancelled
 		}
 		known, err := v.addManifests(ctx, d.used, op.Digest)
-		if err != nil || !known {
-			for _, m := range d.images {
-				err = errors.Join(err, v.stay(ctx, &m))
-			}
-			return &departure{}, err
+		if err != nil {
+			return d, err
+		}
+		if !known {
+			v.stay(ctx, d.images...)
+			return &departure{}, nil
 		}
 	}
-	for _, m := range d.images {
-		if d.used[m.Digest] && m.Gone.IsZero() {
-			err = errors.Join(err, v.stay(ctx, &m))
+	d.images = slices.DeleteFunc(d.images, func(m madeFor) bool {
+		stays := d.used[m.Digest] && m.Gone.IsZero()
+		if stays {
+			v.stay(ctx, m)
 		}
-	}
-	d.images = slices.DeleteFunc(d.images, func(m madeFor) bool { return d.used[m.Digest] && m.Gone.IsZero() })
-	if err == nil {
-		d.all, err = v.a.madeIn(ctx, v.r)
-	}
+		return stays
+	})
+	d.all, err = v.a.madeIn(ctx, v.r)
 	return d, err
 }
 
-// stay notes that artifacts of m are not being deleted any more.
-func (v *visit) stay(ctx context.Context, m *madeFor) error {
-	m.Leaving = time.Time{}
-	return v.a.setMade(ctx, m)
+// stay notes of images that their artifacts are not being deleted any more, whatever has kept them from it. What cannot be noted now is by a visit later.
+func (v *visit) stay(ctx context.Context, list ...madeFor) {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeDeadline)
+	defer cancel()
+	for _, was := range list {
+		if was.Leaving.IsZero() {
+			continue
+		}
+		m, err := v.a.getMade(ctx, was.Image)
+		if err == nil && m.Leaving.Equal(was.Leaving) && m.rev != 0 {
+			m.Leaving = time.Time{}
+			if err = v.a.setMade(ctx, &m); err == nil {
+				v.made[m.Digest] = m
+			}
+		}
+		if err != nil {
+			v.a.log.Warn("that artifacts are not being deleted any more cannot be noted", "image", was.Image.String(), "error", err)
+		}
+	}
 }
 
 // awaitLeaving waits until no artifact is being deleted that an image may have in common with another: what is found there would be gone a moment later. Who
@@ -178,7 +206,7 @@ func (a *auto) awaitLeaving(ctx context.Context, p converter.Place, i Image) err
 		if err != nil {
 			return err
 		}
-		maps.DeleteFunc(all, func(_ digest.Digest, m madeFor) bool { return m.Leaving.IsZero() || time.Since(m.Leaving) > time.Hour }) // whatever the clocks are
+		maps.DeleteFunc(all, func(_ digest.Digest, m madeFor) bool { return !m.isLeaving() })
 		if len(all) > 0 && manifests == nil {
 			if manifests, err = converter.Manifests(ctx, p, i.Digest.String()); err != nil {
 				return err // Create would meet it, too

@@ -288,30 +288,29 @@ func (v *visit) check(ctx context.Context, listed []string) (again []*seenTag, e
 			return nil, err
 		}
 	}
-	err = v.each(ctx, window(known, visitChecks), func(ctx context.Context, t *seenTag) error {
+	err = v.each(ctx, v.unreadFirst(window(known, len(known))), func(ctx context.Context, t *seenTag) error {
 		if t.State == stateDue {
 			return nil
 		}
-		d, err := v.p.Resolve(ctx, t.Tag)
-		if errors.Is(err, converter.ErrNotFound) {
-			return nil // deleted since it was listed
+		d, err := v.resolve(ctx, t.Tag)
+		if errors.Is(err, ErrNotFound) {
+			return nil // deleted since it was listed, or see passOver
 		}
 		if err != nil {
-			return placeError(err)
+			return err
 		}
 		v.mu.Lock()
 		defer v.mu.Unlock()
-		v.named[t.Tag] = d.Digest
 		switch {
-		case t.Digest != "" && t.Digest != d.Digest:
+		case t.Digest != "" && t.Digest != d:
 			t.due(v.began)
 			t.Source, t.By = "", ""
 			again = append(again, t)
 			return nil
-		case t.Digest == d.Digest && t.Missing.IsZero():
+		case t.Digest == d && t.Missing.IsZero():
 			return nil
 		}
-		t.Digest, t.Missing = d.Digest, time.Time{}
+		t.Digest, t.Missing = d, time.Time{}
 		if err := v.a.setTag(ctx, v.r, t); !errors.Is(err, errContested) {
 			return err
 		}

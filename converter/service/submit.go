@@ -42,11 +42,15 @@ func (s *Service) Submit(ctx context.Context, r Request) (op Operation, existed 
 		if ongoing || err != nil {
 			return last, ongoing, err
 		}
+		made, err := s.auto.getMade(ctx, r.Image)
+		if err != nil {
+			return op, false, err
+		}
 		if err := s.plan(ctx, place, r, platforms); err != nil {
 			has := true
 			if errors.Is(err, ErrExists) {
 				var claimed error
-				has, claimed = s.auto.claim(ctx, r)
+				has, claimed = s.auto.claim(ctx, r, made)
 				err = errors.Join(err, claimed)
 			}
 			if has {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -46,16 +47,18 @@ type visit struct {
 	tags     map[string]*seenTag
 
 	scanned bool
+	passed  map[string]time.Time // by keep, since when they cannot be read
 
 	mu     sync.Mutex               // guards tags, too, while several are looked at
 	listed map[string]bool          // tags; nil until they are listed
 	named  map[string]digest.Digest // what tags name that were asked for
+	unread map[string]bool          // tags that were asked for, and of which the registry says that there is no such
 	used   map[digest.Digest]bool   // see tagged: nil if nobody knows, once they were scanned
 }
 
 // visit begins a look at a repository. Of an inactive one the tags are not read.
 func (a *auto) visit(ctx context.Context, r repository) (*visit, error) {
-	v := &visit{a: a, r: r, began: now(), named: map[string]digest.Digest{}}
+	v := &visit{a: a, r: r, began: now(), named: map[string]digest.Digest{}, unread: map[string]bool{}}
 	list, _, err := a.readSettings(ctx, r.registry)
 	if err != nil {
 		return nil, err
@@ -65,6 +68,11 @@ func (a *auto) visit(ctx context.Context, r repository) (*visit, error) {
 	}
 	if v.made, err = a.madeIn(ctx, r); err != nil {
 		return nil, err
+	}
+	for _, m := range v.made {
+		if !m.isLeaving() { // whose process died
+			v.stay(ctx, m)
+		}
 	}
 	if v.settings = countingFor(list, r); !v.settings.Active {
 		return v, nil
@@ -107,6 +115,7 @@ func (v *visit) list(ctx context.Context) ([]string, error) {
 	}
 	v.a.mu.Lock()
 	v.a.tagCounts[v.r] = len(tags)
+	maps.DeleteFunc(v.a.unread[v.r], func(tag string, _ time.Time) bool { return !v.listed[tag] })
 	v.a.mu.Unlock()
 	return tags, nil
 }
@@ -260,18 +269,15 @@ func (v *visit) each(ctx context.Context, tags []*seenTag, f func(ctx context.Co
 
 // examine finds out what a tag names. Nil says that it names nothing: t is not due any more, or is to be examined again.
 func (v *visit) examine(ctx context.Context, t *seenTag) (*candidate, error) {
-	d, err := v.p.Resolve(ctx, t.Tag)
-	if errors.Is(err, converter.ErrNotFound) {
+	d, err := v.resolve(ctx, t.Tag)
+	if errors.Is(err, ErrNotFound) {
 		return nil, v.absent(ctx, t)
 	}
 	if err != nil {
-		return nil, placeError(err)
+		return nil, err
 	}
-	c := &candidate{t: t, image: v.r.image(d.Digest)}
-	v.mu.Lock()
-	v.named[t.Tag] = d.Digest
-	v.mu.Unlock()
-	if d.Digest == t.Digest { // whoever told that it was pushed to, it was not
+	c := &candidate{t: t, image: v.r.image(d)}
+	if d == t.Digest { // whoever told that it was pushed to, it was not
 		t.Pushed = t.Was
 		if !t.Anew {
 			return c, nil
