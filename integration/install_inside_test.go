@@ -244,6 +244,16 @@ func (h *hosted) notInstalled(after string) {
 	if out, _ := tryRun(h.T, "systemctl", "is-active", node.Unit); !strings.HasPrefix(out, "inactive") {
 		h.Errorf("%s: the daemon is %s", after, out)
 	}
+	h.noneFailed(after)
+}
+
+// noneFailed: an operator who asks systemd what has failed is not told of our units.
+func (h *hosted) noneFailed(after string) {
+	h.Helper()
+	if out := h.must("systemctl", "list-units", "--failed", "--plain", "--no-legend", node.Unit+"*"); out != "" {
+		journal, _ := tryRun(h.T, "journalctl", "--no-pager", "-n", "50", "-u", node.Unit, "-u", keeperUnit)
+		h.Errorf("%s: failed is %s\n%s", after, out, journal)
+	}
 }
 
 // interruptedInstall is interrupted while it restarts containerd, and puts everything back itself.
@@ -595,12 +605,13 @@ func (h *hosted) uninstalled() {
 	if out, _ := tryRun(h.T, "systemctl", "is-active", node.Unit, keeperUnit); strings.Contains("\n"+out, "\nactive") {
 		h.Errorf("what was uninstalled runs:\n%s", out)
 	}
+	h.noneFailed("uninstall")
 	if out := h.ctr("plugins", "ls"); regexp.MustCompile(`io\.containerd\.snapshotter\.v1\s+` + node.Snapshotter + `\s`).MatchString(out) {
 		h.Errorf("containerd has the snapshotter:\n%s", out)
 	}
 }
 
-// uninstallAtAnyPrice: the registry is away for good, and somebody has changed what install has written.
+// uninstallAtAnyPrice: the registry is away for good, somebody has changed what install has written, and the daemon ends as it should not when its unit's file is gone.
 func (h *hosted) uninstallAtAnyPrice(registry string) {
 	h.Helper()
 	unit := filepath.Join("/etc/systemd/system", node.Unit+".service")
@@ -618,8 +629,12 @@ func (h *hosted) uninstallAtAnyPrice(registry string) {
 	h.fails(unit+": changed since the install", node.InstalledPath, "uninstall", "--drop-images")
 	h.fails("would not run any more", node.InstalledPath, "uninstall", "--discard-changes")
 	h.asInstalled(installed, "refused uninstall")
-	if out := h.must(node.InstalledPath, "uninstall", "--drop-images", "--discard-changes"); !strings.Contains(out, "leave "+configOfInstall) || !strings.Contains(out, "have to be pulled again") {
-		h.Errorf("uninstall at any price says\n%s", out)
+	crash := fmt.Sprintf("systemctl daemon-reload; systemctl cat %[1]s || systemctl kill -s ABRT %[1]s; %[2]s", node.Unit, restartContainerd)
+	out := h.must(node.InstalledPath, "uninstall", "--drop-images", "--discard-changes", "--restart-containerd", crash)
+	for _, want := range []string{"leave " + configOfInstall, "have to be pulled again", node.Unit + ".service did not end as it should (exit-code)"} {
+		if !strings.Contains(out, want) {
+			h.Errorf("uninstall at any price says nothing of %q:\n%s", want, out)
+		}
 	}
 	back()
 	if b, err := os.ReadFile(configOfInstall); err != nil || !strings.HasSuffix(string(b), "# changed\n") {

@@ -139,16 +139,28 @@ func (s *systemd) stop(ctx context.Context, all bool) error {
 	}
 	var errs []error
 	for _, u := range []string{unit, keeperUnit} {
-		if u != unit && !all || s.show(ctx, u, "LoadState") != "loaded" && ended(u) {
-			continue // systemd does not stop a unit that it does not know; one whose file is gone it knows for as long as that runs
+		if u != unit && !all {
+			continue
 		}
-		err := run(ctx, "systemctl", "stop", u)
-		if err == nil && !ended(u) {
-			err = fmt.Errorf("%s was stopped, and is %q", u, s.show(ctx, u, "ActiveState"))
+		if s.show(ctx, u, "LoadState") == "loaded" || !ended(u) { // systemd does not stop a unit that it does not know; one whose file is gone it knows for as long as that runs
+			err := run(ctx, "systemctl", "stop", u)
+			if err == nil && !ended(u) {
+				err = fmt.Errorf("%s was stopped, and is %q", u, s.show(ctx, u, "ActiveState"))
+			}
+			errs = append(errs, err)
 		}
-		errs = append(errs, err)
+		errs = append(errs, s.forgetFailed(ctx, u))
 	}
 	return errors.Join(errs...)
+}
+
+// forgetFailed says that a unit has not ended as it should. systemd would list it as failed until it is started again, which of one whose file is gone is never.
+func (s *systemd) forgetFailed(ctx context.Context, unit string) error {
+	if s.show(ctx, unit, "ActiveState") != "failed" {
+		return nil
+	}
+	fmt.Fprintf(s.o.Out, "%s did not end as it should (%s): journalctl -u %s says why\n", unit, s.show(ctx, unit, "Result"), unit)
+	return run(ctx, "systemctl", "reset-failed", unit)
 }
 
 func (s *systemd) restartContainerd(unit string) []string {
