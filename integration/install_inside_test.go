@@ -230,11 +230,35 @@ func (h *hosted) failsSecond() string {
 	return fmt.Sprintf("if test -e %s; then %s; fi; touch %s; %s", mark, h.once("exit 7", "true"), mark, restartContainerd)
 }
 
-// failedInstall: containerd that does not come back, once, puts everything back.
+// failedInstall: a daemon that does not start leaves containerd's files alone, and containerd that does not come back, once, puts everything back.
 func (h *hosted) failedInstall(install []string) {
 	h.Helper()
+	untouched := h.ofContainerd()
+	h.fails("systemctl restart "+node.Unit, append([]string{"/opt/" + brokenRelease}, install...)...)
+	h.notInstalled("an install whose daemon does not start")
+	if is := h.ofContainerd(); is != untouched {
+		h.Errorf("an install whose daemon does not start has touched containerd's files:\n%sbecame\n%s", untouched, is)
+	}
 	h.fails("exit status 7", append([]string{newProgram}, append(install, "--restart-containerd", h.once("exit 7", restartContainerd))...)...)
 	h.notInstalled("failed install")
+}
+
+// ofContainerd tells whether anybody has made, replaced or changed a file of containerd's configuration.
+func (h *hosted) ofContainerd() (list string) {
+	h.Helper()
+	for path := range h.files() {
+		var st unix.Stat_t
+		if !strings.HasPrefix(path+"/", "/etc/containerd/") {
+			continue
+		}
+		if err := unix.Lstat(path, &st); err != nil {
+			h.Fatal(err)
+		}
+		list += fmt.Sprintf("%s: inode %d, changed %v\n", path, st.Ino, st.Ctim)
+	}
+	lines := strings.SplitAfter(list, "\n")
+	slices.Sort(lines)
+	return strings.Join(lines, "")
 }
 
 func (h *hosted) notInstalled(after string) {

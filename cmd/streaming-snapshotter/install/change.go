@@ -1,6 +1,7 @@
 package install
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,6 +39,12 @@ func regular(path string, mode uint32, data []byte) file {
 // same reports whether both have the same content, mode and owner.
 func (f file) same(g file) bool {
 	return f.Absent == g.Absent && f.Link == g.Link && f.Mode == g.Mode && f.UID == g.UID && f.GID == g.GID && f.Digest == g.Digest
+}
+
+// untouched reports whether what is at f.Path is all that f says.
+func (f file) untouched() bool {
+	is, err := readFile(f.Path)
+	return err == nil && is.same(f) && is.Time.Equal(f.Time) && maps.EqualFunc(is.Xattrs, f.Xattrs, bytes.Equal)
 }
 
 // readFile reads what is at path, which may be nothing. Directories and devices are errors.
@@ -103,7 +110,7 @@ func (f file) put() error {
 			return err
 		}
 	}
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
+	if err := f.tidy(); err != nil {
 		return err
 	}
 	if f.Absent {
@@ -125,6 +132,14 @@ func (f file) put() error {
 		return err
 	}
 	return SyncDir(dir)
+}
+
+// tidy removes what a put that was cut short has left.
+func (f file) tidy() error {
+	if err := os.Remove(temporary(f.Path)); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
+		return err
+	}
+	return nil
 }
 
 func (f file) write(path string) error {
@@ -298,16 +313,30 @@ func (s *store) undo() error {
 	return s.putBack(s.Change.Before)
 }
 
+// putBack leaves alone what is as it was: who watches it sees nothing, and a full disk takes it. What fails is tried once more, after the rest has made room.
 func (s *store) putBack(files []file) error {
-	var errs []error
-	for _, f := range slices.Backward(files) {
-		f, err := s.load(f)
-		if err == nil {
-			err = f.put()
+	var err error
+	for range 2 {
+		var errs []error
+		for _, f := range slices.Backward(files) {
+			errs = append(errs, s.putBackOne(f))
 		}
-		errs = append(errs, err)
+		if err = errors.Join(errs...); err == nil {
+			break
+		}
 	}
-	return errors.Join(append(errs, removeDirs(s.Change.Dirs))...)
+	return errors.Join(err, removeDirs(s.Change.Dirs))
+}
+
+func (s *store) putBackOne(f file) error {
+	f, err := s.load(f)
+	if err != nil {
+		return err
+	}
+	if f.untouched() {
+		return f.tidy()
+	}
+	return f.put()
 }
 
 // release puts containerd's files back, and leaves the rest of the change as it is. It can be done again.

@@ -291,7 +291,8 @@ func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
 			err = in.failed(ctx, err, restarted)
 		}
 	}()
-	if err := apply(ctx, p.files); err != nil {
+	own, theirs := p.files[:len(p.files)-p.theirs], p.files[len(p.files)-p.theirs:]
+	if err := apply(ctx, own); err != nil {
 		return err
 	}
 	if p.daemon {
@@ -301,6 +302,9 @@ func (in *installer) carryOut(ctx context.Context, p plan) (err error) {
 		if err := until(ctx, "the daemon", in.o.Ready); err != nil {
 			return err
 		}
+	}
+	if err := apply(ctx, theirs); err != nil { // containerd may be started by anybody, and finds the daemon then
+		return err
 	}
 	if p.restart != nil {
 		restarted = true

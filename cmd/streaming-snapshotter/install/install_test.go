@@ -292,7 +292,16 @@ func TestCutShort(t *testing.T) {
 			t.Fatal(err)
 		}
 		was := treeOf(t, host)
+		inode := func(f file) uint64 {
+			var st unix.Stat_t
+			_ = unix.Lstat(f.Path, &st) // or there is none
+			return st.Ino
+		}
 		files := change(host)
+		var inodes []uint64
+		for _, f := range files {
+			inodes = append(inodes, inode(f))
+		}
 		reopen := func() *store {
 			s, err := openStore(state)
 			if err != nil {
@@ -325,12 +334,55 @@ func TestCutShort(t *testing.T) {
 		if is := treeOf(t, host); !reflect.DeepEqual(is, was) {
 			t.Errorf("after %d files\n%v\nbecame\n%v", cut, was, is)
 		}
+		for i, f := range files {
+			if i >= cut && !strings.Contains(f.Path, "/sub/") && inode(f) != inodes[i] {
+				t.Errorf("after %d files another file is at %s, which was not changed", cut, f.Path)
+			}
+		}
 		if err := reopen().forget(); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := os.Lstat(state); !errors.Is(err, fs.ErrNotExist) {
 			t.Errorf("the record is left: %v", err)
 		}
+	}
+}
+
+// TestUndoOnFullDisk: what was changed is put back where there is no room for it before what was added is gone, and what was not changed takes none.
+func TestUndoOnFullDisk(t *testing.T) {
+	needRoot(t)
+	host := t.TempDir()
+	if err := unix.Mount("test", host, "tmpfs", 0, "size=400k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { unix.Unmount(host, unix.MNT_DETACH) })
+	at := func(name string) string { return filepath.Join(host, name) }
+	big := func(text string) []byte { return []byte(strings.Repeat(text, 100_000/len(text))) }
+	for _, name := range []string{"changed", "not changed"} {
+		if err := os.WriteFile(at(name), big("old"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	was := treeOf(t, host)
+	s, err := openStore(filepath.Join(t.TempDir(), "state"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	files := []file{regular(at("added"), 0o755, big("new")), regular(at("changed"), 0o644, big("new")), regular(at("not changed"), 0o644, big("new"))}
+	if err := errors.Join(s.begin(files, noted), apply(t.Context(), files[:2])); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(at("of others"), make([]byte, 1<<20), 0o644); !errors.Is(err, unix.ENOSPC) {
+		t.Fatal(err)
+	}
+	if err := s.undo(); err != nil {
+		t.Error(err)
+	}
+	if err := os.Remove(at("of others")); err != nil {
+		t.Error(err)
+	}
+	if is := treeOf(t, host); !reflect.DeepEqual(is, was) {
+		t.Error("not all is as it was")
 	}
 }
 
