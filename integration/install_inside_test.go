@@ -730,5 +730,23 @@ func afterReboot(t *testing.T, c installTest, before rebootState) {
 	h.remove(w)
 	host, _, _ := strings.Cut(c.App, "/")
 	h.refusedUninstall(host)
+	h.editedByHand()
 	h.uninstall(c.App, c.Other)
+}
+
+// editedByHand: what others write into containerd's main file stays there, also where install has.
+func (h *hosted) editedByHand() {
+	h.Helper()
+	const path, text = "/etc/containerd/config.toml", "# by hand\n[timeouts]\n  \"io.containerd.timeout.task.state\" = \"3s\"\n"
+	w, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		h.Fatal(err)
+	}
+	_, err = w.WriteString(text)
+	if err := errors.Join(err, w.Close()); err != nil {
+		h.Fatal(err)
+	}
+	f := h.was[path]
+	f.Content, f.Time = append(slices.Clip(f.Content), text...), h.files()[path].Time
+	h.was[path] = f
 }

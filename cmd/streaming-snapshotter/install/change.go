@@ -275,6 +275,14 @@ func (s *store) begin(files []file, c change) error {
 			}
 		}
 	}
+	for _, f := range files[len(files)-c.Theirs:] { // for takeBack
+		if f.Digest == "" {
+			continue
+		}
+		if err := regular(s.path(f.Digest.Encoded()), 0o600, f.data).put(); err != nil {
+			return err
+		}
+	}
 	slices.Sort(c.Dirs)
 	r := s.record
 	r.Change = &c
@@ -420,7 +428,7 @@ func (s *store) commit() error {
 // sweep removes contents that nothing refers to.
 func (s *store) sweep() error {
 	keep := map[string]bool{"record.json": true}
-	for _, f := range s.Before {
+	for _, f := range slices.Concat(s.Before, s.Installed) { // of the latter, containerd's are here
 		if f.Digest != "" {
 			keep[f.Digest.Encoded()] = true
 		}

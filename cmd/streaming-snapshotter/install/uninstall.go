@@ -22,6 +22,7 @@ import (
 type removal struct {
 	files   []file // as they were
 	kept    []string
+	merged  []string // of files: as others have made them, without what install has written
 	restart []string
 	name    string // of the snapshotter; "" if containerd does not have it any more
 	before  string // the snapshotter that CRI pulls with then
@@ -104,9 +105,6 @@ func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r remo
 	if in.c, err = in.o.Containerd(); err != nil {
 		return r, err
 	}
-	if err := in.filesBefore(&r); err != nil {
-		return r, err
-	}
 	dump, err := in.dump(ctx, nil)
 	if err != nil {
 		return r, err
@@ -119,9 +117,9 @@ func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r remo
 	if r.name = found.Snapshotter; r.name == "" && slices.Contains(loaded, Name) {
 		r.name = Name // its file was put back by others, and it was not restarted since
 	}
-	before, err := in.dump(ctx, r.files)
+	before, err := in.filesBefore(ctx, &r, dump, found)
 	if err != nil {
-		return r, fmt.Errorf("containerd cannot read its configuration as it was before the install: %w", err)
+		return r, err
 	}
 	if r.before, err = snapshotterOf(before); err != nil {
 		return r, err
@@ -157,37 +155,86 @@ func (in *installer) planRemoval(ctx context.Context, cl *client.Client) (r remo
 			return r, err
 		}
 		if len(r.retire.files) > 0 {
-			r.retire.restart = r.restart
+			r.retire.theirs, r.retire.restart = len(r.retire.files), r.restart
 		}
 	}
 	r.images, err = imagesOf(ctx, cl, r.name, r.before)
 	return r, err
 }
 
-// filesBefore finds what to put back. What others have changed since is not overwritten, unless they say so.
-func (in *installer) filesBefore(r *removal) error {
+// filesBefore finds what to put back, and returns what containerd's configuration comes to then. What others have changed since is not overwritten, unless they say so; of containerd's
+// main file, where they may have written anything, what install has written there is taken out, if that changes nothing else.
+func (in *installer) filesBefore(ctx context.Context, r *removal, now []byte, found traps.Found) ([]byte, error) {
 	var changed []string
 	for _, was := range in.s.Before {
 		is, err := readFile(was.Path)
 		if err != nil {
-			return err
+			return nil, err
+		}
+		if was, err = in.s.load(was); err != nil {
+			return nil, err
 		}
 		if i := slices.IndexFunc(in.s.Installed, func(f file) bool { return f.Path == was.Path }); i >= 0 && !is.same(in.s.Installed[i]) && !is.same(was) {
 			if was.Path == in.o.ConfigFile {
 				r.kept = append(r.kept, was.Path)
 				continue
 			}
+			if merged, ok := in.withoutOurs(was, in.s.Installed[i], is); ok {
+				r.files, r.merged = append(r.files, merged), append(r.merged, was.Path)
+				continue
+			}
 			changed = append(changed, was.Path)
-		}
-		if was, err = in.s.load(was); err != nil {
-			return err
 		}
 		r.files = append(r.files, was)
 	}
 	if len(changed) > 0 && !in.o.DiscardChanges {
-		return fmt.Errorf("nothing was changed: %s: changed since the install; take the change back, or give --discard-changes", strings.Join(changed, ", "))
+		return nil, changedSince(changed, "take the change back")
 	}
-	return nil
+	before, err := in.dump(ctx, r.files)
+	if err != nil && len(r.merged) == 0 {
+		return nil, fmt.Errorf("containerd cannot read its configuration as it was before the install: %w", err)
+	}
+	if err == nil && len(r.merged) > 0 {
+		err = onlyOurs(now, before, found)
+	}
+	if err != nil {
+		return nil, changedSince(r.merged, fmt.Sprintf("what install has written there cannot be taken out by itself (%v): take the change back", err))
+	}
+	return before, nil
+}
+
+func changedSince(paths []string, what string) error {
+	return fmt.Errorf("nothing was changed: %s: changed since the install; %s, or give --discard-changes", strings.Join(paths, ", "), what)
+}
+
+// withoutOurs is containerd's main file as others have made it, without what install has written there.
+func (in *installer) withoutOurs(was, installed, is file) (file, bool) {
+	if was.Path != in.c.Config || in.o.DiscardChanges || was.Digest == "" || is.Digest == "" {
+		return is, false
+	}
+	ours, err := in.s.load(installed)
+	if err != nil { // an older release has kept none
+		return is, false
+	}
+	text, ok := takeBack(was.data, ours.data, is.data)
+	merged := regular(is.Path, is.Mode, text)
+	merged.UID, merged.GID, merged.Time, merged.Xattrs = is.UID, is.GID, is.Time, is.Xattrs
+	return merged, ok
+}
+
+// onlyOurs is an error that says what differs in two of containerd's configurations beside what is said of the snapshotter.
+func onlyOurs(now, before []byte, found traps.Found) error {
+	var u use
+	for _, name := range found.Uses {
+		if handler, ok := strings.CutPrefix(name, "runtime "); ok {
+			u.runtime = handler
+		}
+	}
+	lost, err := otherChanges(before, now, u) // tables that are there on the later side only are looked into
+	if err == nil && len(lost) > 0 {
+		err = fmt.Errorf("that would change %s, too", strings.Join(lost, ", "))
+	}
+	return err
 }
 
 // snapshotterOf returns the one that CRI pulls with.
@@ -230,6 +277,9 @@ func (in *installer) announceRemoval(r removal) error {
 		if !is.same(f) {
 			printChange(in.o.Out, is, f)
 		}
+	}
+	for _, path := range r.merged {
+		fmt.Fprintf(in.o.Out, "keep what others have changed in %s\n", path)
 	}
 	for _, path := range r.kept {
 		fmt.Fprintf(in.o.Out, "leave %s, which was changed since the install\n", path)
