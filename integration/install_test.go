@@ -214,7 +214,27 @@ func (h *hosted) compare(was, is map[string]hostFile, after string) {
 
 func (h *hosted) must(args ...string) string {
 	h.Helper()
-	return run(h.T, args...)
+	out := run(h.T, args...)
+	h.endedWell(args, out)
+	return out
+}
+
+// badEnd is what a command says of a daemon that it has stopped, and that has failed then.
+const badEnd = "did not end as it should"
+
+// endedWell: a daemon that works ends with success when it is stopped, whatever it is about.
+func (h *hosted) endedWell(args []string, out string) {
+	h.Helper()
+	if strings.Contains(out, badEnd) && args[0] != "/opt/"+brokenRelease {
+		h.Errorf("%q says\n%s\n%s", args, out, h.journal())
+	}
+}
+
+// journal is the end of what our units and systemd say of them.
+func (h *hosted) journal() string {
+	h.Helper()
+	out, _ := tryRun(h.T, "journalctl", "--no-pager", "-n", "100", "-u", node.Unit, "-u", keeperUnit)
+	return out
 }
 
 func (h *hosted) ctr(args ...string) string {
@@ -243,7 +263,9 @@ func (h *hosted) containerd() string {
 // fails runs a command that must fail with a text.
 func (h *hosted) fails(want string, args ...string) {
 	h.Helper()
-	if out, err := tryRun(h.T, args...); err == nil || !strings.Contains(err.Error(), want) {
+	out, err := tryRun(h.T, args...)
+	if err == nil || !strings.Contains(err.Error(), want) {
 		h.Errorf("%q: got %v, want %q\n%s", args, err, want, out)
 	}
+	h.endedWell(args, out)
 }
