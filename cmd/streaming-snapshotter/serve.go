@@ -366,7 +366,7 @@ func serveNode(ctx context.Context, c config, n *node, sn *snapshot.Snapshotter,
 		defer hurry.Stop()
 		server.GracefulStop()
 	}()
-	if err := server.Serve(l); err != nil {
+	if err := server.Serve(l); err != nil && !errors.Is(err, grpc.ErrServerStopped) { // a stop that came before it is no failure
 		return fmt.Errorf("serve %s: %w", c.Address, err)
 	}
 	<-stopped
