@@ -230,9 +230,7 @@ func (s *Kubernetes) list(ctx context.Context, fresh time.Duration) error {
 	pods := make([]pod, len(items))
 	for i, item := range items {
 		p, namespace := &pods[i], item.Metadata.Namespace
-		for _, r := range item.Spec.ImagePullSecrets {
-			p.refs = append(p.refs, object{secrets, namespace, r.Name})
-		}
+		p.refs = secretsOf(namespace, item.Spec.ImagePullSecrets)
 		if name := item.Spec.ServiceAccountName; name != "" {
 			p.refs = append(p.refs, object{serviceAccounts, namespace, name})
 		}
@@ -276,6 +274,16 @@ func newest(former [][]object, refs []object) (list [][]object) {
 	return list
 }
 
+// secretsOf are those of a namespace that are referred to by names that secrets can have: of others the API server does not say a word to whoever writes them, and the kubelet takes none.
+func secretsOf(namespace string, refs []struct{ Name string }) (list []object) {
+	for _, r := range refs {
+		if kubeapi.IsName(r.Name) {
+			list = append(list, object{secrets, namespace, r.Name})
+		}
+	}
+	return list
+}
+
 // get gets o into s.got. What is gone or forbidden goes from there, and what cannot be asked for stays.
 func (s *Kubernetes) get(ctx context.Context, o object) error {
 	s.mu.Lock()
@@ -298,9 +306,7 @@ func (s *Kubernetes) get(ctx context.Context, o object) error {
 	if err != nil && !refused {
 		return fmt.Errorf("%s: %w", o, err)
 	}
-	for _, ref := range r.ImagePullSecrets {
-		g.refs = append(g.refs, object{secrets, o.namespace, ref.Name})
-	}
+	g.refs = secretsOf(o.namespace, r.ImagePullSecrets)
 	if err == nil && o.kind == secrets {
 		g.auths, err = parseSecret(r.Data)
 	}

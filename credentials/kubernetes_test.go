@@ -71,6 +71,23 @@ func TestKubernetes(t *testing.T) {
 	}
 }
 
+// What a pod or a service account calls the name of a secret is none of another namespace's.
+func TestKubernetesForeignNames(t *testing.T) {
+	a := kubeapitest.Start(t)
+	const theirs = "../../theirs/secrets/regcred"
+	a.Put(podsOfNode, `{"items": [{"metadata": {"namespace": "one"}, "spec": {"serviceAccountName": "default", "containers": [{"image": "r.example.com/team/app:v1"}],
+		"imagePullSecrets": [{"name": "`+theirs+`"}, {"name": "regcred"}, {}]}}]}`)
+	a.Put("namespaces/one/serviceaccounts/default", `{"imagePullSecrets": [{"name": "`+theirs+`"}]}`)
+	a.Put("namespaces/one/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "a"))
+	a.Put("namespaces/theirs/secrets/regcred", dockerSecret(t, ".dockerconfigjson", "r.example.com", "b"))
+	s := NewKubernetes(a.Kubeconfig, "node-1")
+	defer s.Close()
+	wantLogins(t, s, "r.example.com/team/app", Login{"a", "hush"})
+	if got, want := a.Requests(), []string{"/api/v1/namespaces/one/secrets/regcred", "/api/v1/namespaces/one/serviceaccounts/default", "/api/v1/pods"}; !slices.Equal(got, want) {
+		t.Errorf("asked for %q, want %q", got, want)
+	}
+}
+
 // One pod's many secrets do not come before all of another's, nor one namespace's many pods before all of another's.
 func TestKubernetesTurns(t *testing.T) {
 	a := kubeapitest.Start(t)

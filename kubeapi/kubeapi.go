@@ -30,6 +30,7 @@ const (
 	maxAnswer  = 64 << 20 // bytes: a node has hundreds of pods, and a pod at most 1.5 MB
 	maxStatus  = 64 << 10
 	maxMessage = 200 // of a status, in an error
+	maxName    = 253 // RFC 1123
 )
 
 // Client asks one API server. It is safe for concurrent use.
@@ -130,8 +131,20 @@ func (c *Client) send(ctx context.Context, method, path, contentType string, v a
 	return c.do(ctx, method, path, nil, contentType, b, nil)
 }
 
+// IsName reports whether an object of the core group can have a name: it is a DNS subdomain. The API server does not look at some of the names that are written into objects, those of a pod's imagePullSecrets: one with
+// dots and slashes would make of a path that of another's object.
+func IsName(name string) bool {
+	const alphanumeric = "abcdefghijklmnopqrstuvwxyz0123456789"
+	return name != "" && len(name) <= maxName && strings.Trim(name, alphanumeric+"-.") == "" && strings.Trim(name, "-.") == name
+}
+
 // do sends a request, with body if there is one, and has the answer decoded unless decode is nil.
 func (c *Client) do(ctx context.Context, method, path string, query map[string]string, contentType string, body []byte, decode func(*json.Decoder) error) error {
+	for name := range strings.SplitSeq(path, "/") {
+		if !IsName(name) {
+			return fmt.Errorf("%q: no object has this path", plain.Cut(path, maxMessage))
+		}
+	}
 	client, base, err := c.connect()
 	if err != nil {
 		return fmt.Errorf("%s: %w", c.name(), err)

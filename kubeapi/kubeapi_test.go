@@ -88,3 +88,25 @@ func TestUnanswered(t *testing.T) {
 		})
 	}
 }
+
+// A name that is part of a path names nothing outside of it.
+func TestNames(t *testing.T) {
+	s := kubeapitest.Start(t)
+	s.Put("namespaces/other/secrets/theirs", "{}")
+	s.Put("namespaces/one/secrets/a.b-c", "{}")
+	s.Put("namespaces/one/secrets/", "{}")
+	c := kubeapi.New(s.Kubeconfig)
+	defer c.Close()
+	if err := c.Get(t.Context(), "namespaces/one/secrets/a.b-c", nil, new(any)); err != nil {
+		t.Error(err)
+	}
+	s.Requests()
+	for _, name := range []string{"", ".", "..", "../../other/secrets/theirs", "a/../../../other/secrets/theirs", "%2e%2e", "..%2fx", "A", "a?b", "a b", "a\n", "-a", "a.", strings.Repeat("a", 254)} {
+		if err := c.Get(t.Context(), "namespaces/one/secrets/"+name, nil, new(any)); err == nil || !strings.Contains(err.Error(), "no object has this path") || len(err.Error()) > 300 {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	if got := s.Requests(); len(got) > 0 {
+		t.Errorf("asked for %q", got)
+	}
+}
