@@ -106,6 +106,14 @@ func TestDaemonSet(t *testing.T) {
 		Op, Path string
 		Value    any
 	}
+	type container struct {
+		Args            []string
+		SecurityContext struct {
+			Privileged bool
+			RunAsUser  int
+		}
+	}
+	const own = 64738 // the node's processes are in sight, and who has the user of some can signal them
 	var kustomizations, configs, commands int
 	var installs []string // the arguments of install
 	var more []patchOp
@@ -150,7 +158,7 @@ func TestDaemonSet(t *testing.T) {
 				Patches               []struct{ Patch string }
 				Spec                  struct {
 					Template struct {
-						Spec struct{ InitContainers, Containers []struct{ Args []string } }
+						Spec struct{ InitContainers, Containers []container }
 					}
 				}
 			}
@@ -178,6 +186,9 @@ func TestDaemonSet(t *testing.T) {
 			}
 			for _, c := range slices.Concat(o.Spec.Template.Spec.InitContainers, o.Spec.Template.Spec.Containers) {
 				takes(c.Args)
+				if user := c.SecurityContext.RunAsUser; user != own && !c.SecurityContext.Privileged {
+					t.Errorf("%s: %q runs as user %d, want one of its own, %d", path, c.Args, user, own)
+				}
 				if c.Args[0] == "install" {
 					installs = c.Args
 				}
@@ -193,6 +204,9 @@ func TestDaemonSet(t *testing.T) {
 		case map[string]any: // a container
 			if list, ok := value["args"].([]any); ok {
 				takes(stringsOf(list))
+				if c, _ := value["securityContext"].(map[string]any); c["runAsUser"] != float64(own) {
+					t.Errorf("%v runs as user %v, want %d", value["name"], c["runAsUser"], own)
+				}
 			}
 		case []any: // all arguments
 			if strings.HasSuffix(op.Path, "/args") {
