@@ -8,6 +8,7 @@
 package events
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -199,7 +200,7 @@ func (r *Recorder) send(ctx context.Context, n notice) (begins error) {
 		}
 	}
 	var errs []error
-	for _, p := range n.pods[:min(len(n.pods), maxPods)] {
+	for _, p := range inTurn(n.pods)[:min(len(n.pods), maxPods)] {
 		put, err := r.put(ctx, p, n)
 		if err != nil {
 			answered, begins := r.fails(place(p.Namespace), fmt.Errorf("pod %s/%s: %w", p.Namespace, p.Name, err))
@@ -218,6 +219,17 @@ func (r *Recorder) send(ctx context.Context, n notice) (begins error) {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// inTurn has namespaces take turns, in their order: no tenant's pods, however many, keep another's from being told.
+func inTurn(pods []Pod) []Pod {
+	turn := map[Pod]int{}
+	had := map[string]int{}
+	for _, p := range pods {
+		turn[p] = had[p.Namespace]
+		had[p.Namespace]++
+	}
+	return slices.SortedStableFunc(slices.Values(pods), func(a, b Pod) int { return cmp.Compare(turn[a], turn[b]) })
 }
 
 // ended is err, unless it is because Run is to end.

@@ -149,6 +149,29 @@ func TestTellAll(t *testing.T) {
 	}
 }
 
+// More pods of one namespace than are told of a pull keep no other's from being told.
+func TestManyPodsOfOne(t *testing.T) {
+	s := kubeapitest.Start(t)
+	var pods []string
+	for i := range 2*maxPods + 1 {
+		namespace := "many"
+		if i == 2*maxPods {
+			namespace = "one"
+		}
+		pods = append(pods, fmt.Sprintf(`{"metadata": {"namespace": %q, "name": "p%03d", "uid": "%[2]d"}, "spec": {"containers": [{"name": "c", "image": "r.example/a:v1"}]}}`, namespace, i))
+	}
+	s.Put(podsOfNode, `{"items": [`+strings.Join(pods, ",")+`]}`)
+	s.Put("namespaces/many/events", `{}`)
+	s.Put("namespaces/one/events", `{}`)
+	var errs []string
+	r := newRecorder(t, s, &errs)
+	r.Tell("r.example/a:v1", Event{Reason: "Streaming"})
+	list := drain(t, r, s)
+	if len(list) != maxPods || list[0].InvolvedObject.Name != "p000" || list[1].InvolvedObject.Namespace != "one" || list[2].InvolvedObject.Name != "p001" || len(errs) > 0 {
+		t.Errorf("told %+v, errors %q", list, errs)
+	}
+}
+
 // What comes again and again is counted, and what is another thing is told.
 func TestCount(t *testing.T) {
 	s := kubeapitest.Start(t)
