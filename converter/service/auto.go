@@ -264,21 +264,6 @@ func (a *auto) hasRoom(r repository) bool {
 	return h == nil || h.noted < maxNoted
 }
 
-func (a *auto) handleDeleted(ctx context.Context, r repository, e Event) error {
-	dgst := e.Digest
-	if dgst == "" && e.Tag != "" {
-		t, err := a.getTag(ctx, r, e.Tag)
-		if err != nil {
-			return err
-		}
-		dgst = t.Digest
-	}
-	if dgst != "" {
-		a.hint(r, hint{events: 1, gone: []digest.Digest{dgst}}) // if that is lost, reconcile finds it
-	}
-	return nil
-}
-
 // hint says what of a repository is to be looked at: tags that are due in any case.
 type hint struct {
 	events  uint64          // 1 if it is one
@@ -315,15 +300,20 @@ func (a *auto) hint(r repository, news hint) {
 	}
 	h.list = h.list || news.list
 	h.noted += news.noted
-	for _, d := range news.gone {
-		if len(h.gone) < maxNoted && !slices.Contains(h.gone, d) {
-			h.gone = append(h.gone, d)
-		}
-	}
+	h.addGone(news.gone)
 	h.again = h.running
 	select {
 	case a.wake <- struct{}{}:
 	default:
+	}
+}
+
+// addGone adds images, each once; what there are too many of is for reconcile.
+func (h *hint) addGone(list []digest.Digest) {
+	for _, d := range list {
+		if len(h.gone) < maxNoted && !slices.Contains(h.gone, d) {
+			h.gone = append(h.gone, d)
+		}
 	}
 }
 
@@ -390,7 +380,7 @@ func (a *auto) hintDone(r repository, taken hint, again bool) {
 	switch {
 	case again && (h.again || taken.tries < maxLooks):
 		h.list = h.list || taken.list
-		h.gone = append(h.gone, taken.gone...)
+		h.addGone(taken.gone)
 		if !h.again {
 			h.tries = taken.tries + 1
 			h.after = time.Now().Add(min(firstWait<<min(h.tries-1, 10), lastWait))

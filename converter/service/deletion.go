@@ -33,6 +33,22 @@ func (a *auto) stillThere(ctx context.Context, m madeFor) error {
 	return err
 }
 
+// handleDeleted is Handle for what was deleted.
+func (a *auto) handleDeleted(ctx context.Context, r repository, e Event) error {
+	dgst := e.Digest
+	if dgst == "" && e.Tag != "" {
+		t, err := a.getTag(ctx, r, e.Tag)
+		if err != nil {
+			return err
+		}
+		dgst = t.Digest
+	}
+	if dgst != "" {
+		a.hint(r, hint{events: 1, gone: []digest.Digest{dgst}}) // if that is lost, reconcile finds it
+	}
+	return nil
+}
+
 // cascade deletes the artifacts and profiles of an image that is gone, and forgets it; of one that is there it does nothing. An operation that converts it
 // is cancelled before.
 //

@@ -23,6 +23,13 @@ func (v *visit) keep(ctx context.Context) error {
 	tags, listed := v.there()
 	newest, why := newestTags(tags, listed, n)
 	kept := map[digest.Digest]bool{}
+	for tag := range v.passed {
+		if d := v.named[tag]; d != "" { // which is there, if not whole: what is of it stays
+			if _, err := v.addManifests(ctx, kept, d); err != nil {
+				return err
+			}
+		}
+	}
 	for _, t := range newest {
 		known, err := v.addTag(ctx, kept, t)
 		if err != nil {

@@ -90,7 +90,7 @@ func TestKeepLooksAgain(t *testing.T) {
 // TestPushedWhileKeepDeletes: what a push found complete a moment before its artifacts are deleted is noticed by who deletes, or made again; also what was deleted
 // between the two looks of who asks.
 func TestPushedWhileKeepDeletes(t *testing.T) {
-	for name, who := range map[string]string{"pushed": pushTo + "v3", "asked": "bob"} {
+	for name, who := range map[string]Request{"pushed": {By: pushTo + "v3", pushed: true}, "asked": {By: "bob"}} {
 		t.Run(name, func(t *testing.T) {
 			w := newWorld(t)
 			old, _, first := w.kept()
@@ -99,7 +99,8 @@ func TestPushedWhileKeepDeletes(t *testing.T) {
 				t.Fatal(err)
 			}
 			m := v.made[old.Digest]
-			if _, _, err := w.Submit(t.Context(), Request{Image: old, By: who}); err == nil {
+			who.Image = old
+			if _, _, err := w.Submit(t.Context(), who); err == nil {
 				t.Fatal("it is there")
 			}
 			if d, err := v.leave(t.Context(), m); err != nil || len(d.images) != 0 {
@@ -116,7 +117,7 @@ func TestPushedWhileKeepDeletes(t *testing.T) {
 					t.Error(err)
 				}
 			})
-			op, existed, err := w.Submit(t.Context(), Request{Image: old, By: who})
+			op, existed, err := w.Submit(t.Context(), who)
 			if err != nil || existed || !gone() {
 				t.Errorf("%s, %v, %v", show(op), existed, err)
 			}
@@ -223,11 +224,7 @@ func TestUnreadableTag(t *testing.T) {
 			if got := w.attached(old); len(got) != 1 {
 				t.Fatalf("at once: referrers %+v", got)
 			}
-			w.auto.mu.Lock()
-			for tag, since := range w.auto.unread[repository{w.host, "app"}] {
-				w.auto.unread[repository{w.host, "app"}][tag] = since.Add(-notYet)
-			}
-			w.auto.mu.Unlock()
+			w.laterUnread()
 			_, _ = w.auto.pass(t.Context(), w.host)
 			if got := w.attached(old); len(got) != c.want {
 				t.Errorf("referrers %+v, want %d", got, c.want)

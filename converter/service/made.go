@@ -104,7 +104,7 @@ func (a *auto) claim(ctx context.Context, r Request, known madeFor) (has bool, e
 		if m.rev == 0 {
 			return true, nil
 		}
-		m.Asked = m.Asked || !r.pushed()
+		m.Asked = m.Asked || !r.pushed
 		if _, err = setJSON(ctx, a.made, madeKey(r.Image), m, m.rev); !errors.Is(err, errContested) {
 			return true, err
 		}

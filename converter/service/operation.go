@@ -11,7 +11,6 @@ package service
 
 import (
 	"errors"
-	"strings"
 	"time"
 
 	"github.com/opencontainers/go-digest"
@@ -49,10 +48,9 @@ type Request struct {
 	Platforms []string // "linux/arm64"; none is every Linux platform
 	Force     bool     // convert what has an artifact, too
 	By        string   // who asks: an identity's name, or "push to TAG" with the source of the event
-}
 
-// pushed says that nobody asked, and a push was the reason.
-func (r Request) pushed() bool { return strings.HasPrefix(r.By, pushTo) }
+	pushed bool // nobody asked, and a push was the reason
+}
 
 // Operation is a conversion that was asked for. Times are UTC, and zero as long as they are not known.
 type Operation struct {

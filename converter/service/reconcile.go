@@ -238,6 +238,9 @@ func (a *auto) resume(ctx context.Context) {
 
 // reconcile looks for what events have missed: new tags, tags that name something else, operations that failed for a reason that may have passed.
 func (v *visit) reconcile(ctx context.Context) error {
+	if err := v.fromFuture(ctx); err != nil {
+		return err
+	}
 	listed, err := v.list(ctx)
 	if err != nil {
 		return err
@@ -257,6 +260,26 @@ func (v *visit) reconcile(ctx context.Context) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(append(errs, v.noteMissing(ctx, listed))...)
+}
+
+// fromFuture puts right what was noted by a clock that was ahead: what is pushed from now on would not be newer.
+func (v *visit) fromFuture(ctx context.Context) error {
+	ahead := func(t time.Time) bool { return t.After(v.began.Add(notYet)) } // clocks differ
+	for _, t := range v.tags {
+		if t.rev == 0 || !ahead(t.Pushed) && !ahead(t.Missing) {
+			continue
+		}
+		if ahead(t.Pushed) {
+			t.Pushed = v.began
+		}
+		if ahead(t.Missing) {
+			t.Missing = time.Time{}
+		}
+		if err := v.a.setTag(ctx, v.r, t); err != nil && !errors.Is(err, errContested) {
+			return err
+		}
+	}
+	return nil
 }
 
 // check returns the tags that are known and due again: because they name something else, or because of a failed operation. A repository with more tags than
@@ -299,6 +322,7 @@ func (v *visit) check(ctx context.Context, listed []string) (again []*seenTag, e
 		if err != nil {
 			return err
 		}
+		v.readable(t.Tag)
 		v.mu.Lock()
 		defer v.mu.Unlock()
 		switch {

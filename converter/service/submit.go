@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -108,7 +109,7 @@ func (r *record) scope() scope { return scope{strings.Join(r.Platforms, ","), r.
 // widen adds what q asks for to what r does.
 func (r *record) widen(q Request) {
 	r.Force = r.Force || q.Force
-	r.Wanted = r.Wanted || !q.pushed()
+	r.Wanted = r.Wanted || !q.pushed
 	if len(q.Platforms) == 0 || len(r.Platforms) == 0 {
 		r.Platforms = nil
 		return
@@ -143,10 +144,13 @@ func (s *Service) ends(ctx context.Context, id string) bool {
 }
 
 func newRecord(r Request) record {
+	if !r.pushed && strings.HasPrefix(r.By, pushTo) { // an issuer may let people choose their names
+		r.By = strconv.Quote(r.By)
+	}
 	return record{Operation: Operation{
 		ID: uuid.NewString(), Image: r.Image, Tag: r.Tag, Platforms: r.Platforms, Force: r.Force, By: r.By,
 		State: NotStarted, Asked: now(),
-	}, Wanted: !r.pushed()}
+	}, Wanted: !r.pushed}
 }
 
 // check looks at a request without asking anybody.

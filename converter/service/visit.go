@@ -15,6 +15,7 @@ import (
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
+	"github.com/streaming-snapshotter/streaming-snapshotter/plain"
 )
 
 // Bounds on what one visit of a repository asks its registry. What is left over is for the next one.
@@ -69,9 +70,14 @@ func (a *auto) visit(ctx context.Context, r repository) (*visit, error) {
 	if v.made, err = a.madeIn(ctx, r); err != nil {
 		return nil, err
 	}
-	for _, m := range v.made {
+	for dgst, m := range v.made {
 		if !m.isLeaving() { // whose process died
 			v.stay(ctx, m)
+		}
+		if m.Gone.After(v.began.Add(notYet)) { // the clock was ahead
+			m = v.made[dgst]
+			m.Gone = time.Time{}
+			v.made[dgst] = m
 		}
 	}
 	if v.settings = countingFor(list, r); !v.settings.Active {
@@ -223,10 +229,12 @@ func (v *visit) look(ctx context.Context, work []*seenTag) (left bool, err error
 		defer v.mu.Unlock()
 		if c != nil {
 			candidates = append(candidates, *c)
-		} else {
-			left = left || t.State == stateDue
 		}
 		return err
+	})
+	passed := v.passOver()
+	left = left || slices.ContainsFunc(work, func(t *seenTag) bool {
+		return t.State == stateDue && passed[t.Tag].IsZero() && !slices.ContainsFunc(candidates, func(c candidate) bool { return c.t == t })
 	})
 	slices.SortFunc(candidates, func(x, y candidate) int { return newestFirst(x.t, y.t) })
 	errs := []error{err}
@@ -280,16 +288,22 @@ func (v *visit) examine(ctx context.Context, t *seenTag) (*candidate, error) {
 	if d == t.Digest { // whoever told that it was pushed to, it was not
 		t.Pushed = t.Was
 		if !t.Anew {
+			v.readable(t.Tag)
 			return c, nil
 		}
 	}
 	desc, err := v.a.describe(ctx, v.p, c.image)
-	if errors.Is(err, converter.ErrNotFound) {
-		return nil, nil // not readable yet, not all of it
-	}
-	if err != nil {
+	switch gone := errors.Is(err, converter.ErrNotFound); {
+	case err != nil && !gone && (unreachable(err) || ctx.Err() != nil):
 		return nil, placeError(err)
+	case err != nil:
+		if !gone { // else it is not readable yet, not all of it
+			v.doubt("the tag " + t.Tag + " names what cannot be read as an image: " + plain.Cut(err.Error(), maxMessage))
+		}
+		v.unreadable(t.Tag)
+		return nil, nil
 	}
+	v.readable(t.Tag)
 	c.desc = &desc
 	if t.Created = desc.Created.UTC(); t.Created.After(v.began) {
 		t.Created = v.began
@@ -298,21 +312,6 @@ func (v *visit) examine(ctx context.Context, t *seenTag) (*candidate, error) {
 		t.Pushed = t.Created
 	}
 	return c, nil
-}
-
-// absent is for a tag that is due and is not there: not yet, or not any more.
-func (v *visit) absent(ctx context.Context, t *seenTag) error {
-	if time.Since(t.Pushed) < notYet {
-		return nil
-	}
-	v.mu.Lock()
-	t.State = stateDone
-	delete(v.tags, t.Tag)
-	v.mu.Unlock()
-	if t.rev == 0 {
-		return nil
-	}
-	return removeKey(ctx, v.a.seen, v.r.tagKey(t.Tag), t.rev)
 }
 
 // decide asks for the conversion of what a tag names, if the rules want it, and notes that. It says whether the tag is to be looked at again.
@@ -382,7 +381,7 @@ func (v *visit) request(c candidate) (Request, bool) {
 	case c.t.Source != "":
 		by += " (" + c.t.Source + ")"
 	}
-	r := Request{Image: c.image, Tag: c.t.Tag, By: by}
+	r := Request{Image: c.image, Tag: c.t.Tag, By: by, pushed: true}
 	if c.desc.Subject != "" || rules.Keep > 0 && v.newer(c.t) >= rules.Keep {
 		return r, false
 	}
@@ -410,11 +409,11 @@ func (v *visit) request(c candidate) (Request, bool) {
 	return r, wanted
 }
 
-// newer is how many tags are newer than t, of those that are known to be there.
+// newer is how many tags are newer than t, of those that are known to be there and to be images.
 func (v *visit) newer(t *seenTag) (n int) {
 	for _, o := range v.tags {
 		there := o.State != stateDue && o.Missing.IsZero() || v.named[o.Tag] != ""
-		if there && newestFirst(o, t) < 0 {
+		if there && !v.unread[o.Tag] && newestFirst(o, t) < 0 {
 			n++
 		}
 	}
