@@ -197,14 +197,22 @@ func (v *visit) stay(ctx context.Context, list ...madeFor) {
 }
 
 // awaitLeaving waits until no artifact is being deleted that an image may have in common with another: what is found there would be gone a moment later. Who
-// deletes looks for what is being converted after it has noted what it does.
+// deletes looks for what is being converted after it has noted what it does. While NATS does not answer it waits, too.
 func (a *auto) awaitLeaving(ctx context.Context, p converter.Place, i Image) error {
 	r := repository{i.Registry, i.Repository}
 	var manifests []digest.Digest
 	for end := time.Now().Add(leaveTime); ; {
 		all, err := a.madeIn(ctx, r)
 		if err != nil {
-			return err
+			if !errors.Is(err, ErrUnavailable) && ctx.Err() == nil {
+				return err
+			}
+			a.log.Warn("whether artifacts are being deleted is not known; a conversion waits", "image", i.String(), "error", err)
+			if !sleep(ctx, retryTime) {
+				return context.Cause(ctx)
+			}
+			end = time.Now().Add(leaveTime)
+			continue
 		}
 		maps.DeleteFunc(all, func(_ digest.Digest, m madeFor) bool { return !m.isLeaving() })
 		if len(all) > 0 && manifests == nil {

@@ -2,7 +2,9 @@ package service
 
 import (
 	"fmt"
+	"log/slog"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -169,4 +171,42 @@ func TestManyDeletionsTold(t *testing.T) {
 		t.Errorf("%d are remembered, want %d", n, maxNoted)
 	}
 	delete(a.hints, r)
+}
+
+// said is a log that remembers whether something was said.
+type said struct {
+	what string
+	done atomic.Bool
+}
+
+func (s *said) Write(line []byte) (int, error) {
+	if strings.Contains(string(line), s.what) {
+		s.done.Store(true)
+	}
+	return len(line), nil
+}
+
+// TestNATSAwayAtTheBeginning: a conversion that begins while NATS does not say what is being deleted waits, and does not fail.
+func TestNATSAwayAtTheBeginning(t *testing.T) {
+	e := newEnv(t)
+	waits := &said{what: "a conversion waits"}
+	c := shortLease(e.connect(), e.registry.Host())
+	c.Lease = time.Hour
+	s := run(t, c, func(s *Service) { s.auto.log = slog.New(slog.NewTextHandler(waits, nil)) })
+	if err := s.js.DeleteKeyValue(t.Context(), "streaming-artifacts"); err != nil {
+		t.Fatal(err)
+	}
+	r := newRecord(Request{Image: e.push("app", image(t, "amd64", 1000)), By: "test"})
+	if _, err := s.put(t.Context(), imageKey(r.Image), r, 0); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.begin(t.Context(), r); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it waits", waits.done.Load)
+	if _, err := s.bucket(t.Context(), "streaming-artifacts", 0); err != nil {
+		t.Fatal(err)
+	}
+	succeed(t, s.Service, r.ID)
+	e.verify(r.Image, 1)
 }
