@@ -16,12 +16,18 @@ import (
 type natsConn struct {
 	*nats.Conn
 	url    string
-	closed chan struct{} // once the connection is not made again, since we are refused
+	closed chan struct{} // once the connection is not made again, since we are refused, or the server in this process has failed
+	server *embedded.Server
 	close  func() error
 }
 
 // refused is why the connection is not made again.
-func (c *natsConn) refused() error { return fmt.Errorf("NATS at %s: %w", c.url, c.LastError()) }
+func (c *natsConn) refused() error {
+	if c.server != nil && c.server.Err() != nil {
+		return c.server.Err()
+	}
+	return fmt.Errorf("NATS at %s: %w", c.url, c.LastError())
+}
 
 // connect connects to the NATS servers of the configuration, or starts one in this process. An external one may be away: it is waited for,
 // which waiting is told; but not where it refuses us.
@@ -33,7 +39,7 @@ func connect(ctx context.Context, c Config, log *slog.Logger, waiting func()) (*
 		if err != nil {
 			return nil, err
 		}
-		made.Conn, made.close = s.Conn, s.Close
+		made.Conn, made.closed, made.server, made.close = s.Conn, s.Failed, s, s.Close
 		return made, nil
 	}
 	options, err := n.options()

@@ -13,6 +13,8 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/nats-io/nats-server/v2/server"
@@ -22,10 +24,23 @@ import (
 
 // Server is a running NATS server.
 type Server struct {
-	Conn *nats.Conn // to it
+	Conn   *nats.Conn    // to it
+	Failed chan struct{} // closed when it could not write to its store, which it does not try again: it is to be started anew
 
 	server *server.Server
 	lock   *os.File
+	once   sync.Once
+	err    error
+}
+
+// Err is why it has failed.
+func (s *Server) Err() error {
+	select {
+	case <-s.Failed:
+		return s.err
+	default:
+		return nil
+	}
 }
 
 // startTime is how long a server may take to read its store.
@@ -36,7 +51,7 @@ func Start(ctx context.Context, dir string, log *slog.Logger) (_ *Server, err er
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, err
 	}
-	s := &Server{}
+	s := &Server{Failed: make(chan struct{})}
 	if s.lock, err = lock(filepath.Join(dir, "lock")); err != nil {
 		return nil, err
 	}
@@ -52,7 +67,12 @@ func Start(ctx context.Context, dir string, log *slog.Logger) (_ *Server, err er
 	if err != nil {
 		return nil, fmt.Errorf("NATS server in %s: %w", dir, err)
 	}
-	s.server.SetLogger(logger{log}, false, false)
+	s.server.SetLogger(logger{log, func(message string) {
+		s.once.Do(func() {
+			s.err = fmt.Errorf("NATS server in %s cannot write (make room on the disk): %s", dir, message)
+			close(s.Failed)
+		})
+	}}, false, false)
 	s.server.Start() // returns when it has: it accepts nobody
 	deadline, ok := ctx.Deadline()
 	if !ok {
@@ -94,14 +114,22 @@ func (s *Server) Close() error {
 }
 
 // logger passes the server's messages on: what it merely notices is for who debugs.
-type logger struct{ log *slog.Logger }
+type logger struct {
+	log    *slog.Logger
+	failed func(message string)
+}
 
 func (l logger) Noticef(format string, args ...any) { l.say(slog.LevelDebug, format, args) }
 func (l logger) Warnf(format string, args ...any)   { l.say(slog.LevelWarn, format, args) }
-func (l logger) Errorf(format string, args ...any)  { l.say(slog.LevelError, format, args) }
-func (l logger) Fatalf(format string, args ...any)  { l.say(slog.LevelError, format, args) }
-func (l logger) Debugf(format string, args ...any)  { l.say(slog.LevelDebug, format, args) }
-func (l logger) Tracef(format string, args ...any)  { l.say(slog.LevelDebug, format, args) }
+func (l logger) Errorf(format string, args ...any) {
+	l.say(slog.LevelError, format, args)
+	if message := fmt.Sprintf(format, args...); strings.Contains(message, "JetStream failed to store") { // it stays so, whatever the disk has later: TestDiskFull
+		l.failed(message)
+	}
+}
+func (l logger) Fatalf(format string, args ...any) { l.say(slog.LevelError, format, args) }
+func (l logger) Debugf(format string, args ...any) { l.say(slog.LevelDebug, format, args) }
+func (l logger) Tracef(format string, args ...any) { l.say(slog.LevelDebug, format, args) }
 
 func (l logger) say(level slog.Level, format string, args []any) {
 	l.log.Log(context.Background(), level, "NATS: "+fmt.Sprintf(format, args...))
