@@ -1,16 +1,75 @@
 package integration_test
 
 import (
+	"context"
+	"log/slog"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/chromedp/chromedp"
 
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/access"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/console"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/embedded"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
+
+// startConsoleOf runs a console in this process, for a registry under a name that pictures are to show: for a process of its own that would be another host.
+func startConsoleOf(t *testing.T, registry *registrytest.Registry, name string) *consoleOf {
+	t.Helper()
+	log := slog.New(slog.DiscardHandler)
+	nats, err := embedded.Start(t.Context(), tempDir(t), log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := service.NewRegistry(registry.Host(), converter.RegistryOptions{}, 0)
+	served.Name = name
+	s, err := service.New(t.Context(), service.Config{
+		Conn: nats.Conn, Sole: true, Name: "worker-1", Registries: []service.Registry{served},
+		Convert: converter.Options{TempDir: tempDir(t)}, Static: true, Reconcile: time.Hour, Log: log,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tokens []access.Token
+	for name, role := range consoleRoles {
+		tokens = append(tokens, access.Token{Name: name, SHA256: sumOf(name), Grants: []access.Grant{{Role: role}}})
+	}
+	gate, err := access.New(access.Config{Tokens: tokens})
+	if err != nil {
+		t.Fatal(err)
+	}
+	closing := make(chan struct{})
+	page, err := console.New(console.Config{Service: s, Gate: gate, Version: "v1.0.0", Closing: closing, Log: log})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	running.Go(func() {
+		if err := s.Run(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	server := httptest.NewServer(gate.Browser(page, page.Login))
+	t.Cleanup(func() {
+		close(closing)
+		server.Close()
+		cancel()
+		running.Wait()
+		if err := nats.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return &consoleOf{s, registry, served.Name, server.URL, s.Report}
+}
 
 // drawPictures writes the pictures of docs/console.md, of a registry whose images are interesting to look at.
 func drawPictures(t *testing.T, dir string) {
@@ -44,16 +103,9 @@ func drawPictures(t *testing.T, dir string) {
 		}
 		return o
 	}
-	changes, err := c.Watch(t.Context(), submit(image, "1.22.2").ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var done service.Operation
-	for o := range changes {
-		done = o
-		if o.State.Ended() && o.State != service.Succeeded {
-			t.Fatalf("operation is %+v", o)
-		}
+	done := c.ended(t, submit(image, "1.22.2"))
+	if done.State != service.Succeeded {
+		t.Fatalf("operation is %+v", done)
 	}
 	for n := range 240 { // as a fleet would, before and after the image had its profile
 		spread := float64(n*n%97) / 97

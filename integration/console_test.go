@@ -1,15 +1,14 @@
 package integration_test
 
 import (
-	"cmp"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"flag"
 	"fmt"
-	"log/slog"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"strings"
 	"sync"
@@ -18,11 +17,9 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
-	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service"
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/access"
-	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/console"
-	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/embedded"
+	"github.com/streaming-snapshotter/streaming-snapshotter/converter/service/client"
 	wire "github.com/streaming-snapshotter/streaming-snapshotter/converter/service/starts"
 	"github.com/streaming-snapshotter/streaming-snapshotter/integration/ociimage"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
@@ -31,72 +28,77 @@ import (
 // screenshots is where TestConsole writes pictures of the pages, for docs/console.md, if it is to.
 var screenshots = flag.String("screenshots", "", "write pictures of the console into this directory")
 
-// consoleOf is a conversion service with its console, for one registry: all of it real, in this process.
+// consoleOf is a conversion service with its console, for one registry.
 type consoleOf struct {
-	*service.Service
+	asked
 	registry *registrytest.Registry
 	name     string // of the registry
 	url      string
+	start    func(ctx context.Context, registry, repository string, r wire.Report) (service.Reported, error) // has it told of a start
+}
+
+// asked is what a test asks the service itself, beside the pages.
+type asked interface {
+	Resolve(ctx context.Context, registry, repository, ref string) (service.Image, error)
+	Image(ctx context.Context, registry, repository, ref string) (service.ImageInfo, error)
+	Last(ctx context.Context, i service.Image) (service.Operation, error)
+	Submit(ctx context.Context, r service.Request) (op service.Operation, existed bool, err error)
+	Settings(ctx context.Context, registry, repository string) (service.Settings, error)
+	SetSettings(ctx context.Context, s service.Settings, existing bool) (service.Settings, error)
 }
 
 // tokenOf is what somebody signs in with.
 func tokenOf(name string) string { return "the token of " + name + ", whole" }
 
-// startConsole runs one until the test ends.
-func startConsole(t *testing.T) *consoleOf {
-	t.Helper()
-	return startConsoleOf(t, startRegistry(t, registrytest.Options{}), "")
+// sumOf is what the configuration has of it.
+func sumOf(name string) string {
+	sum := sha256.Sum256([]byte(tokenOf(name)))
+	return hex.EncodeToString(sum[:])
 }
 
-// startConsoleOf is startConsole for a registry, under a name that pictures are to show, its host for "".
-func startConsoleOf(t *testing.T, registry *registrytest.Registry, name string) *consoleOf {
+// consoleRoles are those of the people of the tests.
+var consoleRoles = map[string]access.Role{"olivia": access.Owner, "rita": access.Reader}
+
+// startConsole runs `streamctl serve` until the test ends, and asks it as olivia.
+func startConsole(t *testing.T) *consoleOf {
 	t.Helper()
-	log := slog.New(slog.DiscardHandler)
-	nats, err := embedded.Start(t.Context(), tempDir(t), log)
+	registry := startRegistry(t, registrytest.Options{})
+	more := "[times]\nreconcile = '1h'\n"
+	for name, role := range consoleRoles {
+		more += fmt.Sprintf("[[token]]\nname = %q\nsha256 = %q\ngrants = [{ role = %q }]\n", name, sumOf(name), role)
+	}
+	s := startService(t, registry.Host(), more)
+	url := "http://" + s.addr
+	olivia, err := client.New(client.Config{Server: url, Timeout: 20 * time.Second, Token: func() (string, error) { return tokenOf("olivia"), nil }})
 	if err != nil {
 		t.Fatal(err)
 	}
-	served := service.NewRegistry(registry.Host(), converter.RegistryOptions{}, 0)
-	served.Name = cmp.Or(name, registry.Host())
-	s, err := service.New(t.Context(), service.Config{
-		Conn: nats.Conn, Sole: true, Name: "worker-1", Registries: []service.Registry{served},
-		Convert: converter.Options{TempDir: tempDir(t)}, Static: true, Reconcile: time.Hour, Log: log,
-	})
+	return &consoleOf{olivia, registry, registry.Host(), url, func(ctx context.Context, registry, repository string, r wire.Report) (got service.Reported, err error) {
+		return got, tellOfStart(ctx, url+"/v1/registries/"+registry+"/repositories/"+repository+"/_starts", r, &got)
+	}}
+}
+
+// tellOfStart posts a report, as nodes do.
+func tellOfStart(ctx context.Context, url string, r wire.Report, got *service.Reported) error {
+	body, err := json.Marshal(r)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	var tokens []access.Token
-	for name, role := range map[string]access.Role{"olivia": access.Owner, "rita": access.Reader} {
-		sum := sha256.Sum256([]byte(tokenOf(name)))
-		tokens = append(tokens, access.Token{Name: name, SHA256: hex.EncodeToString(sum[:]), Grants: []access.Grant{{Role: role}}})
-	}
-	gate, err := access.New(access.Config{Tokens: tokens})
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	closing := make(chan struct{})
-	page, err := console.New(console.Config{Service: s, Gate: gate, Version: "v1.0.0", Closing: closing, Log: log})
+	req.Header.Set("Content-Type", "application/json")
+	req.Header.Set("Authorization", "Bearer "+tokenOf("olivia"))
+	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	var running sync.WaitGroup
-	running.Go(func() {
-		if err := s.Run(ctx); err != nil {
-			t.Error(err)
-		}
-	})
-	server := httptest.NewServer(gate.Browser(page, page.Login))
-	t.Cleanup(func() {
-		close(closing)
-		server.Close()
-		cancel()
-		running.Wait()
-		if err := nats.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	return &consoleOf{s, registry, served.Name, server.URL}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("%s", resp.Status)
+	}
+	return json.NewDecoder(resp.Body).Decode(got)
 }
 
 // push pushes an image, and returns it as the service names it.
@@ -194,7 +196,7 @@ func (c *consoleOf) report(t *testing.T, op service.Operation, node int, profile
 	r := wire.Report{Node: fmt.Sprintf("%032x", node), Starts: []wire.Start{{
 		Manifest: a.Subject, Artifact: a.Digest, Profile: profile, Pull: 0.2, Reads: reads, Bytes: 40e6, Missed: int64(reads * 1e6), Misses: 9,
 	}}}
-	if got, err := c.Report(t.Context(), op.Registry, op.Repository, r); err != nil || got.Counted != 1 {
+	if got, err := c.start(t.Context(), op.Registry, op.Repository, r); err != nil || got.Counted != 1 {
 		t.Fatalf("report: %+v, %v", got, err)
 	}
 }
@@ -205,6 +207,17 @@ func (c *consoleOf) last(t *testing.T, i service.Image) service.Operation {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return o
+}
+
+// ended waits for the end of an operation, which is the last of its image.
+func (c *consoleOf) ended(t *testing.T, o service.Operation) service.Operation {
+	t.Helper()
+	id := o.ID
+	within(t, time.Minute, "operation "+id+" ends", func() bool {
+		o = c.last(t, o.Image)
+		return o.ID != id || o.State.Ended()
+	})
 	return o
 }
 
@@ -429,14 +442,7 @@ func checkAccessible(t *testing.T, c *consoleOf, b *browser, axe string, image s
 		return o
 	}
 	done := convert(image, "v1")
-	changes, err := c.Watch(t.Context(), done.ID)
-	if err != nil {
-		t.Fatal(err)
-	}
-	for o := range changes {
-		done = o
-	}
-	if done.State != service.Succeeded {
+	if done = c.ended(t, done); done.State != service.Succeeded {
 		t.Fatalf("operation is %+v", done)
 	}
 	if _, err := c.SetSettings(t.Context(), service.Settings{Registry: image.Registry, Repository: "shop/*", Active: true, By: "olivia"}, false); err != nil {
