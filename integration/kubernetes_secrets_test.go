@@ -75,6 +75,7 @@ subjects: [{kind: ServiceAccount, namespace: default, name: reader}]
 		secretOf("one", "another", "dockerconfigjson", "r.example.com", "nobody's") +
 		secretOf("two", "old", "dockercfg", "https://r.example.com/v1/", "b") +
 		secretOf("two", "late", "dockerconfigjson", "r.example.com", "c") +
+		secretOf("two", "private", "dockerconfigjson", "r.example.com", "nobody's, of another namespace") +
 		secretOf("three", "regcred", "dockerconfigjson", "https://index.docker.io/v1/", "d") +
 		"---\n{apiVersion: v1, kind: Secret, metadata: {namespace: three, name: none}, stringData: {.dockerconfigjson: hush}}\n")
 	for _, namespace := range []string{"one", "two", "three"} {
@@ -85,7 +86,7 @@ kind: Pod
 metadata: {namespace: one, name: app}
 spec:
   nodeName: ` + node.NodeName + `
-  imagePullSecrets: [{name: regcred}, {name: gone}]
+  imagePullSecrets: [{name: regcred}, {name: gone}, {name: ../../two/secrets/private}] # the last is no name
   initContainers: [{name: init, image: r.example.com/team/init, imagePullPolicy: Never}]
   containers: [{name: main, image: "r.example.com/team/app:v1", imagePullPolicy: Never}]
 ---
