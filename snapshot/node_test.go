@@ -64,7 +64,9 @@ type testNode struct {
 	deadline time.Duration     // of proofs; 0: nothing is proven
 	proofs   chan stream.Proof
 	ledger   *ledger.Ledger
-	unpack   func(ctx context.Context, l Layer, fresh func() ([]mount.Mount, error)) error // of the Snapshotter
+	unpack   func(ctx context.Context, l Layer, into func(do func([]mount.Mount) error) error) error // of the Snapshotter
+	wait     time.Duration                                                                           // likewise; 0: as it is
+	pullWait time.Duration                                                                           // of stream.Options
 }
 
 // logBuffer counts the lines that operators would see.
@@ -135,6 +137,7 @@ func (n *testNode) start() {
 		},
 		Policy:     n.policy,
 		Timeout:    5 * time.Second,
+		PullWait:   n.pullWait,
 		RetryAfter: n.retryAfter,
 		StartQuiet: n.quiet,
 		Elsewhere:  n.elsewhere,
@@ -150,6 +153,9 @@ func (n *testNode) start() {
 	n.sn, err = New(n.root, n.images, slog.New(slog.NewTextHandler(n.log, nil)), nil)
 	check(err)
 	n.sn.Unpack = n.unpack
+	if n.wait > 0 {
+		n.sn.Wait = n.wait
+	}
 	n.stop = func() {
 		n.sn.Close()
 		n.images.Close()

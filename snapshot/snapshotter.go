@@ -44,14 +44,14 @@ type Images interface {
 	// Find says whether the image that ref names, with this platform manifest, can be streamed: under which id, and its
 	// chain IDs, bottom first. An error is the reason why not, as a rule a *reason.Error; an id beside it is of an image that is here in vain.
 	Find(ctx context.Context, ref string, manifest digest.Digest) (id string, chainIDs []digest.Digest, err error)
-	// Mount mounts the chain of the first n layers of image id at target. It needs no network for an image that was found
+	// Mount mounts the chain of the first n layers of image id at target, on which something new may begin. It needs no network for an image that was found
 	// before, in this life of the daemon or an earlier one.
 	Mount(ctx context.Context, id string, n int, target string) error
 	// Usable says why image id must not serve another pull, or nil. It waits for nothing. What it refuses is unpacked where it cannot be mounted.
 	Usable(id string) error
 	// Pulled says that image id serves a pull of ref, which may be of another repository, or what that unpacks.
 	Pulled(id, ref string) error
-	// Vet says why nothing new may begin on image id, be it mounted or not, or nil. Of an image that is Usable it waits for nothing.
+	// Vet says why nothing new may begin on image id, be it mounted or not, or nil. Of an image that is Usable it waits for nothing; of others as long as ctx lasts, and what it has got until then is there the next time.
 	Vet(ctx context.Context, id string) error
 	// Source says where a layer of the image that id is of can be had, as the image itself has it: repository@digest, the layer's type, digest and size, and the digest of its tar.
 	Source(ctx context.Context, id string, layer int) (ref string, d ocispec.Descriptor, diffID digest.Digest, err error)
@@ -70,16 +70,18 @@ type Images interface {
 
 // Snapshotter implements snapshots.Snapshotter.
 //
-// LOCK ORDER: mountMu or making, a transaction of ms, mu. No network or mount call is made under any but mountMu.
+// LOCK ORDER: mountMu, vetting or making, a transaction of ms, mu. No network or mount call is made under any but mountMu and vetting.
 type Snapshotter struct {
 	snapshots.Snapshotter // upstream's overlay, sharing ms
 
 	// MapsBelow is an error if the containerd that calls maps the IDs of a directory, for a user namespace, and not of what is mounted below it. Nil is taken for one that maps both.
 	// It is set before the first call.
 	MapsBelow func(ctx context.Context) error
-	// Unpack unpacks a layer into mounts as a pull does. fresh gives the mounts of an empty one, and is called again for each try. Nil: what must not be used fails whatever is prepared on it.
-	// It is set before the first call.
-	Unpack func(ctx context.Context, l Layer, fresh func() ([]mount.Mount, error)) error
+	// Unpack unpacks a layer as a pull does. into calls do with the mounts of an empty one, and is called again for each try; what takes its time and no disk comes before. Nil: what must not be used fails whatever
+	// is prepared on it. It is set before the first call.
+	Unpack func(ctx context.Context, l Layer, into func(do func([]mount.Mount) error) error) error
+	// Wait is how long a call waits at most for what it stands on to be mounted, proven, or unpacked: see Wait. It is set before the first call.
+	Wait time.Duration
 
 	root   string
 	ms     *storage.MetaStore
@@ -87,8 +89,10 @@ type Snapshotter struct {
 	log    *slog.Logger
 	onPull func(Pull)
 
-	mountMu keyedMutex // by snapshot id: held while its chain is mounted or unmounted
-	making  sync.Mutex // held while streamed snapshots are made
+	mountMu keyedMutex    // by snapshot id: held while its chain is mounted or unmounted
+	vetting keyedMutex    // by image: held while it is asked whether something new may begin on it, which may take its proof. Nothing else waits for it
+	making  sync.Mutex    // held while streamed snapshots are made
+	slots   chan struct{} // of unpacks
 
 	mu       sync.Mutex
 	streamed map[string]*streamedSnapshot // by snapshot id
@@ -135,6 +139,7 @@ func New(root string, images Images, log *slog.Logger, onPull func(Pull)) (*Snap
 	s := &Snapshotter{
 		Snapshotter: inner, root: root, ms: ms, images: images, log: log, onPull: onPull,
 		streamed: map[string]*streamedSnapshot{}, told: map[string]time.Time{}, unused: map[string]bool{}, unpacks: map[string]*unpacking{},
+		slots: make(chan struct{}, unpacksAtOnce), Wait: Wait,
 	}
 	s.ctx, s.quit = context.WithCancel(context.Background())
 	if err := errors.Join(s.loadStreamed(s.ctx), s.Cleanup(s.ctx)); err != nil {
@@ -195,7 +200,13 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]mount.Mount, er
 
 // create runs f, which asks upstream for mounts of key over parent, once the streamed snapshot that parent stands on is mounted. l are the labels of what is made.
 func (s *Snapshotter) create(ctx context.Context, key, parent string, l labels, f func() ([]mount.Mount, error)) ([]mount.Mount, error) {
-	base, err := s.ready(ctx, key, parent, l)
+	waiting, cancel := context.WithTimeout(ctx, s.Wait)
+	base, err := s.ready(waiting, key, parent, l, "")
+	late := waiting.Err() != nil && ctx.Err() == nil
+	cancel()
+	if err != nil && late {
+		return nil, fmt.Errorf("%w: what %s stands on is not there within %v, and is worked on: try again: %w", errdefs.ErrUnavailable, key, s.Wait, err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -247,30 +258,6 @@ func unpacks(key string) bool {
 	return strings.HasPrefix(key[strings.LastIndex(key, "/")+1:], snapshots.UnpackKeyPrefix+"-")
 }
 
-// mount mounts sn unless it is mounted. The kernel is asked: somebody else may have unmounted it, and a container on the bare
-// directory would miss the image. Whether something new may begin on the image is asked in either case, but for a layer of a pull that goes onto what is mounted.
-func (s *Snapshotter) mount(ctx context.Context, sn *streamedSnapshot, unpack bool) error {
-	defer s.mountMu.lock(sn.id)()
-	path := s.fsPath(sn.id)
-	mounted, err := mountinfo.Mounted(path)
-	switch {
-	case errors.Is(err, os.ErrNotExist):
-		return fmt.Errorf("streamed snapshot %s was removed: %w", sn.ref, errdefs.ErrNotFound)
-	case err == nil && !(mounted && unpack):
-		err = s.images.Vet(ctx, sn.image)
-	}
-	if err == nil && !mounted {
-		err = s.images.Unmount(path) // Images may know of the mount that is gone
-		if err == nil || errors.Is(err, unix.EBUSY) {
-			err = s.images.Mount(ctx, sn.image, sn.layers, path)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("streamed snapshot %s: %w", sn.ref, err)
-	}
-	return nil
-}
-
 // Remove removes a snapshot. Unlike upstream it unmounts first, and keeps the directory of what cannot be unmounted.
 func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 	var id string
@@ -292,7 +279,11 @@ func (s *Snapshotter) Remove(ctx context.Context, key string) error {
 
 // removed removes the directory of a snapshot whose row is gone, and, with the last snapshot of an image, what was kept for that.
 func (s *Snapshotter) removed(id string) error {
-	defer s.mountMu.lock(id)()
+	unlock, err := s.mountMu.lock(context.Background(), id)
+	if err != nil {
+		return err
+	}
+	defer unlock()
 	streamed := s.dropStreamed(id) // whatever fails below: it must not be promised to another pull
 	if streamed {
 		// EBUSY: it is not mounted there any more, but a mount namespace that nobody told still has it.
@@ -300,7 +291,7 @@ func (s *Snapshotter) removed(id string) error {
 			return err
 		}
 	}
-	err := os.RemoveAll(filepath.Join(s.root, "snapshots", id))
+	err = os.RemoveAll(filepath.Join(s.root, "snapshots", id))
 	if streamed {
 		err = errors.Join(err, s.forgetUnused())
 	}

@@ -340,30 +340,38 @@ type keyedMutex struct {
 }
 
 type countedMutex struct {
-	sync.Mutex
+	held  chan struct{} // has a value while it is locked
 	users int
 }
 
-// lock locks key and returns its unlock.
-func (k *keyedMutex) lock(key string) func() {
+// lock locks key and returns its unlock, unless ctx ends first.
+func (k *keyedMutex) lock(ctx context.Context, key string) (unlock func(), err error) {
 	k.mu.Lock()
 	if k.locks == nil {
 		k.locks = map[string]*countedMutex{}
 	}
 	m := k.locks[key]
 	if m == nil {
-		m = &countedMutex{}
+		m = &countedMutex{held: make(chan struct{}, 1)}
 		k.locks[key] = m
 	}
 	m.users++
 	k.mu.Unlock()
-	m.Lock()
-	return func() {
-		m.Unlock()
+	leave := func() {
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		if m.users--; m.users == 0 {
 			delete(k.locks, key)
 		}
+	}
+	select {
+	case m.held <- struct{}{}:
+		return func() {
+			<-m.held
+			leave()
+		}, nil
+	case <-ctx.Done():
+		leave()
+		return nil, ctx.Err()
 	}
 }

@@ -23,8 +23,16 @@ import (
 // nothing again, and whatever is started or pulled on the snapshot comes here. So the image's own layers are unpacked, those of such snapshots that are below, each over the ones below it: from then on they are plain overlay,
 // but for the place where their files are. The same containerd does it that does it in a pull, and has the privileges that it takes, which this process has not. What runs goes on with what it had mounted.
 //
-// A layer is made beside its place, with what it takes on disk in a file, and moved there at once. What a killed daemon leaves is begun anew.
+// A layer is made beside its place, with what it takes on disk in a file, and moved there at once. What a killed daemon leaves is removed at the next start.
+//
+// While a call waits, containerd holds a lock that its garbage collection wants, for which all other calls that make snapshots wait then. So a call waits no longer than Wait, whatever a registry does: its error says
+// that it is to be tried again, as the kubelet does, and what it has waited for goes on.
 const (
+	// Wait is the default of Snapshotter.Wait. A pull's Prepare may wait as long once more for a search (stream.Options.PullWait), and others for that: together less than the two minutes that the kubelet gives to make a container.
+	Wait = 50 * time.Second
+	// unpacksAtOnce is how many layers are unpacked at a time: nobody pulls many at once in the normal way either.
+	unpacksAtOnce = 2
+
 	unpackedName   = "unpacked"   // in the directory of a snapshot: fs, the layer's files, and usage
 	unpackingInfix = "unpacking-" // the same in the making, with work, overlay's
 	usageName      = "usage"      // snapshots.Usage in JSON
@@ -54,13 +62,16 @@ type unpacking struct {
 }
 
 // ready sees to it that what name stands on is there, for what is prepared as key with the labels l: the topmost streamed snapshot that is not unpacked is mounted, and is returned, nil if there is none.
-func (s *Snapshotter) ready(ctx context.Context, key, name string, l labels) (base *streamedSnapshot, err error) {
+// Of the image not nothing is asked for once more that must not be used.
+func (s *Snapshotter) ready(ctx context.Context, key, name string, l labels, not string) (base *streamedSnapshot, err error) {
 	for {
 		base, err = s.streamedBase(ctx, name)
 		if err != nil || base == nil {
 			return nil, err
 		}
-		err = s.mount(ctx, base, s.Unpack == nil && unpacks(key)) // what is unpacked onto what is not trusted has it inside, by hard links
+		if err = s.images.Usable(base.image); err == nil || base.image != not && !s.unpacking(base.id) {
+			err = s.mount(ctx, base, s.Unpack == nil && unpacks(key)) // what is unpacked onto what is not trusted has it inside, by hard links
+		}
 		if err == nil || s.Unpack == nil || ctx.Err() != nil || s.images.Usable(base.image) == nil {
 			return base, err
 		}
@@ -68,6 +79,13 @@ func (s *Snapshotter) ready(ctx context.Context, key, name string, l labels) (ba
 			return nil, fmt.Errorf("%w; nor can the image's own layers be unpacked: %w", err, unpackErr)
 		}
 	}
+}
+
+// unpacking reports whether the layer of snapshot id is being unpacked.
+func (s *Snapshotter) unpacking(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.unpacks[id] != nil
 }
 
 // unpack unpacks the layer of sn and those below it that it takes, once for all who want it at a time, and goes on when nobody waits any more: they ask again.
@@ -106,7 +124,7 @@ func (s *Snapshotter) unpackNow(ctx context.Context, sn *streamedSnapshot, l lab
 	if s.unpackedAt(sn.id) != "" {
 		return nil
 	}
-	if _, err := s.ready(ctx, "", sn.parent, l); err != nil {
+	if _, err := s.ready(ctx, "", sn.parent, l, sn.image); err != nil {
 		return err
 	}
 	lower, err := s.lowerDirs(ctx, sn.parent)
@@ -114,14 +132,6 @@ func (s *Snapshotter) unpackNow(ctx context.Context, sn *streamedSnapshot, l lab
 		return err
 	}
 	began := time.Now()
-	parent := filepath.Dir(s.fsPath(sn.id))
-	left, err := filepath.Glob(filepath.Join(parent, unpackingInfix+"*"))
-	for _, dir := range left { // by a daemon that was killed
-		err = errors.Join(err, os.RemoveAll(dir))
-	}
-	if err != nil {
-		return err
-	}
 	layer := Layer{ChainID: digest.Digest(sn.ref), Number: sn.layers - 1}
 	if l.check() == nil {
 		layer.Ref, layer.Manifest = l.ref, l.manifest
@@ -136,14 +146,24 @@ func (s *Snapshotter) unpackNow(ctx context.Context, sn *streamedSnapshot, l lab
 			err = errors.Join(err, os.RemoveAll(dir)) // unless it is in its place
 		}
 	}()
-	err = s.Unpack(ctx, layer, func() ([]mount.Mount, error) {
+	err = s.Unpack(ctx, layer, func(do func([]mount.Mount) error) (err error) {
+		select {
+		case s.slots <- struct{}{}:
+			defer func() { <-s.slots }()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 		if err := os.RemoveAll(dir); err != nil { // what a try before has left
-			return nil, err
+			return err
 		}
-		if dir, err = os.MkdirTemp(parent, unpackingInfix); err != nil {
-			return nil, err
+		if dir, err = os.MkdirTemp(filepath.Dir(s.fsPath(sn.id)), unpackingInfix); err != nil {
+			return err
 		}
-		return layerMounts(dir, lower)
+		mounts, err := layerMounts(dir, lower)
+		if err != nil {
+			return err
+		}
+		return do(mounts)
 	})
 	if err == nil {
 		err = s.place(sn, dir)
@@ -239,9 +259,17 @@ func (s *Snapshotter) unpackedAt(id string) string {
 	return filepath.Join(filepath.Dir(s.fsPath(id)), unpackedName, "fs")
 }
 
-// loadUnpacked reads whether the layer of sn was unpacked. What cannot be read is taken for no: it is unpacked again.
+// loadUnpacked reads whether the layer of sn was unpacked, and removes what was half. What cannot be read is taken for no: it is unpacked again.
 func (s *Snapshotter) loadUnpacked(sn *streamedSnapshot) error {
-	dir := filepath.Join(filepath.Dir(s.fsPath(sn.id)), unpackedName)
+	parent := filepath.Dir(s.fsPath(sn.id))
+	left, err := filepath.Glob(filepath.Join(parent, unpackingInfix+"*"))
+	for _, dir := range left {
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	if err != nil {
+		s.log.Warn("what a killed daemon has half unpacked stays until the next start", "chain", sn.ref, "error", err)
+	}
+	dir := filepath.Join(parent, unpackedName)
 	b, err := os.ReadFile(filepath.Join(dir, usageName))
 	usage := &snapshots.Usage{}
 	if err == nil {

@@ -32,7 +32,7 @@ func (n *testNode) unpacks() (asked func() []Layer) {
 	applier := apply.NewFileSystemApplier(store)
 	var mu sync.Mutex
 	var list []Layer
-	n.unpack = func(ctx context.Context, l Layer, fresh func() ([]mount.Mount, error)) error {
+	n.unpack = func(ctx context.Context, l Layer, into func(func([]mount.Mount) error) error) error {
 		mu.Lock()
 		list = append(list, l)
 		mu.Unlock()
@@ -46,15 +46,13 @@ func (n *testNode) unpacks() (asked func() []Layer) {
 		if err := content.WriteBlob(ctx, store, d.Digest.String(), resp.Body, d); err != nil {
 			return err
 		}
-		mounts, err := fresh()
-		if err != nil {
+		return into(func(mounts []mount.Mount) error {
+			got, err := applier.Apply(ctx, d, mounts)
+			if err == nil && got.Digest != l.Source.DiffID {
+				err = fmt.Errorf("layer %d is %s, not %s", l.Number, got.Digest, l.Source.DiffID)
+			}
 			return err
-		}
-		got, err := applier.Apply(ctx, d, mounts)
-		if err == nil && got.Digest != l.Source.DiffID {
-			err = fmt.Errorf("layer %d is %s, not %s", l.Number, got.Digest, l.Source.DiffID)
-		}
-		return err
+		})
 	}
 	return func() []Layer {
 		mu.Lock()
@@ -85,10 +83,6 @@ func TestUnpackedInstead(t *testing.T) {
 		img, old, top, dir := n.quarantined()
 		above := n.push("above", append(honestLayers(t), tarOf(t, file{"above", "above"}))...)
 		good := map[string]string{"program": big("good"), "base": big("base"), "other": big("same")}
-		left := filepath.Join(dir, unpackingInfix+"left", "fs") // by a daemon that was killed
-		if err := os.MkdirAll(left, 0o700); err != nil {
-			t.Fatal(err)
-		}
 		var all sync.WaitGroup
 		for _, key := range []string{"extract-1 above", "extract-2 above"} {
 			all.Go(func() {
@@ -108,9 +102,6 @@ func TestUnpackedInstead(t *testing.T) {
 		inMounts(t, mounts, func(root string) { wantFiles(t, root, good) })
 		root := n.container("next", top)
 		wantFiles(t, root, good)
-		if _, err := os.Lstat(left); !errors.Is(err, os.ErrNotExist) {
-			t.Errorf("what a killed daemon has left is there: %v", err)
-		}
 		if b, err := os.ReadFile(filepath.Join(old, "base")); !errors.Is(err, unix.EIO) {
 			t.Errorf("what ran before reads %d bytes, %v", len(b), err)
 		}
@@ -126,8 +117,15 @@ func TestUnpackedInstead(t *testing.T) {
 		if u, err := n.sn.Usage(testContext(), top); err != nil || u.Size < int64(len(big("good"))+len(big("same"))) || u.Inodes != 3 {
 			t.Errorf("usage %+v, %v", u, err)
 		}
+		left := filepath.Join(dir, unpackingInfix+"left", "fs") // by a daemon that was killed
+		if err := os.MkdirAll(left, 0o700); err != nil {
+			t.Fatal(err)
+		}
 		n.unpack = nil
 		n.restart()
+		if _, err := os.Lstat(left); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("what a killed daemon has left is there: %v", err)
+		}
 		wantFiles(t, n.container("restarted", top), good)
 		if got := n.prepareAll(img, 0, ""); got != top {
 			t.Errorf("another pull is given %s", got)
@@ -147,21 +145,19 @@ func TestUnpackedInstead(t *testing.T) {
 func TestUnpackInVain(t *testing.T) {
 	n := provingNode(t, fs.ModeFile)
 	begun, end := make(chan struct{}, 10), make(chan error)
-	n.unpack = func(ctx context.Context, l Layer, fresh func() ([]mount.Mount, error)) error {
-		if l.Number == 0 {
-			_, err := fresh()
-			return err
-		}
-		if _, err := fresh(); err != nil {
-			return err
-		}
-		begun <- struct{}{}
-		select {
-		case err := <-end:
-			return err
-		case <-ctx.Done():
-			return ctx.Err()
-		}
+	n.unpack = func(ctx context.Context, l Layer, into func(func([]mount.Mount) error) error) error {
+		return into(func([]mount.Mount) error {
+			if l.Number == 0 {
+				return nil
+			}
+			begun <- struct{}{}
+			select {
+			case err := <-end:
+				return err
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		})
 	}
 	n.restart()
 	_, _, top, dir := n.quarantined()

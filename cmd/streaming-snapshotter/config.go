@@ -21,6 +21,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/cmd/tomlfile"
 	nodefs "github.com/streaming-snapshotter/streaming-snapshotter/fs"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
 )
@@ -47,6 +48,7 @@ type config struct {
 	NodeName       string            `toml:"node_name" comment:"What the node is called in Kubernetes; empty for this machine's name, as the kubelet has it."`
 	DockerConfig   bool              `toml:"docker_config" comment:"Whether docker's config.json with its credential helpers (of the user that runs the daemon), or podman's auth.json, is tried last."`
 	ResolveTimeout tomlfile.Duration `toml:"resolve_timeout" comment:"How long a pull may wait for the search for an artifact before it goes on as a normal pull."`
+	PullWait       tomlfile.Duration `toml:"pull_wait" comment:"How long a pull or a container's start may wait for a proof, or for layers that are unpacked in the place of what must not be used. Then a pull of a repository\nthat must be proven goes on as a normal pull, and what stands on such layers fails, to be tried again. containerd may let other pulls and starts wait meanwhile:\nmore than a minute fails them. Large images of such repositories may need more than the default."`
 	RegistryWait   tomlfile.Duration `toml:"registry_wait" comment:"How long a read of file data that is not on the node waits while the registry is away, before the container gets an I/O error."`
 	CRIProxy       string            `toml:"cri_proxy" comment:"Unix socket of a proxy of containerd's CRI, for the kubelet's image service endpoint: what a pull comes with (imagePullSecrets) then serves the\nreads of its image, too. Empty for none."`
 	Containerd     string            `toml:"cri_containerd" comment:"Unix socket of containerd, where the proxy passes everything on, where the daemon asks for containerd's version if that matters,\nand has it unpack the layers of what must not be streamed any more."`
@@ -75,6 +77,7 @@ func defaults() config {
 		HostsDir:       "/etc/containerd/certs.d",
 		DockerConfig:   true,
 		ResolveTimeout: tomlfile.Duration{D: 15 * time.Second},
+		PullWait:       tomlfile.Duration{D: snapshot.Wait},
 		RegistryWait:   tomlfile.Duration{D: 5 * time.Minute},
 		Containerd:     "/run/containerd/containerd.sock",
 		CRIKey:         "/run/streaming-snapshotter/credentials.key",
@@ -144,6 +147,9 @@ func (c *config) validate() error {
 	}
 	if c.ResolveTimeout.D <= 0 {
 		return fmt.Errorf("resolve_timeout = %q: want more than nothing", c.ResolveTimeout.D)
+	}
+	if c.PullWait.D < time.Second {
+		return fmt.Errorf("pull_wait = %q: want a second or more", c.PullWait.D)
 	}
 	if c.RegistryWait.D <= 0 {
 		return fmt.Errorf("registry_wait = %q: want more than nothing", c.RegistryWait.D)

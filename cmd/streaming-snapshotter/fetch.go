@@ -145,7 +145,7 @@ func copyFromDaemon(ctx context.Context, root, path string, w io.Writer, idle ti
 func (n *node) serveBlob(patience time.Duration) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if n.reg == nil {
-			http.Error(w, "the daemon is in safe mode", http.StatusServiceUnavailable)
+			http.Error(w, "the daemon is in safe mode, and cannot read its configuration of registries", http.StatusServiceUnavailable)
 			return
 		}
 		repo, _, _, err := registryclient.ParseReference(r.FormValue("ref"))

@@ -14,7 +14,6 @@ import (
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -84,15 +83,7 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 	}); err != nil {
 		return n, err
 	}
-	n.logins = newSources(c, cri)
-	n.reg, err = registryclient.New(registryclient.Options{
-		HostsDir:    c.HostsDir,
-		Credentials: credentials.Chain(n.logins...),
-		UserAgent:   "streaming-snapshotter/" + version(),
-		Wait:        c.RegistryWait.D,
-		OnHost:      logHost,
-	})
-	if err != nil {
+	if err := n.openRegistry(c); err != nil {
 		return n, err
 	}
 	background, err := c.Background.of(0)
@@ -100,7 +91,7 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 		return n, err
 	}
 	images := stream.Options{
-		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: g.allow, Policy: g.policy, Timeout: c.ResolveTimeout.D, Background: background,
+		Root: c.Root, Registry: n.reg, Cache: n.cache, Mounter: n.mounts, Allow: g.allow, Policy: g.policy, Timeout: c.ResolveTimeout.D, PullWait: c.PullWait.D, Background: background,
 		NoReadAhead: !c.ReadAhead || foreign, // whoever looks at a mount starts nothing; and "profile record" is to see what is read
 	}
 	if cri != nil {
@@ -122,6 +113,19 @@ func newNode(c config, g gate, keep nodefs.Keeper, foreign bool, cri *criproxy.S
 		cri.Follow(n.pulled, n.reg.Forget)
 	}
 	return n, nil
+}
+
+// openRegistry opens the client of registries.
+func (n *node) openRegistry(c config) (err error) {
+	n.logins = newSources(c, n.cri)
+	n.reg, err = registryclient.New(registryclient.Options{
+		HostsDir:    c.HostsDir,
+		Credentials: credentials.Chain(n.logins...),
+		UserAgent:   "streaming-snapshotter/" + version(),
+		Wait:        c.RegistryWait.D,
+		OnHost:      logHost,
+	})
+	return err
 }
 
 // rest gives back the memory that reads have taken: the daemon is idle most of its life.
@@ -315,9 +319,8 @@ func (n *node) snapshotter(c config, images snapshot.Images, log *slog.Logger, o
 	sn, err := snapshot.New(c.Root, images, log, onPull)
 	if err == nil {
 		sn.MapsBelow = func(ctx context.Context) error { return mapsBelow(ctx, c.Containerd) }
-		sn.Unpack = func(ctx context.Context, l snapshot.Layer, fresh func() ([]mount.Mount, error)) error {
-			return unpack(ctx, c.Containerd, n.readBlob, l, fresh)
-		}
+		sn.Wait = c.PullWait.D
+		sn.Unpack = (&unpacker{socket: c.Containerd, from: n.readBlob}).unpack
 	}
 	return sn, err
 }

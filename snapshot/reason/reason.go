@@ -87,7 +87,7 @@ func (c Code) Remedy() string {
 	case Unreachable:
 		return "see the registry's hosts in `streaming-snapshotter status`, and hosts.toml, which has `ca` for a certificate of your own authority"
 	case Timeout:
-		return "the registry is slow: see what the error names, or raise `resolve_timeout`"
+		return "the registry is slow: see what the error names, or raise `resolve_timeout`, or for a large image that must be proven `pull_wait`"
 	case BadAnswer:
 		return "see what the error names: a proxy that answers for the registry, or referrers without end, of which old ones can be deleted"
 	case Incomplete:

@@ -68,6 +68,8 @@ func (s *Store) search(ctx context.Context, q *search, key searchKey) {
 	defer func() { end(q.err) }()
 	span.Set(ctx, "image", string(key.repo)+"@"+key.manifest.String())
 	start := time.Now()
+	ctx, cancel := context.WithTimeout(ctx, max(s.o.PullWait, s.o.Timeout))
+	defer cancel()
 	var err error
 	q.image, err = s.look(ctx, key)
 	for tries := 1; err == nil && s.mustBeProven(q.image, key.repo); tries++ {
@@ -111,11 +113,15 @@ func (s *Store) mustBeProven(img *image, repo registryclient.Repository) bool {
 	return policy == trust.Proven && s.proves() && !s.proven(img.rec)
 }
 
-// proveFirst fetches all of img and proves it. The search for it waits as long as something comes: reads of the registry end by themselves if nothing does.
+// proveFirst fetches all of img and proves it, as long as the search may last: whoever pulls waits for it, and others for them.
 func (s *Store) proveFirst(ctx context.Context, img *image) (err error) {
 	ctx, end := span.Start(ctx, "proof")
 	defer func() { end(err) }()
-	if err := s.Prove(ctx, img.id, func(int64) {}); err != nil {
+	err = s.Prove(ctx, img.id, func(int64) {})
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) && !errors.Is(err, ErrQuarantined) {
+		err = fmt.Errorf("it is not proven within %v (`pull_wait`): %w", s.o.PullWait, context.DeadlineExceeded) // whatever host was being waited for
+	}
+	if err != nil {
 		return fmt.Errorf("artifact sha256:%s: %w", img.id, err)
 	}
 	return nil

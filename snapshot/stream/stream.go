@@ -83,6 +83,9 @@ type Options struct {
 	Policy func(repo registryclient.Repository) (trust.Policy, trust.Verifier)
 	// Timeout bounds a search for an artifact, so that a pull never waits long for what may not be there. 0 is 15 s.
 	Timeout time.Duration
+	// PullWait bounds a search with the proof of what it has found, if the policy wants that before an image is used: the pull is a normal one then, and what was fetched is dropped. Less than Timeout
+	// is that. 0 is 50 s.
+	PullWait time.Duration
 	// RetryAfter is how long a failed search stands, so that the layers of one normal pull do not ask again. One that took long stands for
 	// longer. 0 is 10 s.
 	RetryAfter time.Duration
@@ -132,6 +135,9 @@ type Store struct {
 func New(o Options) (*Store, error) {
 	if o.Timeout == 0 {
 		o.Timeout = 15 * time.Second
+	}
+	if o.PullWait == 0 {
+		o.PullWait = 50 * time.Second
 	}
 	if o.RetryAfter == 0 {
 		o.RetryAfter = 10 * time.Second
@@ -284,12 +290,12 @@ func (s *Store) drop(img *image) error {
 // earlier life of the daemon as well, and asks the registry for nothing, unless a layer maps file data in a way that extents
 // cannot express, or an index on disk is damaged.
 func (s *Store) Mount(ctx context.Context, id string, n int, target string) error {
-	if err := s.Vet(ctx, id); err != nil {
-		return err
-	}
 	img, err := s.load(id)
 	if err != nil {
 		return err
+	}
+	if err := s.lacks(ctx, img); err != nil { // what Vet has proven, or the files of the policy have changed since
+		return fmt.Errorf("streamed image %s of %s is not trusted (any more): %w", img.id, img.rec.Repository, err)
 	}
 	return img.mount(ctx, n, target)
 }

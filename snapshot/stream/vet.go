@@ -35,7 +35,7 @@ type doubt struct {
 }
 
 // Vet says why no new container of image id may be made by the policy of today, or nil. It asks nobody, but where the image lacks what the policy wants: then the image is proven now, which takes as
-// long as fetching it.
+// long as fetching it. What is proven when ctx ends is remembered.
 func (s *Store) Vet(ctx context.Context, id string) error {
 	img, err := s.load(id)
 	if err != nil {
@@ -47,17 +47,11 @@ func (s *Store) Vet(ctx context.Context, id string) error {
 	if err := img.refused(); err != nil {
 		return err
 	}
-	policy, v := s.policyOf(img.rec.Repository)
-	if policy != trust.Signed && policy != trust.Proven || s.o.Trust.Ledger != nil && s.proven(img.rec) {
-		return nil
-	}
-	lacks := untrusted(policy)
-	if v != nil {
-		if lacks = s.stillSigned(ctx, img, v); lacks == nil {
-			return nil
-		}
-	}
+	policy, _ := s.policyOf(img.rec.Repository)
+	lacks := s.lacks(ctx, img)
 	switch {
+	case lacks == nil:
+		return nil
 	case ctx.Err() != nil:
 		return ctx.Err()
 	case s.o.Trust.Ledger == nil && policy == trust.Proven:
@@ -70,6 +64,18 @@ func (s *Store) Vet(ctx context.Context, id string) error {
 			img.id, img.rec.Repository, policy, lacks, err)
 	}
 	return nil
+}
+
+// lacks says what img lacks for the policy of today, or nil. It asks nobody.
+func (s *Store) lacks(ctx context.Context, img *image) error {
+	policy, v := s.policyOf(img.rec.Repository)
+	switch {
+	case policy != trust.Signed && policy != trust.Proven, s.o.Trust.Ledger != nil && s.proven(img.rec):
+		return nil
+	case v != nil:
+		return s.stillSigned(ctx, img, v)
+	}
+	return untrusted(policy)
 }
 
 // stillSigned says why none of the signatures that img was let in for counts any more.
