@@ -184,6 +184,8 @@ func TestUnpackEndsItsWait(t *testing.T) {
 	unpack := n.unpack
 	var fetched, inside, most atomic.Int32
 	end := make(chan struct{})
+	finish := sync.OnceFunc(func() { close(end) })
+	t.Cleanup(finish)
 	n.unpack = func(ctx context.Context, l Layer, into func(func([]mount.Mount) error) error) error {
 		if l.Number == 2 {
 			fetched.Add(1)
@@ -221,9 +223,13 @@ func TestUnpackEndsItsWait(t *testing.T) {
 			}
 		})
 	}
+	late := time.AfterFunc(time.Minute, finish)
 	all.Wait()
+	if !late.Stop() {
+		t.Fatal("they wait for what does not come")
+	}
 	n.until("all are begun", func() bool { return fetched.Load() == 3 && inside.Load() == unpacksAtOnce })
-	close(end)
+	finish()
 	for key := range tops {
 		n.until("unpacked", func() bool { return start(key) == nil })
 	}

@@ -156,7 +156,10 @@ func startSafe(c config, why string, keep nodefs.Keeper, cri *criproxy.Store, lo
 	var images snapshot.Images = noImages{safe, c.trust()}
 	if err != nil {
 		log.Error("streamed images cannot be used until the daemon is restarted without this error", "error", err)
-		n = &node{}
+		n = &node{cri: cri}
+		if err := n.openRegistry(c); err != nil { // with which the layers of what cannot be mounted are unpacked
+			log.Error("what of streamed images is not on the node cannot be fetched in the normal way either", "error", err)
+		}
 	} else {
 		images = n.images
 	}
@@ -237,7 +240,7 @@ func (no noImages) Find(context.Context, string, digest.Digest) (string, []diges
 	return "", nil, no.why
 }
 func (no noImages) Mount(context.Context, string, int, string) error { return no.why }
-func (noImages) Usable(string) error                                 { return nil }
+func (no noImages) Usable(string) error                              { return no.why } // the image's own layers are unpacked instead
 func (noImages) Pulled(string, string) error                         { return nil }
 func (no noImages) Vet(context.Context, string) error {
 	if no.rules.Has(trust.Signed) || no.rules.Has(trust.Proven) {
