@@ -128,6 +128,9 @@ func TestUnpackOutlivesItsPull(t *testing.T) {
 // TestQuarantinedBaseOfASilentRegistry: where mallory's registry gives nothing any more, silently, images that stand on what lied have its layers soon, from where they come from themselves.
 func TestQuarantinedBaseOfASilentRegistry(t *testing.T) {
 	registry, evil := startRegistry(t, registrytest.Options{}), startRegistry(t, registrytest.Options{})
+	if registry.Host() < evil.Host() { // by their names mallory's come first
+		registry, evil = evil, registry
+	}
 	pause, mallory, above, same := registry.Host()+"/pause:1", evil.Host()+"/mallory/app:v1", registry.Host()+"/victim/above:v1", registry.Host()+"/victim/app:v1"
 	pushPause(t, pause)
 	img := pushSmall(t, mallory, 66)

@@ -45,7 +45,7 @@ func TestPullEndsItsWait(t *testing.T) {
 	var drips atomic.Bool
 	drips.Store(true)
 	n := newTestNodeWith(t, func(n *testNode) {
-		n.deadline, n.budget, n.pullWait, n.retryAfter = time.Hour, time.Hour, 6*time.Second, 0
+		n.deadline, n.budget, n.pullWait, n.retryAfter = time.Hour, time.Hour, 10*time.Second, 0
 		n.policy = func(registryclient.Repository) (trust.Policy, trust.Verifier) { return trust.Proven, nil }
 	})
 	img := n.pushDripping(&drips)
@@ -82,7 +82,7 @@ func TestPullEndsItsWait(t *testing.T) {
 		_, err := c.sn.Prepare(ctx, "extract-2 other", good.chainIDs[0].String(), good.labels(1), root)
 		other <- err
 	}()
-	timeout := time.After(30 * time.Second)
+	timeout := time.After(time.Minute)
 	for what, result := range map[string]chan error{"the pull": slow, "the collection": collected, "the other pull": other} {
 		select {
 		case err := <-result:
@@ -116,7 +116,7 @@ func TestPullEndsItsWait(t *testing.T) {
 func TestStartEndsItsWait(t *testing.T) {
 	var strict, drips atomic.Bool
 	n := newTestNodeWith(t, func(n *testNode) {
-		n.deadline, n.budget, n.wait = time.Hour, time.Hour, 6*time.Second
+		n.deadline, n.budget, n.wait = time.Hour, time.Hour, 20*time.Second
 		n.policy = func(registryclient.Repository) (trust.Policy, trust.Verifier) {
 			if strict.Load() {
 				return trust.Proven, nil
@@ -201,7 +201,7 @@ func TestUnpackEndsItsWait(t *testing.T) {
 			})
 		})
 	}
-	n.wait = time.Second
+	n.wait = 3 * time.Second
 	n.restart()
 	var all sync.WaitGroup
 	tops := map[string]string{}
