@@ -87,20 +87,21 @@ func TestKubernetesEvents(t *testing.T) {
 	runs("unlisted", true) // without the proxy nobody knows whose it is
 	as("lister")
 	runs("streamed", true)
-	wantEvent(t, n, "streamed", "Streaming", "artifact sha256:")
+	wantEvent(t, n, "streamed", "Normal Streaming", "artifact sha256:")
 	eventually(t, "the problem is over", func() bool { return len(eventProblems(t, n)) == 0 })
 	if reports != nil {
 		wantReady(t, n, reports, registry.Host())
 	}
+	tampered(t, n, registry)
 	runs("plain", false)
-	wantEvent(t, n, "plain", "NotStreaming", "NO_ARTIFACT: ")
+	wantEvent(t, n, "plain", "Normal NotStreaming", "NO_ARTIFACT: ")
 
 	if err := n.Kubernetes.RestartKubelet(t.Context(), node.Kubelet{Config: throughProxy}); err != nil {
 		t.Fatal(err)
 	}
 	as("creator")
 	runs("proxied", true)
-	wantEvent(t, n, "proxied", "Streaming", "artifact sha256:")
+	wantEvent(t, n, "proxied", "Normal Streaming", "artifact sha256:")
 	if got := eventProblems(t, n); len(got) != 0 {
 		t.Errorf("problems: %q", got)
 	}
@@ -112,7 +113,7 @@ func TestKubernetesEvents(t *testing.T) {
 		t.Fatal(err)
 	}
 	runs("kubelets", false)
-	wantEvent(t, n, "kubelets", "NotStreaming", "NO_ARTIFACT: ")
+	wantEvent(t, n, "kubelets", "Normal NotStreaming", "NO_ARTIFACT: ")
 	for _, name := range []string{"unheard", "unheard-too", "unlisted"} {
 		if got := kubectl(t, n, "get", "events", "--field-selector=source=streaming-snapshotter,involvedObject.name="+name, "--output=name"); got != "" {
 			t.Errorf("%s has %q", name, got)
@@ -143,8 +144,26 @@ func wantReady(t *testing.T, n *node.Node, reports *serviceDaemon, host string) 
 	}
 }
 
-// wantEvent waits for a pod's event.
-func wantEvent(t *testing.T, n *node.Node, name, reason, text string) {
+// tampered runs a pod that reads, and whose image's artifact lies: its events say that the image is streamed, and then that it is not any more, why, and which artifact it was, of whom. The next pod of that image reads the
+// image's own bytes.
+func tampered(t *testing.T, n *node.Node, registry *registrytest.Registry) {
+	t.Helper()
+	ref := registry.Host() + "/tampered:v1"
+	dgst := attachLie(t, registry, "tampered", pushSmall(t, ref, 448), "")
+	p := pod{Name: "tampered", Image: ref, Command: []string{"/guest", "watch", "/data"}}
+	p.apply(t, n)
+	wantEvent(t, n, p.Name, "Normal Streaming", "artifact "+dgst.String())
+	wantEvent(t, n, p.Name, "Warning Quarantined", "TAMPERED: layer 1 of the streaming artifact "+dgst.String()+", signed by nobody that the node knows of")
+	eventually(t, "reads that fail", func() bool { // or page faults of the program, which is of that image, too, and ends with them
+		return strings.Contains(kubectl(t, n, "logs", p.Name), "errno=5 /data/") || kubectl(t, n, "get", "pod", p.Name, "--output=jsonpath={.status.phase}") == "Failed"
+	})
+	next := pod{Name: "after-tampered", Image: ref}
+	checkSums(t, next.output(t, n), 448)
+	kubectl(t, n, "delete", "pod", p.Name)
+}
+
+// wantEvent waits for a pod's event, which what names by its type and its reason.
+func wantEvent(t *testing.T, n *node.Node, name, what, text string) {
 	t.Helper()
 	uid := kubectl(t, n, "get", "pod", name, "--output=jsonpath={.metadata.uid}")
 	var got string
@@ -153,10 +172,11 @@ func wantEvent(t *testing.T, n *node.Node, name, reason, text string) {
 			t.Logf("%s: %q", name, got)
 		}
 	}()
-	eventually(t, "event "+reason, func() bool {
-		got = kubectl(t, n, "get", "events", "--field-selector=source=streaming-snapshotter,involvedObject.name="+name,
+	_, reason, _ := strings.Cut(what, " ")
+	eventually(t, "event "+what, func() bool {
+		got = kubectl(t, n, "get", "events", "--field-selector=source=streaming-snapshotter,involvedObject.name="+name+",reason="+reason,
 			"--output=jsonpath={range .items[*]}{.involvedObject.uid} {.type} {.reason} {.count} {.message}{end}")
-		return strings.HasPrefix(got, uid+" Normal "+reason+" 1 ") && strings.Contains(got, text)
+		return strings.HasPrefix(got, uid+" "+what+" 1 ") && strings.Contains(got, text)
 	})
 	if said := kubectl(t, n, "describe", "pod", name); !strings.Contains(said, "streaming-snapshotter") || !strings.Contains(said, text) {
 		t.Errorf("kubectl describe says\n%s", said)
