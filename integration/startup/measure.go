@@ -33,7 +33,7 @@ type sample struct {
 	Containerd  float64 // seconds of processor time until the container was ready
 	Snapshotter float64
 	Serving     float64 // of the registry and the link, which have the node's cores, in that time
-	Memory      int64 // of the snapshotter when the container was ready, without what it has mapped, and at most with it; bytes
+	Memory      int64   // of the snapshotter when the container was ready, without what it has mapped, and at most with it; bytes
 	Peak        int64
 	Warm        float64 // overlayfs: seconds from create to ready of a second container of the image
 	Here        float64 // overlayfs: seconds from the pull of another tag of the image, all of which is on the node, to ready of a third container
