@@ -233,8 +233,8 @@ func login(t *testing.T, host, userPassword string) {
 	}
 }
 
-// wholeLayers counts the downloads of img's layers.
-func wholeLayers(t *testing.T, registry *registrytest.Registry, img v1.Image) (n int) {
+// wholeLayers counts the downloads of img's layers, from one repository if that is named.
+func wholeLayers(t *testing.T, registry *registrytest.Registry, img v1.Image, repository ...string) (n int) {
 	t.Helper()
 	m, err := img.Manifest()
 	if err != nil {
@@ -242,7 +242,7 @@ func wholeLayers(t *testing.T, registry *registrytest.Registry, img v1.Image) (n
 	}
 	for _, q := range registry.Requests() {
 		for _, l := range m.Layers {
-			if registrytest.OfBlobs(q) && q.Bytes > 0 && path.Base(q.Path) == l.Digest.String() {
+			if registrytest.OfBlobs(q) && q.Bytes > 0 && path.Base(q.Path) == l.Digest.String() && (len(repository) == 0 || strings.HasPrefix(q.Path, "/v2/"+repository[0]+"/")) {
 				n++
 			}
 		}
