@@ -50,17 +50,17 @@ demo: build
 test: build images lint unit integration integration-images
 
 unit: build .build/gotest
-	CGO_ENABLED=1 $(GOTEST) -race -timeout 30m $(UNIT)
-	$(GOTEST) -cpu 1 -timeout 30m ./fs
+	CGO_ENABLED=1 $(GOTEST) -race -timeout 50m $(UNIT)
+	$(GOTEST) -cpu 1 -timeout 50m ./fs
 
 OF_IMAGES := ^(TestEquality|TestNextVersion|TestStaticProfile|TestSystemd|TestInstall)$$
 
 integration: build .build/gotest
 	@.ci/packages chromium fonts-liberation
-	$(GOTEST) -timeout 30m -skip '$(OF_IMAGES)|^TestKubernetes' ./integration
+	$(GOTEST) -timeout 50m -skip '$(OF_IMAGES)|^TestKubernetes' ./integration
 
 integration-images: build images .build/gotest
-	$(GOTEST) -timeout 30m -run '$(OF_IMAGES)' ./integration
+	$(GOTEST) -timeout 50m -run '$(OF_IMAGES)' ./integration
 
 test-full: test fuzz kubernetes .build/containerd-1.7 .build/containerd-2.2 .build/containerd-2.3
 	FULL=1 $(GOTEST) -timeout 120m ./...
