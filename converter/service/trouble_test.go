@@ -155,7 +155,7 @@ func TestManyDeletionsTold(t *testing.T) {
 	w := newWorld(t)
 	a, r := w.auto, repository{w.host, "app"}
 	a.mu.Lock()
-	a.hints[r] = &hint{running: true}
+	a.hints[r] = &hint{running: true, after: time.Now().Add(time.Hour)} // nobody takes it meanwhile
 	a.mu.Unlock()
 	list := func(n int) (gone []digest.Digest) {
 		for i := range maxNoted {
