@@ -51,6 +51,7 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	s := startSoak(t, seed)
+	defer s.tell()
 	for end := time.Now().Add(length); time.Now().Before(end) && !t.Failed(); {
 		s.step()
 	}
@@ -135,6 +136,21 @@ func (s *soak) log(format string, args ...any) {
 	defer s.mu.Unlock()
 	s.steps = append(s.steps, line)
 	s.t.Log(line)
+}
+
+// tell adds to the steps of a run that failed what the daemon and the containers say, while they still run.
+func (s *soak) tell() {
+	if !s.t.Failed() {
+		return
+	}
+	for _, w := range s.watchers {
+		n, err := w.passes()
+		s.log("container %s, %d lives: %d rounds, %v", w.id, 1+w.lives, n, err)
+	}
+	tasks, err := s.n.Ctr(s.t.Context(), "tasks", "list")
+	s.log("tasks, %v: %s", err, tasks)
+	said, err := tryRun(s.t, "streaming-snapshotter", "status", "-o", "json", "--config", filepath.Join(s.n.Dir, "snapshotter.toml"))
+	s.log("the daemon, %v: %s", err, said)
 }
 
 // check is what every step ends with: no container has seen what it should not.
