@@ -405,9 +405,14 @@ func (s *store) commit() error {
 	for _, f := range append(slices.Clone(s.Installed), s.Change.After...) {
 		now[f.Path] = f
 	}
-	for _, was := range s.Change.Before {
-		if !slices.ContainsFunc(r.Before, func(f file) bool { return f.Path == was.Path }) {
+	for k, was := range s.Change.Before {
+		at := slices.IndexFunc(r.Before, func(f file) bool { return f.Path == was.Path })
+		if at < 0 {
 			r.Before = append(r.Before, was)
+		} else if k >= len(s.Change.Before)-s.Change.Theirs {
+			if err := s.renew(&r.Before[at], was, now); err != nil {
+				return err
+			}
 		}
 	}
 	for _, path := range slices.Sorted(maps.Keys(now)) {

@@ -106,6 +106,67 @@ func TestEditedByHand(t *testing.T) {
 	}
 }
 
+// TestRewritten: whoever writes containerd's files anew between two installs, as what provisions nodes does at each boot, finds that after an uninstall and not what was there
+// before the first install.
+func TestRewritten(t *testing.T) {
+	const anew = "version = 3\nimports = ['DIR/other.toml']\n# anew\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 7\n"
+	for name, c := range map[string]struct {
+		edit func(was, is string) string
+		err  string // of the uninstall; without one there is what edit has returned
+	}{
+		"as it was":       {func(was, _ string) string { return was }, ""},
+		"but for a line":  {func(was, _ string) string { return was + "# more\n" }, ""},
+		"wholly":          {func(string, string) string { return anew }, ""},
+		"gone":            {func(string, string) string { return "" }, ""},
+		"a part of ours":  {func(_, is string) string { return "# top\n" + strings.ReplaceAll(is, `snapshotter = "streaming"`, "") }, "changed since the install"},
+		"a table of ours": {func(_, is string) string { return "# top\n" + is[:strings.Index(is, "[proxy_plugins")] }, "changed since the install"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			in := on(t, containerd(t, ""), forms()["another imported"].files)
+			var err error
+			if in.s, err = openStore(filepath.Join(t.TempDir(), "state")); err != nil {
+				t.Fatal(err)
+			}
+			before, err := os.ReadFile(in.c.Config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			installsInto(t, in)
+			is, err := os.ReadFile(in.c.Config)
+			if err != nil {
+				t.Fatal(err)
+			}
+			edited := strings.ReplaceAll(c.edit(string(before), string(is)), "DIR", filepath.Dir(in.c.Config))
+			if err := os.WriteFile(in.c.Config, []byte(edited), 0); err != nil {
+				t.Fatal(err)
+			}
+			installsInto(t, in)
+			again, err := os.ReadFile(in.c.Config)
+			if err != nil || string(again) == edited {
+				t.Fatalf("the second install has changed nothing: %v\n%s", err, again)
+			}
+			now, err := in.dump(t.Context(), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var r removal
+			_, err = in.filesBefore(t.Context(), &r, now, traps.Find(now, traps.Want{Address: in.o.Address, Root: in.o.Root}))
+			if c.err != "" {
+				if err == nil || !strings.Contains(err.Error(), c.err) {
+					t.Errorf("got %v, want %q", err, c.err)
+				}
+				return
+			}
+			if err == nil {
+				err = apply(t.Context(), r.files)
+			}
+			if got, err2 := os.ReadFile(in.c.Config); err != nil || err2 != nil || string(got) != edited {
+				t.Errorf("%v, %v: got\n%s\nwant\n%s", err, err2, got, edited)
+			}
+		})
+	}
+}
+
 // installsInto writes the snapshotter into containerd's configuration.
 func installsInto(t *testing.T, in *installer) {
 	t.Helper()
