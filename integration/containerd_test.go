@@ -108,13 +108,19 @@ func TestContainerdVersions(t *testing.T) {
 // pushAbove pushes the image base with one more layer, which has no artifact, as ref.
 func pushAbove(t *testing.T, base, ref string) {
 	t.Helper()
+	pushFileAbove(t, base, ref, "above")
+}
+
+// pushFileAbove is pushAbove with any file, without an entry for the directory that it is in.
+func pushFileAbove(t *testing.T, base, ref, name string) {
+	t.Helper()
 	layer := filepath.Join(tempDir(t), "layer.tar")
 	f, err := os.Create(layer)
 	if err != nil {
 		t.Fatal(err)
 	}
 	w := &ociimage.Tar{Writer: tar.NewWriter(f)}
-	if err := errors.Join(w.File("above", 0o644, []byte("above")), w.Close(), f.Close()); err != nil {
+	if err := errors.Join(w.File(name, 0o644, []byte("above")), w.Close(), f.Close()); err != nil {
 		t.Fatal(err)
 	}
 	run(t, "crane", "append", "--base", base, "--new_layer", layer, "--new_tag", ref)

@@ -22,7 +22,7 @@ import (
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 )
 
-// attachLie attaches an artifact to img, of the repository repo, that lies of its second layer: its index has another mode for data/small/100 than the tar has. Its digest is lower than below, if that is not "".
+// attachLie attaches an artifact to img, of the repository repo, that lies of its second layer: its index has other modes for data/small and data/small/100 than the tar has. Its digest is lower than below, if that is not "".
 func attachLie(t *testing.T, registry *registrytest.Registry, repo string, img v1.Image, below string) (dgst digest.Digest) {
 	t.Helper()
 	raw, err := img.RawManifest()
@@ -75,28 +75,30 @@ func encode(t *testing.T, tar []byte) (artifact.Layer, []byte) {
 	return l.Layer, blob.Bytes()
 }
 
-// lie encodes tar, with the headers of another one in its index, in which data/small/100 is setuid: a chunk has it with the bodies of others.
+// lie encodes tar, with the headers of another one in its index, in which everybody may write to data/small, and data/small/100 is setuid: a chunk has that with the bodies of others.
 func lie(t *testing.T, tar []byte) (artifact.Layer, []byte) {
 	t.Helper()
 	const offSize, offChunks, offTable, tableEntry = 4, 20, 72, 48 // docs/format.md
-	setuid := bytes.Clone(tar)
-	at := bytes.Index(setuid, []byte("data/small/100\x00"))
-	if at < 0 || at%512 != 0 {
-		t.Fatal("no data/small/100")
+	changed := bytes.Clone(tar)
+	for name, mode := range map[string]string{"data/small/": "0000777\x00", "data/small/100": "0004755\x00"} {
+		at := bytes.Index(changed, []byte(name+"\x00"))
+		if at < 0 || at%512 != 0 {
+			t.Fatal("no " + name)
+		}
+		h := changed[at : at+512]
+		copy(h[100:], mode)
+		copy(h[148:], "        ")
+		sum := 0
+		for _, b := range h {
+			sum += int(b)
+		}
+		copy(h[148:], fmt.Sprintf("%06o\x00", sum))
 	}
-	h := setuid[at : at+512]
-	copy(h[100:], "0004755\x00")
-	copy(h[148:], "        ")
-	sum := 0
-	for _, b := range h {
-		sum += int(b)
-	}
-	copy(h[148:], fmt.Sprintf("%06o\x00", sum))
 	headers := func(index []byte) []byte {
 		return index[offTable+tableEntry*binary.LittleEndian.Uint32(index[offChunks:]):]
 	}
 	l, blob := encode(t, tar)
-	other, otherBlob := encode(t, setuid)
+	other, otherBlob := encode(t, changed)
 	index := blob[l.IndexOffset:]
 	index = slices.Concat(index[:len(index)-len(headers(index))], headers(otherBlob[other.IndexOffset:]))
 	binary.LittleEndian.PutUint32(index[offSize:], uint32(len(index)-8))

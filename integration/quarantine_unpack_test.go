@@ -125,6 +125,47 @@ func TestUnpackOutlivesItsPull(t *testing.T) {
 	}
 }
 
+// TestUnpackedOnALyingBase: a layer that containerd has unpacked on a base whose artifact lies of a directory has the lie's mode for it, until the lie is found: then it is unpacked once more, and has what its image says.
+func TestUnpackedOnALyingBase(t *testing.T) {
+	registry := startRegistry(t, registrytest.Options{})
+	pause, mallory, above := registry.Host()+"/pause:1", registry.Host()+"/mallory/app:v1", registry.Host()+"/victim/above:v1"
+	pushPause(t, pause)
+	attachLie(t, registry, "mallory/app", pushSmall(t, mallory, 68), "")
+	pushFileAbove(t, mallory, above, "data/small/above")
+	for _, pull := range []node.Pull{node.Transfer, node.Local} {
+		t.Run(string(pull), func(t *testing.T) {
+			n := startNode(t, node.Options{Pull: pull, Pause: pause, Stream: []string{registry.Host() + "/mallory/*"}})
+			check := func(want os.FileMode) {
+				t.Helper()
+				dir := tempDir(t)
+				if err := n.Mount(t.Context(), above, dir); err != nil {
+					t.Fatal(err)
+				}
+				info, err := os.Stat(filepath.Join(dir, "data/small"))
+				if err != nil {
+					t.Error(err)
+				} else if got := info.Mode().Perm(); got != want {
+					t.Errorf("data/small has mode %v, want %v", got, want)
+				}
+				if b, err := os.ReadFile(filepath.Join(dir, "data/small/above")); err != nil || string(b) != "above" {
+					t.Errorf("%q, %v", b, err)
+				}
+				if err := n.Unmount(t.Context(), dir); err != nil {
+					t.Error(err)
+				}
+			}
+			for _, ref := range []string{mallory, above} {
+				if err := n.Pull(t.Context(), ref); err != nil {
+					t.Fatal(err)
+				}
+			}
+			check(0o777)
+			inQuarantine(t, n, mallory)
+			check(0o755)
+		})
+	}
+}
+
 // TestQuarantinedBaseOfASilentRegistry: where mallory's registry gives nothing any more, silently, images that stand on what lied have its layers soon, from where they come from themselves.
 func TestQuarantinedBaseOfASilentRegistry(t *testing.T) {
 	registry, evil := startRegistry(t, registrytest.Options{}), startRegistry(t, registrytest.Options{})

@@ -26,6 +26,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/converter"
 	"github.com/streaming-snapshotter/streaming-snapshotter/fs"
@@ -60,6 +61,7 @@ type testNode struct {
 	elsewhere         func(context.Context, []digest.Digest) ([]registryclient.Repository, error)
 	policy            func(registryclient.Repository) (trust.Policy, trust.Verifier)
 
+	pushed   []testImage
 	starts   chan stream.Start // that were told of
 	deadline time.Duration     // of proofs; 0: nothing is proven
 	proofs   chan stream.Proof
@@ -179,6 +181,7 @@ type testImage struct {
 	ref      string
 	manifest digest.Digest
 	chainIDs []digest.Digest
+	layers   []ocispec.Descriptor
 }
 
 // push pushes an image with the layers' tars as repository:tag.
@@ -215,11 +218,20 @@ func (n *testNode) push(image string, tars ...[]byte) testImage {
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	var diffIDs []digest.Digest
-	for _, d := range cf.RootFS.DiffIDs {
-		diffIDs = append(diffIDs, digest.Digest(d.String()))
+	m, err := img.Manifest()
+	if err != nil {
+		n.t.Fatal(err)
 	}
-	return testImage{ref: ref, manifest: digest.Digest(h.String()), chainIDs: identity.ChainIDs(diffIDs)}
+	pushed := testImage{ref: ref, manifest: digest.Digest(h.String())}
+	var diffIDs []digest.Digest
+	for i, d := range cf.RootFS.DiffIDs {
+		diffIDs = append(diffIDs, digest.Digest(d.String()))
+		l := m.Layers[i]
+		pushed.layers = append(pushed.layers, ocispec.Descriptor{MediaType: string(l.MediaType), Digest: digest.Digest(l.Digest.String()), Size: l.Size})
+	}
+	pushed.chainIDs = identity.ChainIDs(diffIDs)
+	n.pushed = append(n.pushed, pushed)
+	return pushed
 }
 
 // relabel pushes img, of repo, with another config and so another manifest, and returns its digest. Its layers, and so its chain IDs, are the same.

@@ -12,8 +12,9 @@
 //
 //	metadata.db            upstream's, shared with the inner snapshotter; the name of a streamed snapshot says which image it is of
 //	snapshots/<id>/fs      upstream's; of a streamed snapshot, the mount point of its chain
+//	snapshots/<id>/on      of a layer that was unpacked on a streamed snapshot, the id of that, see stale
 //	snapshots/<id>/unpacked
-//	                       the layer of a streamed snapshot that must not be used, see unpack.go
+//	                       the layer in the place of one that must not be used, see unpack.go
 //	snapshots/removed-*    being removed
 package snapshot
 
@@ -96,6 +97,7 @@ type Snapshotter struct {
 
 	mu       sync.Mutex
 	streamed map[string]*streamedSnapshot // by snapshot id
+	unpacked map[string]snapshots.Usage   // by snapshot id: the layers in the place of what must not be used
 	told     map[string]time.Time         // normal pulls told of lately, by reference, manifest digest and reason
 	finds    int                          // searches whose snapshots are not made yet
 	unused   map[string]bool              // images of which the last snapshot may be gone
@@ -138,7 +140,7 @@ func New(root string, images Images, log *slog.Logger, onPull func(Pull)) (*Snap
 	}
 	s := &Snapshotter{
 		Snapshotter: inner, root: root, ms: ms, images: images, log: log, onPull: onPull,
-		streamed: map[string]*streamedSnapshot{}, told: map[string]time.Time{}, unused: map[string]bool{}, unpacks: map[string]*unpacking{},
+		streamed: map[string]*streamedSnapshot{}, unpacked: map[string]snapshots.Usage{}, told: map[string]time.Time{}, unused: map[string]bool{}, unpacks: map[string]*unpacking{},
 		slots: make(chan struct{}, unpacksAtOnce), Wait: Wait,
 	}
 	s.ctx, s.quit = context.WithCancel(context.Background())
@@ -222,6 +224,9 @@ func (s *Snapshotter) create(ctx context.Context, key, parent string, l labels, 
 	s.atUnpacked(mounts)
 	if base != nil {
 		mounts = cutBelow(mounts, s.fsPath(base.id))
+	}
+	if base != nil && unpacks(key) {
+		return mounts, s.noteBase(ctx, key, base)
 	}
 	return mounts, nil
 }

@@ -73,10 +73,8 @@ type streamedSnapshot struct {
 	name   string // in the metadata store
 	parent string // likewise
 	ref    string // chain ID
-	image  string // as Images names it
+	image  string // as Images names it; "" for a layer that is not streamed, see stale
 	layers int    // length of the chain
-
-	unpacked *snapshots.Usage // of its layer, nil if that is not unpacked; guarded by Snapshotter.mu
 }
 
 // The name of a streamed snapshot is the record of what it is: it comes and goes with the snapshot, and unlike labels nobody can
@@ -175,7 +173,8 @@ func (s *Snapshotter) pulled(sn *streamedSnapshot, l labels) {
 
 // mayServe reports whether sn may serve another pull. The caller holds mu.
 func (s *Snapshotter) mayServe(sn *streamedSnapshot) bool {
-	return sn.unpacked != nil || s.images.Usable(sn.image) == nil
+	_, unpacked := s.unpacked[sn.id]
+	return unpacked || s.images.Usable(sn.image) == nil
 }
 
 // commitStreamed commits snapshots for chains first.. of the image, on top of parent, in one transaction: containerd asks for them one
@@ -250,6 +249,7 @@ func (s *Snapshotter) commitOne(ctx context.Context, sn *streamedSnapshot) error
 // loadStreamed finds the streamed snapshots of former lives, and makes directories that a power loss took.
 func (s *Snapshotter) loadStreamed(ctx context.Context) error {
 	newer := false
+	plain := map[string]string{} // names by id
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		names, err := storage.IDMap(ctx)
 		if err != nil {
@@ -265,6 +265,8 @@ func (s *Snapshotter) loadStreamed(ctx context.Context) error {
 				s.log.Warn("kept for the release that made it", "error", err)
 			} else if sn != nil {
 				s.streamed[id] = sn
+			} else {
+				plain[id] = name
 			}
 		}
 		return nil
@@ -272,9 +274,14 @@ func (s *Snapshotter) loadStreamed(ctx context.Context) error {
 	if err != nil && !errdefs.IsNotFound(err) { // which says that nothing was ever created
 		return err
 	}
+	for id, name := range plain {
+		if err := s.loadUnpacked(id, name); err != nil {
+			return err
+		}
+	}
 	used := map[string]bool{}
 	for id, sn := range s.streamed {
-		if err := errors.Join(os.MkdirAll(s.fsPath(id), 0o755), s.loadUnpacked(sn)); err != nil {
+		if err := errors.Join(os.MkdirAll(s.fsPath(id), 0o755), s.loadUnpacked(id, sn.name)); err != nil {
 			return err
 		}
 		used[sn.image] = true
@@ -283,10 +290,11 @@ func (s *Snapshotter) loadStreamed(ctx context.Context) error {
 	return s.images.Retain(func(id string) bool { return used[id] || newer })
 }
 
-// dropStreamed forgets a removed snapshot, and marks its image as one that may be unused.
+// dropStreamed forgets a removed snapshot, and marks its image, if it is streamed, as one that may be unused.
 func (s *Snapshotter) dropStreamed(id string) (was bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	delete(s.unpacked, id)
 	sn := s.streamed[id]
 	if sn == nil {
 		return false

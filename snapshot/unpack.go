@@ -21,7 +21,7 @@ import (
 
 // A streamed snapshot may become one that must not be used, because its artifact is in quarantine, or was let in by another policy than that of today. containerd never asks for a chain that it has: it pulls
 // nothing again, and whatever is started or pulled on the snapshot comes here. So the image's own layers are unpacked, those of such snapshots that are below, each over the ones below it: from then on they are plain overlay,
-// but for the place where their files are. The same containerd does it that does it in a pull, and has the privileges that it takes, which this process has not. What runs goes on with what it had mounted.
+// but for the place where their files are. So are layers that were unpacked on such a snapshot before, see stale. The same containerd does it that does it in a pull, and has the privileges that it takes, which this process has not. What runs goes on with what it had mounted.
 //
 // A layer is made beside its place, with what it takes on disk in a file, and moved there at once. What a killed daemon leaves is removed at the next start.
 //
@@ -33,8 +33,9 @@ const (
 	// unpacksAtOnce is how many layers are unpacked at a time: nobody pulls many at once in the normal way either.
 	unpacksAtOnce = 2
 
-	unpackedName   = "unpacked"   // in the directory of a snapshot: fs, the layer's files, and usage
+	unpackedName   = "unpacked"   // in the directory of a snapshot: fs, the layer's files, usage, and on
 	unpackingInfix = "unpacking-" // the same in the making, with work, overlay's
+	replacedInfix  = "replaced-"  // the same before it was unpacked once more: what runs may have it mounted
 	usageName      = "usage"      // snapshots.Usage in JSON
 )
 
@@ -45,7 +46,7 @@ type Layer struct {
 	// Ref and Manifest are of the image whose pull it is unpacked for; "" for a container's start.
 	Ref      string
 	Manifest digest.Digest
-	// Source has the layer as that image has it that it was streamed for. It may be gone, or in the hands of whoever attached the artifact.
+	// Source has the layer as that image has it that it was streamed for, and nothing for one that was not. It may be gone, or in the hands of whoever attached the artifact.
 	Source Source
 }
 
@@ -61,21 +62,29 @@ type unpacking struct {
 	err  error
 }
 
-// ready sees to it that what name stands on is there, for what is prepared as key with the labels l: the topmost streamed snapshot that is not unpacked is mounted, and is returned, nil if there is none.
+// ready sees to it that what name stands on is there, and has nothing of what must not be used, for what is prepared as key with the labels l: the topmost streamed snapshot that is not unpacked is mounted, and is returned, nil if there is none.
 // Of the image not nothing is asked for once more that must not be used.
 func (s *Snapshotter) ready(ctx context.Context, key, name string, l labels, not string) (base *streamedSnapshot, err error) {
 	for {
-		base, err = s.streamedBase(ctx, name)
-		if err != nil || base == nil {
+		if base, err = s.streamedBase(ctx, name); err != nil {
 			return nil, err
 		}
-		if err = s.images.Usable(base.image); err == nil || base.image != not && !s.unpacking(base.id) {
-			err = s.mount(ctx, base, s.Unpack == nil && unpacks(key)) // what is unpacked onto what is not trusted has it inside, by hard links
+		sn := base
+		if base != nil {
+			if err = s.images.Usable(base.image); err == nil || base.image != not && !s.unpacking(base.id) {
+				err = s.mount(ctx, base, s.Unpack == nil && unpacks(key)) // what is unpacked onto what is not trusted has its directories' modes and owners
+			}
+			if err != nil && (s.Unpack == nil || ctx.Err() != nil || s.images.Usable(base.image) == nil) {
+				return base, err
+			}
 		}
-		if err == nil || s.Unpack == nil || ctx.Err() != nil || s.images.Usable(base.image) == nil {
-			return base, err
+		if err == nil {
+			if sn, err = s.stale(ctx, name); err != nil || sn == nil {
+				return base, err
+			}
+			err = errStale
 		}
-		if unpackErr := s.unpack(ctx, base, l, err); unpackErr != nil {
+		if unpackErr := s.unpack(ctx, sn, l, err); unpackErr != nil {
 			return nil, fmt.Errorf("%w; nor can the image's own layers be unpacked: %w", err, unpackErr)
 		}
 	}
@@ -90,6 +99,9 @@ func (s *Snapshotter) unpacking(id string) bool {
 
 // unpack unpacks the layer of sn and those below it that it takes, once for all who want it at a time, and goes on when nobody waits any more: they ask again.
 func (s *Snapshotter) unpack(ctx context.Context, sn *streamedSnapshot, l labels, why error) error {
+	if s.Unpack == nil {
+		return errors.New("nothing is here that unpacks them")
+	}
 	s.mu.Lock()
 	u := s.unpacks[sn.id]
 	if u == nil && s.closed {
@@ -122,12 +134,14 @@ func (s *Snapshotter) unpack(ctx context.Context, sn *streamedSnapshot, l labels
 
 func (s *Snapshotter) unpackNow(ctx context.Context, sn *streamedSnapshot, l labels, why error) (err error) {
 	if s.unpackedAt(sn.id) != "" {
-		return nil
+		if again, err := s.isStale(sn.id); err != nil || !again {
+			return err
+		}
 	}
 	if _, err := s.ready(ctx, "", sn.parent, l, sn.image); err != nil {
 		return err
 	}
-	lower, err := s.lowerDirs(ctx, sn.parent)
+	lower, on, err := s.lowerDirs(ctx, sn.parent)
 	if err != nil {
 		return err
 	}
@@ -137,7 +151,9 @@ func (s *Snapshotter) unpackNow(ctx context.Context, sn *streamedSnapshot, l lab
 		layer.Ref, layer.Manifest = l.ref, l.manifest
 	}
 	log := s.log.With("image", sn.image, "layer", layer.Number, "chain", sn.ref)
-	if layer.Source.Ref, layer.Source.Layer, layer.Source.DiffID, err = s.images.Source(ctx, sn.image, layer.Number); err != nil {
+	if sn.image == "" {
+		// Images that containerd has say where it is.
+	} else if layer.Source.Ref, layer.Source.Layer, layer.Source.DiffID, err = s.images.Source(ctx, sn.image, layer.Number); err != nil {
 		log.Warn("where a layer's image is from is not known; others that have it are asked", "error", err)
 	}
 	dir := ""
@@ -160,6 +176,9 @@ func (s *Snapshotter) unpackNow(ctx context.Context, sn *streamedSnapshot, l lab
 			return err
 		}
 		mounts, err := layerMounts(dir, lower)
+		if err == nil {
+			err = noteOn(dir, on)
+		}
 		if err != nil {
 			return err
 		}
@@ -169,7 +188,7 @@ func (s *Snapshotter) unpackNow(ctx context.Context, sn *streamedSnapshot, l lab
 		err = s.place(sn, dir)
 	}
 	if err == nil {
-		log.Warn("a layer of an image that must not be streamed was unpacked", "took", time.Since(began), "why", why)
+		log.Warn("a layer was unpacked in the place of what must not be used", "took", time.Since(began), "why", why)
 	}
 	return err
 }
@@ -186,10 +205,10 @@ func layerMounts(dir string, lower []string) ([]mount.Mount, error) {
 	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"workdir=" + work, "upperdir=" + files, "lowerdir=" + strings.Join(lower, ":")}}}, nil
 }
 
-// lowerDirs lists the directories of name and its ancestors, top first, down to a streamed snapshot that is mounted, which has all below it.
-func (s *Snapshotter) lowerDirs(ctx context.Context, name string) (dirs []string, err error) {
+// lowerDirs lists the directories of name and its ancestors, top first, down to a streamed snapshot that is mounted, on, which has all below it.
+func (s *Snapshotter) lowerDirs(ctx context.Context, name string) (dirs []string, on string, err error) {
 	if name == "" {
-		return nil, nil
+		return nil, "", nil
 	}
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		for name != "" {
@@ -203,7 +222,7 @@ func (s *Snapshotter) lowerDirs(ctx context.Context, name string) (dirs []string
 			}
 			at := s.unpackedAt(id)
 			if sn != nil && at == "" {
-				dirs = append(dirs, s.fsPath(id))
+				dirs, on = append(dirs, s.fsPath(id)), id
 				return nil
 			}
 			if at == "" {
@@ -214,7 +233,7 @@ func (s *Snapshotter) lowerDirs(ctx context.Context, name string) (dirs []string
 		}
 		return nil
 	})
-	return dirs, err
+	return dirs, on, err
 }
 
 // place has the layer of sn that was unpacked in dir be the one that is used.
@@ -235,17 +254,24 @@ func (s *Snapshotter) place(sn *streamedSnapshot, dir string) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	here := s.streamed[sn.id]
 	switch {
 	case err != nil:
 		return err
-	case here == nil:
+	case s.streamed[sn.id] == nil && sn.image != "":
 		return fmt.Errorf("streamed snapshot %s was removed", sn.ref)
 	}
-	if err := os.Rename(dir, filepath.Join(filepath.Dir(dir), unpackedName)); err != nil {
+	at := filepath.Join(filepath.Dir(dir), unpackedName)
+	if _, again := s.unpacked[sn.id]; again {
+		aside := filepath.Join(filepath.Dir(dir), strings.Replace(filepath.Base(dir), unpackingInfix, replacedInfix, 1))
+		if err := os.Rename(at, aside); err != nil {
+			return err
+		}
+		delete(s.unpacked, sn.id)
+	}
+	if err := os.Rename(dir, at); err != nil {
 		return err
 	}
-	here.unpacked = &usage
+	s.unpacked[sn.id] = usage
 	return nil // if a power loss undoes it, it is done again
 }
 
@@ -253,32 +279,32 @@ func (s *Snapshotter) place(sn *streamedSnapshot, dir string) error {
 func (s *Snapshotter) unpackedAt(id string) string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if sn := s.streamed[id]; sn == nil || sn.unpacked == nil {
+	if _, is := s.unpacked[id]; !is {
 		return ""
 	}
 	return filepath.Join(filepath.Dir(s.fsPath(id)), unpackedName, "fs")
 }
 
-// loadUnpacked reads whether the layer of sn was unpacked, and removes what was half. What cannot be read is taken for no: it is unpacked again.
-func (s *Snapshotter) loadUnpacked(sn *streamedSnapshot) error {
-	parent := filepath.Dir(s.fsPath(sn.id))
+// loadUnpacked reads whether the layer of snapshot id was unpacked, and removes what was half. What cannot be read is taken for no: it is unpacked again.
+func (s *Snapshotter) loadUnpacked(id, name string) error {
+	parent := filepath.Dir(s.fsPath(id))
 	left, err := filepath.Glob(filepath.Join(parent, unpackingInfix+"*"))
 	for _, dir := range left {
 		err = errors.Join(err, os.RemoveAll(dir))
 	}
 	if err != nil {
-		s.log.Warn("what a killed daemon has half unpacked stays until the next start", "chain", sn.ref, "error", err)
+		s.log.Warn("what a killed daemon has half unpacked stays until the next start", "snapshot", name, "error", err)
 	}
 	dir := filepath.Join(parent, unpackedName)
 	b, err := os.ReadFile(filepath.Join(dir, usageName))
-	usage := &snapshots.Usage{}
+	var usage snapshots.Usage
 	if err == nil {
-		err = json.Unmarshal(b, usage)
+		err = json.Unmarshal(b, &usage)
 	}
 	if err != nil {
 		return os.RemoveAll(dir)
 	}
-	sn.unpacked = usage
+	s.unpacked[id] = usage
 	return nil
 }
 

@@ -12,7 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-// Usage is upstream's, but for a streamed snapshot, of which it is what the node has on disk at the moment. What several snapshots need,
+// Usage is upstream's, with what was unpacked in a layer's place, but for a streamed snapshot, of which it is what the node has on disk at the moment. What several snapshots need,
 // of one image or of several, is counted once: at the oldest of them.
 func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
 	id := ""
@@ -24,18 +24,20 @@ func (s *Snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 		return snapshots.Usage{}, err
 	}
 	s.mu.Lock()
-	all := slices.DeleteFunc(slices.Collect(maps.Values(s.streamed)), func(sn *streamedSnapshot) bool { return sn.unpacked != nil })
+	all := slices.DeleteFunc(slices.Collect(maps.Values(s.streamed)), func(sn *streamedSnapshot) bool {
+		_, is := s.unpacked[sn.id]
+		return is
+	})
 	sn := s.streamed[id]
-	var unpacked *snapshots.Usage
-	if sn != nil {
-		unpacked = sn.unpacked
-	}
+	unpacked, is := s.unpacked[id]
 	s.mu.Unlock()
 	if sn == nil {
-		return s.Snapshotter.Usage(ctx, key)
+		u, err := s.Snapshotter.Usage(ctx, key)
+		u.Add(unpacked)
+		return u, err
 	}
-	if unpacked != nil {
-		return *unpacked, nil
+	if is {
+		return unpacked, nil
 	}
 	blobs, chain := s.countedAt(sn, all)
 	size, err := s.images.Usage(sn.image, chain, blobs)
