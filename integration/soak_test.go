@@ -100,7 +100,7 @@ func startSoak(t *testing.T, seed uint64) *soak {
 	mode := modes[seed%uint64(len(modes))]
 	s.n = startNode(t, node.Options{
 		Mode: mode, Stream: []string{s.proxy.Addr() + "/*"}, Supervise: true, CacheDisk: soakDisk,
-		Config: fmt.Sprintf("resolve_timeout = %q\ncache_size = %q\nbackground_bandwidth = %q", "2s", soakCache, "1MiB"),
+		Config: fmt.Sprintf("cache_size = %q\nbackground_bandwidth = %q", soakCache, "1MiB"),
 	})
 	t.Cleanup(s.heal)
 	s.pull(0, 0)
@@ -110,6 +110,9 @@ func startSoak(t *testing.T, seed uint64) *soak {
 		if err := s.n.Pull(t.Context(), ref); err != nil {
 			t.Fatal(err)
 		}
+	}
+	if status, err := statusOf(t, s.n); err != nil || len(status.Images) != 2 {
+		t.Fatalf("%d images are streamed of 2: %+v, %v", len(status.Images), status.NotStreamed, err)
 	}
 	s.startWatchers()
 	s.log("seed %d, mode %s", seed, mode)

@@ -1,5 +1,5 @@
-// Command gotest runs `go test` with its arguments and prints what matters: each package's closing line, the output of failed tests, and the names of
-// skipped ones. With -no-skips a skipped test is a failure: in CI everything that a test could need is there.
+// Command gotest runs `go test` with its arguments and prints what matters: each package's closing line, the output of failed tests, which tests took long, and the names
+// of skipped ones. With -no-skips a skipped test is a failure: in CI everything that a test could need is there.
 //
 // All of it runs in namespaces and with a $TMPDIR of its own (node.Isolate), so that nothing is left of tests that are killed, or when make is.
 package main
@@ -18,7 +18,11 @@ import (
 // event is a line of `go test -json`; `go doc test2json` describes it.
 type event struct {
 	Action, Package, Test, Output string
+	Elapsed                       float64 // seconds
 }
+
+// slow is how many seconds a test takes that is worth a line.
+const slow = 20
 
 func main() {
 	node.IsolateWithParent()
@@ -82,6 +86,9 @@ func run(args []string) (skipped []string, err error) {
 				text = b.String()
 			}
 			delete(said, key)
+			if e.Elapsed >= slow && !strings.Contains(e.Test, "/") {
+				fmt.Printf("%.0f s: %s\n", e.Elapsed, key)
+			}
 			switch e.Action {
 			case "fail":
 				fmt.Print(text)
