@@ -3,6 +3,8 @@ package snapshot
 import (
 	"errors"
 	"fmt"
+	"net/http"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -10,6 +12,7 @@ import (
 	"github.com/opencontainers/go-digest"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient/registrytest"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/reason"
 	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/stream"
 	"github.com/streaming-snapshotter/streaming-snapshotter/trust"
@@ -77,6 +80,40 @@ func TestTightenedToProven(t *testing.T) {
 				t.Errorf("usable: %v", err)
 			}
 		})
+	}
+}
+
+// TestProofsAddUp: of an image that does not come within pull_wait the layers that came stay proven, over restarts, and the next search fetches those alone that are not: that it was pulled in the normal way once does not mean each time.
+func TestProofsAddUp(t *testing.T) {
+	policy := trust.Open
+	n := newTestNodeWith(t, func(n *testNode) {
+		n.deadline, n.budget, n.pullWait = time.Hour, time.Hour, 10*time.Second
+		n.policy = func(registryclient.Repository) (trust.Policy, trust.Verifier) { return policy, nil }
+	})
+	img := n.push("app", tarOf(t, file{"lower", noise(1, 100_000)}), tarOf(t, file{"upper", noise(2, 100_000)})).converted(n)
+	layers := n.layersOf(img) // which begins no proof
+	policy = trust.Proven
+	n.restart()
+	isData := func(layer int, path, bytes string) bool {
+		return strings.HasSuffix(path, layers[layer].Digest.String()) && strings.HasPrefix(bytes, "bytes=0-")
+	}
+	faster := n.reg.Inject(func(r *http.Request) bool { return isData(1, r.URL.Path, r.Header.Get("Range")) }, -1, registrytest.Throttle(1, 100*time.Millisecond))
+	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); reason.Of(err) != reason.Timeout {
+		t.Fatalf("%v", err)
+	}
+	if proven, _ := n.ledger.Count(); proven != 1 {
+		t.Errorf("%d layers are proven, want 1", proven)
+	}
+	faster()
+	n.restart() // or the failure might stand
+	n.reg.Reset()
+	if _, _, err := n.images.Find(testContext(), img.ref, img.manifest); err != nil {
+		t.Fatal(err)
+	}
+	lower, _ := n.reg.Count(func(q registrytest.Request) bool { return isData(0, q.Path, q.Range) })
+	upper, _ := n.reg.Count(func(q registrytest.Request) bool { return isData(1, q.Path, q.Range) })
+	if lower > 0 || upper == 0 {
+		t.Errorf("%d requests for what was proven, %d for the other layer", lower, upper)
 	}
 }
 
