@@ -128,9 +128,11 @@ func Sign(ctx context.Context, p Place, ref string, platforms []ocispec.Platform
 		return nil, err
 	}
 	var done []Signed
+	var errs []error // one that somebody has attached does not keep the others from being signed
 	for _, a := range list {
 		if a.manifest == nil {
-			return done, fmt.Errorf("artifact %s: %w", a.desc.Digest, a.err)
+			errs = append(errs, fmt.Errorf("artifact %s: %w", a.desc.Digest, a.err))
+			continue
 		}
 		s, err := sign(ctx, p, a.desc, signer, proof(ctx, p, a))
 		s.Platform = platformString(a.manifest.Platform)
@@ -138,11 +140,12 @@ func Sign(ctx context.Context, p Place, ref string, platforms []ocispec.Platform
 			s.Warnings, err = rewriteHints(ctx, p, a.manifest.Subject.Digest, s.hints, false)
 		}
 		if err != nil {
-			return done, err
+			errs = append(errs, err)
+			continue
 		}
 		done = append(done, s)
 	}
-	return done, nil
+	return done, errors.Join(errs...)
 }
 
 // Adopt writes into the profiles of the image's artifacts where their newest signatures are, whoever has made those: nodes read it in a list that they have
@@ -226,10 +229,10 @@ func signedBy(ctx context.Context, p Place, d ocispec.Descriptor, signer trust.S
 	return "", nil
 }
 
-// proof proves an artifact that was found: whoever may push can have attached it, and nobody's key says that it is the image.
+// proof proves an artifact that was found: whoever may push can have attached it, and nobody's key says that it is the image. Its profiles are not signed.
 func proof(ctx context.Context, p Place, a attached) func() error {
 	return func() error {
-		_, err := verify(ctx, p, a, VerifyOptions{})
+		_, err := verifyArtifact(ctx, p, a, VerifyOptions{})
 		return err
 	}
 }

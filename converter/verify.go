@@ -115,7 +115,28 @@ func different(format string, args ...any) error {
 	return fmt.Errorf("%w: %w", ErrDifferent, fmt.Errorf(format, args...))
 }
 
+// verify proves an artifact and the profiles of its image.
 func verify(ctx context.Context, p Place, a attached, o VerifyOptions) (Verified, error) {
+	v, err := verifyArtifact(ctx, p, a, o)
+	if err != nil {
+		return v, err
+	}
+	// A profile may be of another of the image's artifacts: those that cannot be used are told of when their turn comes.
+	others, err := artifactsOf(ctx, p, v.Subject)
+	if err != nil {
+		return v, err
+	}
+	usable := []*artifact.Manifest{a.manifest}
+	for _, other := range others {
+		if other.manifest != nil {
+			usable = append(usable, other.manifest)
+		}
+	}
+	v.Profiles, err = verifyProfiles(ctx, p, v.Subject, usable)
+	return v, err
+}
+
+func verifyArtifact(ctx context.Context, p Place, a attached, o VerifyOptions) (Verified, error) {
 	if a.manifest == nil {
 		return Verified{}, different("its manifest: %w", a.err)
 	}
@@ -143,21 +164,7 @@ func verify(ctx context.Context, p Place, a attached, o VerifyOptions) (Verified
 		return v, err
 	}
 	v.DiffIDs = img.diffIDs
-	if v.Bytes, err = verifyLayers(ctx, p, m, img, o); err != nil {
-		return v, err
-	}
-	// A profile may be of another of the image's artifacts: those that cannot be used are told of when their turn comes.
-	others, err := artifactsOf(ctx, p, m.Subject.Digest)
-	if err != nil {
-		return v, err
-	}
-	usable := []*artifact.Manifest{m}
-	for _, other := range others {
-		if other.manifest != nil {
-			usable = append(usable, other.manifest)
-		}
-	}
-	v.Profiles, err = verifyProfiles(ctx, p, m.Subject.Digest, usable)
+	v.Bytes, err = verifyLayers(ctx, p, m, img, o)
 	return v, err
 }
 

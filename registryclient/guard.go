@@ -21,7 +21,9 @@ var forbidden = []netip.Prefix{
 	netip.MustParsePrefix("168.63.129.16/32"),   // Azure's
 	netip.MustParsePrefix("100.100.100.200/32"), // Alibaba Cloud's
 	netip.MustParsePrefix("192.0.0.192/32"),     // Oracle Cloud's, of old
-	netip.MustParsePrefix("fd00:ec2::254/128"),  // AWS's
+	netip.MustParsePrefix("fd00:ec2::/32"),      // AWS's: metadata, time, the credentials of pods
+	netip.MustParsePrefix("fd00:c1::/32"),       // Oracle Cloud's
+	netip.MustParsePrefix("fd00:42::42/128"),    // Scaleway's
 	netip.MustParsePrefix("fd20:ce::254/128"),   // Google Cloud's
 }
 

@@ -16,12 +16,12 @@ func TestWhose(t *testing.T) {
 	for addr, refused := range map[string]bool{
 		"127.0.0.1": true, "127.8.9.1": true, "::1": true, "::": true, "0.0.0.0": true, "0.1.2.3": true,
 		"169.254.169.254": true, "169.254.1.1": true, "fe80::1": true, "fe80::1%eth0": true,
-		"168.63.129.16": true, "100.100.100.200": true, "192.0.0.192": true, "fd00:ec2::254": true, "fd20:ce::254": true,
+		"168.63.129.16": true, "100.100.100.200": true, "192.0.0.192": true, "fd00:ec2::254": true, "fd00:ec2::23": true, "fd00:c1::a9fe:a9fe": true, "fd00:42::42": true, "fd20:ce::254": true,
 		"224.0.0.1": true, "ff02::1": true, "255.255.255.255": true,
 		"::ffff:169.254.169.254": true, "::ffff:127.0.0.1": true, "64:ff9b::a9fe:a9fe": true, "64:ff9b:1::169.254.169.254": true,
 		"2002:a9fe:a9fe::1": true, "::169.254.169.254": true, "::127.0.0.1": true,
 		"10.0.0.1": false, "192.168.1.1": false, "172.16.0.1": false, "100.64.0.1": false, "93.184.216.34": false,
-		"fd00::1": false, "2001:db8::1": false, "64:ff9b::5db8:d822": false, "2002:5db8:d822::1": false, "::ffff:10.0.0.1": false,
+		"fd00::1": false, "fd00:42::1": false, "2001:db8::1": false, "64:ff9b::5db8:d822": false, "2002:5db8:d822::1": false, "::ffff:10.0.0.1": false,
 	} {
 		a := netip.MustParseAddr(addr)
 		if got := whose(a, false); (got != "") != refused {

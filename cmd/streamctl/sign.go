@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -122,17 +123,14 @@ What has a signature by the same certificate that is good for a while yet is lef
 				return err
 			}
 			done, err := converter.Sign(cmd.Context(), p, ref, platforms, signer)
-			if err != nil {
-				return err
-			}
-			if output.json() {
-				return writeJSON(cmd.OutOrStdout(), map[string]any{"signed": done})
+			if output.json() && (err == nil || len(done) > 0) {
+				return errors.Join(err, writeJSON(cmd.OutOrStdout(), map[string]any{"signed": done}))
 			}
 			for _, s := range done {
 				warn(cmd, s.Warnings)
 				printSigned(cmd.OutOrStdout(), s)
 			}
-			return nil
+			return err
 		},
 	}
 	image.add(cmd)

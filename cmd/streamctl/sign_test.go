@@ -1,7 +1,10 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -9,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -197,6 +201,48 @@ func TestNotSigned(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("invalid signature", verify...)
+}
+
+// TestSignedBesideOthers: an artifact and a profile that somebody has attached, and nobody can read, keep no other artifact from being signed.
+func TestSignedBesideOthers(t *testing.T) {
+	for _, kind := range []string{artifact.ArtifactType, artifact.ProfileType} {
+		t.Run(kind, func(t *testing.T) {
+			w := newSigningWorld(t, registrytest.Options{})
+			p, ref, err := converter.Open(w.image, converter.OpenOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			subject, err := p.Resolve(t.Context(), ref)
+			if err != nil {
+				t.Fatal(err)
+			}
+			stdout, _ := succeed(t, "create", w.image, "-o", "json")
+			made := parsed[createResult](t, stdout).Artifacts[0].Artifact.Digest
+			d, honest, err := p.Manifest(t.Context(), made.String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			succeed(t, "delete", w.image) // it comes behind the other
+			raw, err := json.Marshal(ocispec.Manifest{Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, ArtifactType: kind, Config: ocispec.DescriptorEmptyJSON, Layers: []ocispec.Descriptor{}, Subject: &subject})
+			if err != nil {
+				t.Fatal(err)
+			}
+			bad := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageManifest, Digest: digest.FromBytes(raw), Size: int64(len(raw))}
+			empty := func() (io.ReadCloser, error) {
+				return io.NopCloser(bytes.NewReader(ocispec.DescriptorEmptyJSON.Data)), nil
+			}
+			if err := errors.Join(p.PutBlob(t.Context(), ocispec.DescriptorEmptyJSON, empty), p.PutManifest(t.Context(), bad, raw, ""), p.PutManifest(t.Context(), d, honest, "")); err != nil {
+				t.Fatal(err)
+			}
+			status, stdout, stderr := streamctl(t, "sign", w.image, "--sign-key", w.keyFile, "--sign-cert", w.certFile)
+			if refused := kind == artifact.ArtifactType; refused != (status == 1) || refused != strings.Contains(stderr, bad.Digest.String()) {
+				t.Errorf("status %d, %s", status, stderr)
+			}
+			if list := referrersOf(t, w.image, made); len(list) != 1 || !strings.Contains(stdout, list[0].Digest.String()) {
+				t.Errorf("signatures %+v, said %s", list, stdout)
+			}
+		})
+	}
 }
 
 // TestAdopt: profiles name the signature, whoever made it, and name the next one when that is made.
