@@ -3,7 +3,6 @@ package artifact
 import (
 	"archive/tar"
 	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -36,7 +35,10 @@ type EntryReader struct {
 // Entries reads the headers from the start. Next returns io.EOF after the last entry; other errors are ErrInvalid or ErrUnsupported.
 func (x *Index) Entries() *EntryReader {
 	src := &indexSource{headers: x.HeadersSize, datas: x.TarSize - x.HeadersSize}
-	r := &EntryReader{scan: newScanner(src), src: src, layout: &Layout{index: x, chunk: -1, hash: sha256.New()}}
+	r := &EntryReader{scan: newScanner(src), src: src}
+	if r.layout, r.err = newLayout(x); r.err != nil {
+		return r
+	}
 	src.zr, r.err = zstd.NewReader(bytes.NewReader(x.headers), zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
 		zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecodeBuffersBelow(0))
 	if r.err != nil {
@@ -56,8 +58,7 @@ func (r *EntryReader) Next() (*Entry, error) {
 	}
 	if err == io.EOF {
 		if err = r.tail(); err == io.EOF {
-			r.layout.closeChunk()
-			r.layout.index.layout.Store(r.layout)
+			r.layout.finish()
 		}
 	}
 	if err != nil && err != io.EOF {

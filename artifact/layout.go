@@ -1,32 +1,58 @@
 package artifact
 
 import (
-	"crypto/sha256"
+	"crypto/aes"
+	"crypto/cipher"
+	"crypto/rand"
 	"fmt"
-	"hash"
 	"io"
 	"sort"
 )
 
 // Layout says which bytes of the tar are data and which are headers, and what the headers hash to in each chunk: what
 // is needed to compare a fetched chunk with the index's claim. It may be used by several goroutines.
+//
+// The hash is GMAC, AES-GCM's tag of nothing but additional data, with a random key of the Layout's own. Neither the key nor a tag leaves it, so whoever makes an index and a chunk that differ
+// cannot look for two headers of one tag, and meets such by chance once in 2^128/n times, of n blocks of 16 bytes; one nonce is enough as long as no tag is seen. A hash without a key has to be SHA-256, which without instructions for it was a tenth
+// of the daemon's processor time in a start: BenchmarkEntries takes 5.5 us for each entry with it, and 1.7 us with this.
 type Layout struct {
 	index *Index
+	mac   cipher.AEAD
 	runs  []dataRun   // in order, not empty
 	sums  []headerSum // of the chunks with header bytes, in order
 
-	// While the headers are read: the chunk that header bytes were last seen in, and their hash.
-	chunk int
-	end   int64 // of the chunk
-	hash  hash.Hash
+	// While the headers are read: the chunk that header bytes were last seen in, and they.
+	chunk   int
+	end     int64 // of the chunk
+	headers []byte
 }
 
 type dataRun struct{ off, n int64 }
 
-// headerSum is the SHA-256 of a chunk's header bytes.
+// headerSum is what a chunk's header bytes hash to.
 type headerSum struct {
-	chunk uint32
-	sum   [32]byte
+	chunk, size uint32
+	tag         [tagSize]byte
+}
+
+const tagSize = 16
+
+// newLayout returns a Layout of x without anything.
+func newLayout(x *Index) (*Layout, error) {
+	var key [16]byte
+	rand.Read(key[:])
+	block, err := aes.NewCipher(key[:])
+	if err != nil {
+		return nil, err
+	}
+	mac, err := cipher.NewGCM(block)
+	return &Layout{index: x, mac: mac, chunk: -1}, err
+}
+
+// sum hashes b, header bytes of a chunk.
+func (l *Layout) sum(b []byte) (tag [tagSize]byte) {
+	l.mac.Seal(tag[:0], make([]byte, l.mac.NonceSize()), nil, b)
+	return tag
 }
 
 // Layout returns what the first pass over the headers has found, and makes it if there was none. Its memory is proportional to the number of files and of chunks with header bytes.
@@ -74,16 +100,23 @@ func (l *Layout) addHeaders(off int64, b []byte) {
 			l.end = c.TarOffset + c.TarSize
 		}
 		n := min(int64(len(b)), l.end-off)
-		l.hash.Write(b[:n])
+		l.headers = append(l.headers, b[:n]...)
 		off, b = off+n, b[n:]
 	}
 }
 
 func (l *Layout) closeChunk() {
 	if l.chunk >= 0 {
-		l.sums = append(l.sums, headerSum{uint32(l.chunk), [32]byte(l.hash.Sum(nil))})
-		l.hash.Reset()
+		l.sums = append(l.sums, headerSum{uint32(l.chunk), uint32(len(l.headers)), l.sum(l.headers)})
+		l.headers = l.headers[:0]
 	}
+}
+
+// finish is called after the last header bytes.
+func (l *Layout) finish() {
+	l.closeChunk()
+	l.headers = nil
+	l.index.layout.Store(l)
 }
 
 // Check compares the header bytes inside chunk i, whose uncompressed bytes are b, with the index's headers. Its error is ErrInvalid.
@@ -96,7 +129,7 @@ func (l *Layout) Check(i int, b []byte) error {
 	if s == len(l.sums) || int(l.sums[s].chunk) != i {
 		return nil // all data
 	}
-	h := sha256.New()
+	headers := make([]byte, 0, l.sums[s].size)
 	off, end := c.TarOffset, c.TarOffset+c.TarSize
 	for r := l.runAt(off); off < end; r++ {
 		data := dataRun{off: end}
@@ -104,11 +137,11 @@ func (l *Layout) Check(i int, b []byte) error {
 			data = l.runs[r]
 		}
 		if from := min(data.off, end); from > off {
-			h.Write(b[off-c.TarOffset : from-c.TarOffset])
+			headers = append(headers, b[off-c.TarOffset:from-c.TarOffset]...)
 		}
 		off = data.off + data.n
 	}
-	if [32]byte(h.Sum(nil)) != l.sums[s].sum {
+	if l.sum(headers) != l.sums[s].tag {
 		return fmt.Errorf("chunk %d: its headers are not those of the index: %w", i, ErrInvalid)
 	}
 	return nil

@@ -47,6 +47,29 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// TestLayoutKeys: nobody can know beforehand what headers hash to.
+func TestLayoutKeys(t *testing.T) {
+	e := encode(t, kindsTar(t), EncodeOptions{ChunkSize: 2000})
+	var layouts []*Layout
+	for range 2 {
+		l, err := e.index.Layout()
+		if err != nil {
+			t.Fatal(err)
+		}
+		layouts = append(layouts, l)
+		e.index.ForgetLayout()
+	}
+	a, b := layouts[0], layouts[1]
+	if len(a.sums) < 2 || len(a.sums) != len(b.sums) {
+		t.Fatalf("%d and %d chunks with headers", len(a.sums), len(b.sums))
+	}
+	for i := range a.sums {
+		if a.sums[i].tag == b.sums[i].tag || a.sums[i].size != b.sums[i].size {
+			t.Errorf("chunk %d: its headers hash to %x, of %d bytes, and with another key to %x, of %d", a.sums[i].chunk, a.sums[i].tag, a.sums[i].size, b.sums[i].tag, b.sums[i].size)
+		}
+	}
+}
+
 func TestWalkStops(t *testing.T) {
 	e := encode(t, filesTar(t, 5, 1), EncodeOptions{})
 	stop, n := errors.New("stop"), 0
