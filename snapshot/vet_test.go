@@ -75,6 +75,27 @@ func TestWithdrawn(t *testing.T) {
 	s.wantStart("trusted again", top, nil)
 }
 
+// TestStricterPolicy: files that ask for more than they did hold for the next pull, also where a container was made of the image in between, which asks only who has signed it.
+func TestStricterPolicy(t *testing.T) {
+	s := newSignedNode(t)
+	trusttest.WritePolicy(t, s.dir, trusttest.Statement{Name: "all", Level: "permissive"})
+	img := s.push("app", threeLayers(t)...).converted(s.testNode)
+	d := s.artifacts(img)[0]
+	s.putSignature("app", d, s.signer.SignOver(t, target(d)), true)
+	top := s.prepareAll(img, 0, "")
+	trusttest.WritePolicy(t, s.dir, trusttest.Statement{Name: "all"})
+	for _, when := range []string{"stricter", "stricter, restarted"} {
+		s.wantStart(when, top, nil)
+		if err := s.images.Usable(d.Digest.Encoded()); !errors.Is(err, trust.ErrMissing) {
+			t.Errorf("%s: a pull of the same layers goes on without a search: %v", when, err)
+		}
+		if _, err := s.find(img); reason.Of(err) != reason.SignatureExpired {
+			t.Errorf("%s: a pull: %v", when, err)
+		}
+		s.restart()
+	}
+}
+
 // TestTightened: an image that a weaker policy has let in starts no new container by the policy of today, until its artifact is signed and a pull has seen that. Where its own repository is off
 // that is the policy of the others, whose base layers it may stand for.
 func TestTightened(t *testing.T) {

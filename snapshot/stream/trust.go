@@ -35,7 +35,8 @@ type vetted struct {
 	MediaType  string                    `json:"mediaType"`
 	Envelope   []byte                    `json:"envelope"`
 	Verdict    trust.Verdict             `json:"verdict"`
-	Epoch      string                    `json:"epoch"`             // of the verifier, when it said so
+	Epoch      string                    `json:"epoch"`             // of the verifier, when Verify said so
+	Trusted    string                    `json:"trusted,omitempty"` // that of the last time that Trusts said so, which asks for less: enough for a container, not for a pull
 	Revoked    string                    `json:"revoked,omitempty"` // why it says so no more: what was found when Verdict had run out
 }
 

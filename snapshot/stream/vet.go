@@ -82,7 +82,7 @@ func (s *Store) lacks(ctx context.Context, img *image) error {
 func (s *Store) stillSigned(ctx context.Context, img *image, v trust.Verifier) error {
 	epoch := v.Epoch()
 	list := s.vettedOf(img)
-	if slices.ContainsFunc(list, func(g *vetted) bool { return g.Epoch == epoch && g.Revoked == "" }) {
+	if slices.ContainsFunc(list, func(g *vetted) bool { return (g.Epoch == epoch || g.Trusted == epoch) && g.Revoked == "" }) {
 		return nil
 	}
 	if d := img.doubt.Load(); d != nil && d.epoch == epoch && time.Now().Before(d.until) {
@@ -98,7 +98,7 @@ func (s *Store) stillSigned(ctx context.Context, img *image, v trust.Verifier) e
 		switch is := v.Trusts(ctx, target, envelope); {
 		case is == nil:
 			again := *g
-			again.Epoch = epoch
+			again.Trusted = epoch
 			if err := s.vouch(img, &again); err != nil {
 				s.log.Warn("a verdict by changed files of the trust policy is not written down: it is asked for again", "image", img.name(), "error", err)
 			}
