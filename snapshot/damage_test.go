@@ -60,6 +60,44 @@ func testDamagedMetadataImage(t *testing.T, damage func(whole []byte) []byte) {
 	}
 }
 
+// TestMetadataImageChangedAfterPull: the daemon that has made it mounts none that was changed meanwhile, and reads it again for each mount but the first.
+func TestMetadataImageChangedAfterPull(t *testing.T) {
+	for _, again := range []bool{false, true} {
+		n, _, top := pulled(t)
+		path := n.only("images", "*", "*.erofs")
+		whole, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		made, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again {
+			n.wantContainer("first", top)
+			if err := n.images.Unmount(n.base(top)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n.poll("change that stat tells", func() bool {
+			if err := os.WriteFile(path, bytes.Replace(whole, []byte("top"), []byte("tod"), 1), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			now, err := os.Stat(path)
+			return err == nil && !now.ModTime().Equal(made.ModTime())
+		})
+		if again { // as a disk changes it
+			if err := os.Chtimes(path, made.ModTime(), made.ModTime()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		n.wantContainer("container", top)
+		if b, err := os.ReadFile(path); err != nil || !bytes.Equal(b, whole) {
+			t.Errorf("after a mount (%v): the image was not made anew (%v)", again, err)
+		}
+	}
+}
+
 // An index that the disk loses under a container costs it a read, not the daemon, and is fetched anew when it is next opened.
 func TestLostIndex(t *testing.T) {
 	n := newTestNode(t)

@@ -1,6 +1,8 @@
 package stream
 
 import (
+	"encoding/binary"
+	"io"
 	"reflect"
 	"testing"
 
@@ -36,5 +38,48 @@ func TestHotBlobHead(t *testing.T) {
 			t.Errorf("shares %v: read %+v up to %d (asked for %d), %v; want %+v up to %d", shares, got, b.pos, b.end, err, h, h.Size())
 		}
 		b.close()
+	}
+}
+
+// numbers is a body of n bytes in which each 8 say where they are.
+type numbers struct{ at, n int64 }
+
+func (r *numbers) Read(p []byte) (int, error) {
+	if r.at == r.n {
+		return 0, io.EOF
+	}
+	p = p[:min(int64(len(p)), r.n-r.at)&^7]
+	for i := 0; i < len(p); i += 8 {
+		binary.LittleEndian.PutUint64(p[i:], uint64(r.at))
+		r.at += 8
+	}
+	return len(p), nil
+}
+
+// TestAheadReader: what comes is what was sent, in blocks that are used again.
+func TestAheadReader(t *testing.T) {
+	const n = 4*aheadBlocks*aheadBlock + 800
+	r := newAheadReader(&numbers{n: n})
+	blocks := map[*byte]bool{}
+	p := make([]byte, 1000)
+	at := int64(0)
+	for {
+		got, err := r.Read(p[:min(len(p), 8*(1+int(at)%100))])
+		if err == io.EOF {
+			break
+		}
+		if err != nil || got%8 != 0 {
+			t.Fatalf("at %d: %d bytes, %v", at, got, err)
+		}
+		for i := 0; i < got; i += 8 {
+			if b := binary.LittleEndian.Uint64(p[i:]); b != uint64(at) {
+				t.Fatalf("at %d: what was sent at %d", at, b)
+			}
+			at += 8
+		}
+		blocks[&r.block[0]] = true
+	}
+	if at != n || len(blocks) > aheadBlocks+3 { // those that lie ahead, and those that are filled and read
+		t.Errorf("%d of %d bytes in %d blocks", at, n, len(blocks))
 	}
 }

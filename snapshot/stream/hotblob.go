@@ -141,16 +141,23 @@ func (r *hotRange) Close() error {
 type aheadReader struct {
 	blocks  chan []byte // closed after the last
 	err     error       // set before
-	left    []byte      // of the block that is being read
+	block   []byte      // that is being read
+	left    []byte      // of it
+	free    chan []byte // blocks that were read, to be filled again: new memory costs the kernel more than that
 	stopped chan struct{}
 }
 
 func newAheadReader(body io.Reader) *aheadReader {
-	r := &aheadReader{blocks: make(chan []byte, aheadBlocks), stopped: make(chan struct{})}
+	r := &aheadReader{blocks: make(chan []byte, aheadBlocks), free: make(chan []byte, aheadBlocks), stopped: make(chan struct{})}
 	go func() {
 		defer close(r.blocks)
 		for r.err == nil {
-			b := make([]byte, aheadBlock)
+			var b []byte
+			select {
+			case b = <-r.free:
+			default:
+				b = make([]byte, aheadBlock)
+			}
 			var n int
 			n, r.err = io.ReadFull(body, b)
 			if r.err == io.ErrUnexpectedEOF {
@@ -172,7 +179,13 @@ func (r *aheadReader) Read(p []byte) (int, error) {
 		if !ok {
 			return 0, r.err
 		}
-		r.left = b
+		if r.block != nil {
+			select {
+			case r.free <- r.block:
+			default: // there are enough
+			}
+		}
+		r.block, r.left = b[:cap(b)], b
 	}
 	n := copy(p, r.left)
 	r.left = r.left[n:]

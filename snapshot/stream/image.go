@@ -68,10 +68,11 @@ type image struct {
 
 	// mu is held while the image is opened and closed and its metadata images are made. LOCK ORDER: mu before store.mu.
 	mu     sync.Mutex
-	mounts int     // targets mounted, and other uses
-	dev    *device // open while mounts > 0
-	proven bool    // all that is on disk was verified, in this life
-	hot    *ahead  // what the next container's start will read, see warm; nil is nothing
+	mounts int         // targets mounted, and other uses
+	dev    *device     // open while mounts > 0
+	made   os.FileInfo // of the metadata image of the whole chain, from prepare to its first mount
+	proven bool        // all that is on disk was verified, in this life
+	hot    *ahead      // what the next container's start will read, see warm; nil is nothing
 }
 
 func (img *image) mount(ctx context.Context, n int, target string) (err error) {
@@ -125,9 +126,14 @@ func (img *image) prepare(ctx context.Context) (use *deviceUse, err error) {
 	defer func() { end(err) }()
 	img.mu.Lock()
 	defer img.mu.Unlock()
-	if _, err := img.metadata(ctx, len(img.rec.Layers)); err != nil {
+	img.made = nil
+	path, err := img.metadata(ctx, len(img.rec.Layers))
+	if err != nil {
 		img.release()
 		return nil, err
+	}
+	if img.made, err = os.Stat(path); err != nil {
+		img.made = nil // it will be looked at
 	}
 	return img.use(ctx)
 }
@@ -253,7 +259,19 @@ func (img *image) metadata(ctx context.Context, n int) (string, error) {
 		return "", err
 	}
 	path := img.metadataPath(n)
+	if n == len(img.rec.Layers) && img.justMade(path) {
+		return path, nil
+	}
 	return path, img.makeMetadata(ctx, img.dev, path, n, nil)
+}
+
+// justMade reports, once, whether the metadata image at path is the one that this process has made or verified at the pull: to read it again for the mount that follows takes that 20 ms for
+// 27,000 files. The caller holds mu.
+func (img *image) justMade(path string) bool {
+	made := img.made
+	img.made = nil
+	now, err := os.Stat(path)
+	return err == nil && made != nil && os.SameFile(made, now) && made.Size() == now.Size() && made.ModTime().Equal(now.ModTime())
 }
 
 func (img *image) metadataPath(n int) string {
