@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -253,6 +254,28 @@ func TestHostileProfiles(t *testing.T) {
 		"less than its indexes": func(n *testNode, img testImage, p *artifact.Profile) {
 			n.attachHotIndexes(img, &artifact.HotHead{Profile: *p, Indexes: []int64{0, 1000}}, nil, nil)
 		},
+		"indexes without end": func(n *testNode, img testImage, p *artifact.Profile) { // for longer than a search may last
+			h := &artifact.HotHead{}
+			for i := range 60 {
+				h.Layers = append(h.Layers, digest.FromString(strconv.Itoa(i)))
+				h.Indexes = append(h.Indexes, artifact.MaxHotIndex)
+			}
+			n.slow(n.attachHotIndexes(img, h, make([]byte, 60*artifact.MaxHotIndex), nil), 3<<20)
+		},
+		"long heads": func(n *testNode, img testImage, p *artifact.Profile) { // likewise, all of them
+			for i := range 4 {
+				h := &artifact.HotHead{Profile: artifact.Profile{Layers: p.Layers}, Indexes: make([]int64, len(p.Layers))}
+				for k := range artifact.MaxHotChunks {
+					h.Chunks = append(h.Chunks, artifact.HotChunk{Layer: k % 2, Chunk: i + k/2})
+				}
+				raw, err := h.Encode()
+				if err != nil {
+					n.t.Fatal(err)
+				}
+				copy(raw[len(raw)-8:], raw[len(raw)-24:]) // a chunk twice
+				n.slow(n.attachHotBlob(img, raw), 1<<20)
+			}
+		},
 		"another header": func(n *testNode, img testImage, p *artifact.Profile) { n.attachHotBlob(img, []byte(noise(8, 1000))) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -271,6 +294,11 @@ func TestHostileProfiles(t *testing.T) {
 	}
 }
 
+// slow makes the registry give a blob at so many bytes a second.
+func (n *testNode) slow(dgst digest.Digest, rate int) {
+	n.reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, dgst.String()) }, -1, registrytest.Throttle(rate/50, 20*time.Millisecond))
+}
+
 func (n *testNode) framesOf(img testImage, p *artifact.Profile) (size int64) {
 	m := n.artifactOf(img)
 	for _, c := range p.Chunks {
@@ -286,17 +314,17 @@ func (n *testNode) attachHot(img testImage, p *artifact.Profile, frames []byte) 
 }
 
 // attachHotIndexes attaches a hot blob with these indexes and frames, whatever they are.
-func (n *testNode) attachHotIndexes(img testImage, h *artifact.HotHead, indexes, frames []byte) {
+func (n *testNode) attachHotIndexes(img testImage, h *artifact.HotHead, indexes, frames []byte) digest.Digest {
 	n.t.Helper()
 	raw, err := h.Encode()
 	if err != nil {
 		n.t.Fatal(err)
 	}
-	n.attachHotBlob(img, slices.Concat(raw, indexes, frames))
+	return n.attachHotBlob(img, slices.Concat(raw, indexes, frames))
 }
 
 // attachHotBlob attaches a profile with this hot blob.
-func (n *testNode) attachHotBlob(img testImage, hot []byte) {
+func (n *testNode) attachHotBlob(img testImage, hot []byte) digest.Digest {
 	n.t.Helper()
 	m := artifact.ProfileManifest{
 		Subject: n.artifactOf(img).Subject,
@@ -308,6 +336,7 @@ func (n *testNode) attachHotBlob(img testImage, hot []byte) {
 		n.t.Fatal(err)
 	}
 	n.reg.PutManifest("app", "", ocispec.MediaTypeImageManifest, raw)
+	return m.Hot.Digest
 }
 
 // A hot blob that stalls holds up neither the pull nor the container, nor the end of the daemon.

@@ -208,6 +208,9 @@ func (h *hotFetch) fill(ctx context.Context, p ocispec.Descriptor) (int, error) 
 	defer b.close()
 	head, err := b.head(ctx)
 	if err != nil {
+		if b.pos > 0 { // of megabytes, maybe: the next one's is not waited for, too
+			h.noMore()
+		}
 		return 0, err
 	}
 	patience := min(max(patienceTrips*time.Since(b.asked), minPatience), maxPatience)
@@ -256,7 +259,7 @@ func (h *hotFetch) find(ctx context.Context, p ocispec.Descriptor) (ocispec.Desc
 	return m.Hot, nil
 }
 
-// takeIndexes puts the indexes that follow head in b to where the search looks for them, if it waits for them. Each must be what the artifact says.
+// takeIndexes puts the indexes that follow head in b to where the search looks for them, if it waits for them. Each must be what the artifact says: of one that is not, no byte is waited for.
 func (h *hotFetch) takeIndexes(b *hotBlob, head *artifact.HotHead) error {
 	defer h.noMore()
 	select {
@@ -270,17 +273,17 @@ func (h *hotFetch) takeIndexes(b *hotBlob, head *artifact.HotHead) error {
 	}
 	for i, n := range head.Indexes {
 		k := slices.IndexFunc(rec.Layers, func(l artifact.Layer) bool { return l.IndexDigest == head.Layers[i] })
-		if b.pos+n > b.end {
+		if k < 0 || b.pos+n > b.end { // of k < 0 frames says what is wrong
 			return nil
 		}
-		if k < 0 || n == 0 || h.store.hasIndex(rec.Layers[k]) {
-			if _, err := io.CopyN(io.Discard, b, n); err != nil { // frames says what is wrong
+		if want := rec.Layers[k].IndexSize; n != 0 && n != want {
+			return fmt.Errorf("%w: index of layer %d has %d bytes, the artifact's manifest says %d", artifact.ErrInvalid, k, n, want)
+		}
+		if n == 0 || h.store.hasIndex(rec.Layers[k]) {
+			if _, err := io.CopyN(io.Discard, b, n); err != nil {
 				return err
 			}
 			continue
-		}
-		if want := rec.Layers[k].IndexSize; n != want {
-			return fmt.Errorf("%w: index of layer %d has %d bytes, the artifact's manifest says %d", artifact.ErrInvalid, k, n, want)
 		}
 		off := b.pos
 		err := h.store.writeIndex(rec.Layers[k], func(f *os.File) error {

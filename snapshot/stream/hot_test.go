@@ -1,8 +1,12 @@
 package stream
 
 import (
+	"bytes"
 	"encoding/binary"
+	"errors"
 	"io"
+	"os"
+	"path/filepath"
 	"reflect"
 	"testing"
 
@@ -81,5 +85,44 @@ func TestAheadReader(t *testing.T) {
 	}
 	if at != n || len(blocks) > aheadBlocks+3 { // those that lie ahead, and those that are filled and read
 		t.Errorf("%d of %d bytes in %d blocks", at, n, len(blocks))
+	}
+}
+
+// Of the indexes behind a head nothing is read that the artifact has not, or has in another size, be it here or not.
+func TestTakeIndexes(t *testing.T) {
+	here, missing := digest.FromString("here"), digest.FromString("missing")
+	rec := &record{Layers: []artifact.Layer{{IndexDigest: here, IndexSize: 4}, {IndexDigest: missing, IndexSize: 7}}}
+	for name, c := range map[string]struct {
+		layers []digest.Digest
+		sizes  []int64
+		read   int
+		want   error
+	}{
+		"here":             {[]digest.Digest{here}, []int64{4}, 4, nil},
+		"unknown":          {[]digest.Digest{here, digest.FromString("other"), missing}, []int64{4, 100, 7}, 4, nil},
+		"here, longer":     {[]digest.Digest{here, missing}, []int64{100, 7}, 0, artifact.ErrInvalid},
+		"missing, longer":  {[]digest.Digest{here, missing}, []int64{4, 100}, 4, artifact.ErrInvalid},
+		"missing, shorter": {[]digest.Digest{missing}, []int64{6}, 0, artifact.ErrInvalid},
+	} {
+		store := &Store{o: Options{Root: t.TempDir()}}
+		if err := os.MkdirAll(filepath.Dir(store.indexPath(here)), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(store.indexPath(here), []byte("here"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		f := &hotFetch{store: store, indexed: make(chan struct{}), record: func() *record { return rec }}
+		f.noMore = func() { close(f.indexed) }
+		left := bytes.NewReader(make([]byte, 1000))
+		b := &hotBlob{fetch: f, body: io.NopCloser(left), end: 1000}
+		err := f.takeIndexes(b, &artifact.HotHead{Profile: artifact.Profile{Layers: c.layers}, Indexes: c.sizes})
+		if read := 1000 - left.Len(); read != c.read || !errors.Is(err, c.want) || c.want == nil && err != nil {
+			t.Errorf("%s: read %d bytes, %v; want %d, %v", name, read, err, c.read, c.want)
+		}
+		select {
+		case <-f.indexed:
+		default:
+			t.Errorf("%s: an index is still waited for", name)
+		}
 	}
 }
