@@ -121,6 +121,40 @@ func TestRegistriesDrip(t *testing.T) {
 	n.next(stream.Proven)
 }
 
+// TestSlowLayersTakeTurns: layers of one registry that have made each other wait, and so had ever longer turns, make room for one that was not tried yet as they did at first.
+func TestSlowLayersTakeTurns(t *testing.T) {
+	n := provingNode(t, fs.ModeFile)
+	n.deadline, n.budget = 12*time.Second, time.Hour // the first turn takes 1.5 s, the fourth 12 s
+	n.restart()
+	tars := [][]byte{tarOf(t, file{"small", "small"}), tarOf(t, file{"large", noise(1, 1500_000)}), tarOf(t, file{"other", noise(2, 1500_000)})}
+	img := n.push("slow", tars...)
+	n.attachTars(img, tars, func(_ int, index []byte, _ digest.Digest) []byte { return index })
+	top := n.prepareAll(img, 0, "")
+	layers := n.layersOf(img)
+	slow := func(path string) bool {
+		return strings.HasSuffix(path, layers[1].Digest.String()) || strings.HasSuffix(path, layers[2].Digest.String())
+	}
+	n.reg.Inject(func(r *http.Request) bool { return slow(r.URL.Path) }, -1, registrytest.Throttle(2<<10, 100*time.Millisecond))
+	n.reg.Reset()
+	wantFiles(t, n.container("slow container", top), map[string]string{"small": "small"})
+	n.until("one of them has its fourth turn", func() bool {
+		turns, _ := n.reg.Count(func(q registrytest.Request) bool { return slow(q.Path) })
+		return turns == 7
+	})
+	n.honest()
+	late := time.After(n.deadline / 2) // the turn has begun, and would be over after as long again
+	for proven := 0; proven < 2; {
+		select {
+		case p := <-n.proofs:
+			if p.Kind == stream.Proven && strings.Contains(p.Image, "/app@") {
+				proven++
+			}
+		case <-late:
+			t.Fatalf("%d layers are proven when half of the time is over; log:\n%s", proven, n.log.b.String())
+		}
+	}
+}
+
 // TestALieIsProvenByItsChunk: a chunk that was seen to lie is read again, and nothing else of its layer, which its registry may not give.
 func TestALieIsProvenByItsChunk(t *testing.T) {
 	n := provingNode(t, fs.ModeFile)

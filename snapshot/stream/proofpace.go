@@ -3,6 +3,7 @@ package stream
 import (
 	"context"
 	"fmt"
+	"math"
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -15,7 +16,7 @@ const (
 	// tarFactor is how many bytes of a tar count as one of a blob, at least: zeros take hardly a blob, and time to hash.
 	tarFactor = 8
 	// proofStall is how long one chunk may take, and, while others wait, a layer may take proofSlice and a second for each sliceRate bytes that it claims to have, at most the turns-th part of a deadline, and
-	// twice as long each time.
+	// twice as long each time that it and all that wait for it were tried before: one that was not tried yet waits for no more than the first turn of another.
 	proofStall = time.Minute
 	proofSlice = 2 * time.Minute
 	sliceRate  = 4 << 20
@@ -47,7 +48,6 @@ type proofPacer struct {
 	stall *time.Timer
 	long  time.Duration // of stall
 	from  time.Time
-	slice time.Duration
 
 	due    time.Duration // since from: when as much may have been read
 	paused time.Duration
@@ -57,9 +57,17 @@ type proofPacer struct {
 func (s *Store) newProofPacer(j *job, cancel context.CancelCauseFunc) *proofPacer {
 	long := min(proofStall, s.deadline()/20) << min(j.attempt.n, 3)
 	return &proofPacer{
-		store: s, job: j, from: time.Now(), slice: sliceOf(s.deadline(), j.image.rec.Layers[j.layer].Size, j.attempt.n),
-		long: long, stall: time.AfterFunc(long, func() { cancel(fmt.Errorf("nothing came for %v", long)) }),
+		store: s, job: j, from: time.Now(), long: long, stall: time.AfterFunc(long, func() { cancel(fmt.Errorf("nothing came for %v", long)) }),
 	}
+}
+
+// slice is how long the layer may take now; without those that wait for it, for as long as it likes.
+func (p *proofPacer) slice() time.Duration {
+	tries := p.job.waited()
+	if tries < 0 {
+		return math.MaxInt64
+	}
+	return sliceOf(p.store.deadline(), p.job.image.rec.Layers[p.job.layer].Size, min(p.job.attempt.n, tries))
 }
 
 func (p *proofPacer) wait(ctx context.Context, pause func(), here bool, n int64) error {
@@ -69,7 +77,7 @@ func (p *proofPacer) wait(ctx context.Context, pause func(), here bool, n int64)
 	}
 	p.stall.Stop()
 	defer p.stall.Reset(p.long)
-	if s.proofs.crowded.Load() && time.Since(p.from)-p.paused > p.slice {
+	if time.Since(p.from)-p.paused > p.slice() {
 		return errSlow
 	}
 	if j.urgent {

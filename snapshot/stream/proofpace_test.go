@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
 )
 
 // What an image claims to have sets no other's pace, and no turn of more than a part of a deadline; zeros count as what they are to hash.
@@ -34,5 +35,34 @@ func TestProofPace(t *testing.T) {
 	}
 	if got := cost(artifact.Chunk{TarSize: 4 << 20, BlobSize: 2 << 20}); got != 2<<20 {
 		t.Errorf("a chunk of 2 MiB counts as %d bytes", got)
+	}
+}
+
+// The turns of a layer that was tried before are longer only while all that wait for it were tried as often: no image has another wait for an hour because it made its own ones wait for each other.
+func TestProofTurns(t *testing.T) {
+	store := &Store{}
+	tried := func(registry string, n int) *job {
+		rec := &record{Repository: registryclient.Repository(registry + "/app"), Layers: []artifact.Layer{{Size: math.MaxInt64}}}
+		return &job{image: &image{rec: rec}, attempt: attempt{n: n}}
+	}
+	const hour, forever = time.Hour, time.Duration(math.MaxInt64)
+	for _, c := range []struct {
+		name    string
+		waiting []*job
+		want    time.Duration
+	}{
+		{"nothing", nil, forever},
+		{"one tried as often", []*job{tried("one", 3)}, hour},
+		{"one tried more often", []*job{tried("one", 5)}, hour},
+		{"one tried less often", []*job{tried("one", 3), tried("one", 1)}, hour / 4},
+		{"a new one of its registry", []*job{tried("one", 3), tried("one", 0)}, hour / 8},
+		{"a new one of a third registry", []*job{tried("three", 0), tried("one", 3)}, hour / 8},
+		{"a new one of the other's registry, which could not begin", []*job{tried("two", 0)}, forever},
+	} {
+		j := tried("one", 3)
+		noteWaiting(map[string]*job{"one": j, "two": tried("two", 0)}, c.waiting)
+		if got := (&proofPacer{store: store, job: j}).slice(); got != c.want {
+			t.Errorf("%s waits: a layer that was tried 3 times may take %v, want %v", c.name, got, c.want)
+		}
 	}
 }

@@ -30,10 +30,9 @@ const proofWorkers = 2
 
 // proofs is what a Store knows of its proofs.
 type proofs struct {
-	kick    chan struct{} // asks the prover to look what there is to do
-	since   time.Time     // that this life of the daemon proves
-	crowded atomic.Bool   // there are layers that could be proven now, and wait
-	images  atomic.Int32  // that are to be proven
+	kick   chan struct{} // asks the prover to look what there is to do
+	since  time.Time     // that this life of the daemon proves
+	images atomic.Int32  // that are to be proven
 
 	mu     sync.Mutex
 	urgent map[digest.Digest]int // chunks of indexes that were seen to lie, by OnLie
@@ -71,8 +70,26 @@ type job struct {
 	misses   int  // of its registry and its repository
 	urgent   bool // chunk was seen to lie
 	chunk    int
+	waiting  atomic.Int32 // 0, or one more than the fewest tries of those that could begin if it ended
 
 	err error // of its end
+}
+
+// waited is the fewest tries of the jobs that could begin if j ended, -1 without one.
+func (j *job) waited() int { return int(j.waiting.Load()) - 1 }
+
+// noteWaiting tells those that are busy, by registry, which jobs wait for them: a layer of its own registry, or of one that is not busy if no more are proven side by side.
+func noteWaiting(busy map[string]*job, waiting []*job) {
+	for registry, b := range busy {
+		tries := int32(0)
+		for _, w := range waiting {
+			of := w.registry()
+			if n := int32(w.attempt.n) + 1; (of == registry || busy[of] == nil) && (tries == 0 || n < tries) {
+				tries = n
+			}
+		}
+		b.waiting.Store(tries)
+	}
 }
 
 func (j *job) key() ledger.Key { return j.image.rec.key(j.layer) }
@@ -98,12 +115,12 @@ func (s *Store) prove(ctx context.Context) {
 			s.log.Error("a quarantine counts in memory alone", "error", err)
 		}
 		jobs, wait := s.jobs()
-		waiting := 0
+		var waiting []*job
 		for _, j := range jobs {
 			switch {
 			case slices.ContainsFunc(slices.Collect(maps.Values(busy)), func(b *job) bool { return b.key() == j.key() }):
 			case len(busy) == proofWorkers || busy[j.registry()] != nil:
-				waiting++
+				waiting = append(waiting, j)
 			default:
 				busy[j.registry()] = j
 				workers.Go(func() {
@@ -112,7 +129,7 @@ func (s *Store) prove(ctx context.Context) {
 				})
 			}
 		}
-		s.proofs.crowded.Store(waiting > 0)
+		noteWaiting(busy, waiting)
 		var due <-chan time.Time
 		if wait > 0 {
 			due = time.After(wait)
