@@ -23,6 +23,7 @@ type store struct {
 
 	// nil while the disk refuses; the layer is then read without caching. Set once, under flushMu and mu.
 	data, table file
+	anew        bool // data was made without anything in it, so that it has what present tells of and no more; likewise
 
 	// verified chunks are in data and were proven by this process: they may be read without a lock.
 	// Verified implies present. Set under mu.
@@ -101,7 +102,8 @@ func (s *store) openFiles(tarSize int64) (err error) {
 	} else {
 		present, err = readFiles(data, table, tarSize, s.header, s.n)
 	}
-	if err != nil {
+	anew := err != nil
+	if anew {
 		if !errors.Is(err, errStale) {
 			s.cache.stats.diskError(err)
 		}
@@ -116,8 +118,15 @@ func (s *store) openFiles(tarSize int64) (err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.data, s.table, s.present, s.whole = data, table, present, whole
+	s.data, s.table, s.present, s.whole, s.anew = data, table, present, whole, anew
 	return nil
+}
+
+// madeAnew reports whether data was made by this store: one of a former life may have chunks that its map does not tell of.
+func (s *store) madeAnew() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.anew
 }
 
 // readFiles returns the chunks that are in data if one can believe table, or why not.

@@ -138,7 +138,7 @@ func (s *Sweep) local(c artifact.Chunk) []byte {
 		return nil
 	}
 	b := s.grow(n)
-	if !cache.readTwin(*layers, s.layer.store.dgst, c, b) {
+	if !cache.readTwin(*layers, s.layer.store.dgst, "", c, b) {
 		s.lone = s.next + noTwins
 		return nil
 	}

@@ -119,6 +119,27 @@ func TestEqualChunksOfALayer(t *testing.T) {
 	}
 }
 
+// TestOwnPlace: what a former life has written to a layer's file and not to its map is taken, verified; in a file of this life nothing can be that is not known, and it is not looked at.
+func TestOwnPlace(t *testing.T) {
+	ly := newLayer(t, 8<<10, 400_001)
+	dir := t.TempDir()
+	for i, former := range []bool{false, true} {
+		c := openSharing(t, dir, 0, ly)
+		b := ly.serve()
+		l := openLayer(t, c, ly, b)
+		pollKnown(t, c, ly)
+		f, err := os.OpenFile(c.dataPath(ly.dgst), os.O_WRONLY, 0)
+		must(t, err)
+		_, err = f.WriteAt(ly.tar, 0)
+		must(t, errors.Join(err, f.Close()))
+		readRange(t, l, ly, make([]byte, 8<<10), int64(1+i)*100_000)
+		if got := b.requests.Load(); (got == 0) != former {
+			t.Errorf("%d requests, of a layer of a former life: %v", got, former)
+		}
+		must(t, errors.Join(l.Close(), c.Close()))
+	}
+}
+
 func TestLayersThatLeftAreForgotten(t *testing.T) {
 	v1, v2 := versions(t)
 	c := openSharing(t, t.TempDir(), 0, v1, v2)
