@@ -2,7 +2,9 @@ package snapshot
 
 import (
 	"context"
+	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -122,5 +124,58 @@ func TestElsewhere(t *testing.T) {
 	}
 	if list, err := n.images.Origins(); err != nil || len(list) != 2 {
 		t.Errorf("origins: %v, %v", list, err)
+	}
+}
+
+// TestPulledFirstOfMany: somebody else has the image in more repositories than are kept of it, pulled before the image's own or after it. When they are gone the own one is read, also where it has to be asked for
+// among all of them; and later pulls of more do not take that away.
+func TestPulledFirstOfMany(t *testing.T) {
+	lower, upper := tarOf(t, file{"base", big("base")}), tarOf(t, file{"program", big("good")}, file{"later", noise(1, 300_000)})
+	for name, c := range map[string]struct{ before, after, elsewhere int }{
+		"before it":     {before: 40},
+		"after it":      {after: 40, elsewhere: 1},
+		"and elsewhere": {before: 40, after: 40, elsewhere: 100},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := provingNode(t, fs.ModeFile)
+			repo := func(i int) string { return fmt.Sprintf("%s/mallory%d", n.reg.Host(), i) }
+			own := n.reg.Host() + "/own"
+			var list []registryclient.Repository
+			for i := range c.elsewhere {
+				list = append(list, registryclient.Repository(repo(i)))
+			}
+			if c.elsewhere > 0 {
+				list = slices.Insert(list, len(list)/2, registryclient.Repository(own))
+			}
+			n.elsewhere = func(context.Context, []digest.Digest) ([]registryclient.Repository, error) { return list, nil }
+			n.restart()
+			mallory := n.push("mallory", lower, upper).converted(n)
+			n.push("own", lower, upper).converted(n)
+			top := n.prepareAll(mallory, 0, "")
+			id := n.artifacts(mallory)[0].Digest.Encoded()
+			pull := func(from, to int) {
+				t.Helper()
+				for i := from; i < to; i++ {
+					if err := n.images.Pulled(id, repo(i)+":latest"); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			pull(0, c.before)
+			if err := n.images.Pulled(id, own+":latest"); err != nil {
+				t.Fatal(err)
+			}
+			pull(c.before, c.before+c.after)
+			n.reg.Inject(func(r *http.Request) bool { return strings.HasPrefix(r.URL.Path, "/v2/mallory") }, -1, registrytest.Status(http.StatusNotFound))
+			root := n.container("container", top)
+			wantFiles(t, root, map[string]string{"base": big("base"), "program": big("good")})
+			pull(200, 240)
+			wantFiles(t, root, map[string]string{"base": big("base"), "program": big("good"), "later": noise(1, 300_000)})
+			n.next(stream.Proven)
+			n.next(stream.Proven)
+			if list, err := n.images.Origins(); err != nil || len(list) != 16 || !slices.ContainsFunc(list, func(o stream.Origin) bool { return o.Repository == registryclient.Repository(own) }) {
+				t.Errorf("origins: %v, %v", list, err)
+			}
+		})
 	}
 }

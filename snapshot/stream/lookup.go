@@ -198,7 +198,7 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	if err != nil {
 		return nil, err
 	}
-	if err := s.pulledFrom(img, repo); err != nil {
+	if _, err := s.readIn(img, repo, true); err != nil {
 		s.log.Warn("where an image is read, too, is not written down", "image", img.name(), "repository", repo, "error", err)
 	}
 	// What cannot be mounted must be known now: once a layer is promised to containerd, there is no normal pull to fall back to.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -18,7 +19,7 @@ import (
 // every repository that it answered a pull of, and what one does not give is read from the next. Whoever gives them, bytes are checked against the one index.
 
 const (
-	// maxPlaces is how many repositories of an image are kept.
+	// maxPlaces is how many repositories of an image are kept. Others come in the place of those that do not give what is asked for: somebody may have pulled it from any number of theirs.
 	maxPlaces = 16
 	// placeLasts is how long a repository that did not give a blob is asked after the others.
 	placeLasts = 10 * time.Minute
@@ -33,10 +34,14 @@ var errSlowPlace = errors.New("it is so slow that another repository is asked")
 
 // places are the repositories where an image's blobs may be read.
 type places struct {
-	mu    sync.Mutex
-	list  []registryclient.Repository // in the order of their pulls
-	bad   map[string]time.Time        // until then asked after the others: a registry, a repository, or a blob of one
-	asked time.Time                   // for others
+	mu   sync.Mutex
+	list []registryclient.Repository // in the order of their pulls
+	bad  map[string]time.Time        // until then asked after the others: a registry, a repository, or a blob of one
+	gave registryclient.Repository   // the last that gave anything
+
+	asking sync.Mutex                  // guards what follows
+	asked  time.Time                   // when Options.Elsewhere was
+	more   []registryclient.Repository // of its answer, that have not had their turn
 }
 
 func newPlaces(rec *record) *places {
@@ -90,15 +95,56 @@ func (p *places) failed(repo registryclient.Repository, dgst digest.Digest, err 
 	return key
 }
 
-// add adds a repository, and reports whether it was not there.
-func (p *places) add(repo registryclient.Repository) bool {
+// add adds a repository. If all places are taken it gets that of one that is asked after the others; if none is, and it was pulled from, the oldest's. The first is the record's and stays, and so
+// does who gives: pulls of others must not take it away. add reports whether repo is new.
+func (p *places) add(repo registryclient.Repository, pulled bool) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if slices.Contains(p.list, repo) || len(p.list) >= maxPlaces {
+	if slices.Contains(p.list, repo) {
 		return false
+	}
+	if len(p.list) >= maxPlaces {
+		i := p.replaced(p.isBad)
+		if i == 0 && pulled {
+			i = p.replaced(func(registryclient.Repository) bool { return true })
+		}
+		if i == 0 {
+			return false
+		}
+		p.list = slices.Delete(p.list, i, i+1)
 	}
 	p.list = append(p.list, repo)
 	return true
+}
+
+// replaced finds the oldest repository that may be replaced, and is so; 0 is none. The caller holds mu.
+func (p *places) replaced(so func(registryclient.Repository) bool) int {
+	return 1 + slices.IndexFunc(p.list[1:], func(repo registryclient.Repository) bool { return repo != p.gave && so(repo) })
+}
+
+// isBad reports whether repo did not give some blob lately. The caller holds mu.
+func (p *places) isBad(repo registryclient.Repository) bool {
+	now := time.Now()
+	for key, until := range p.bad {
+		if until.After(now) && (key == registryOf(repo) || key == string(repo) || strings.HasPrefix(key, badBlob(repo, ""))) {
+			return true
+		}
+	}
+	return false
+}
+
+// beyond reports whether there are others than those of list.
+func (p *places) beyond(list []registryclient.Repository) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.ContainsFunc(p.list, func(repo registryclient.Repository) bool { return !slices.Contains(list, repo) })
+}
+
+// gives notes that repo has given something.
+func (p *places) gives(repo registryclient.Repository) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gave = repo
 }
 
 // others are those but the first.
@@ -118,49 +164,53 @@ func (s *Store) Pulled(id, ref string) error {
 	if err != nil {
 		return err
 	}
-	return s.pulledFrom(img, repo)
+	_, err = s.readIn(img, repo, true)
+	return err
 }
 
-// pulledFrom notes that img is read in repo, too, if that is one that may be streamed from.
-func (s *Store) pulledFrom(img *image, repo registryclient.Repository) error {
-	if s.o.Allow != nil && s.o.Allow(repo) != nil || !img.places.add(repo) {
-		return nil
+// readIn notes that img is read in repo, too, if that is one that may be streamed from, be it that img answers a pull of it, or that Options.Elsewhere says so. It reports whether that is
+// news.
+func (s *Store) readIn(img *image, repo registryclient.Repository, pulled bool) (news bool, err error) {
+	if s.o.Allow != nil && s.o.Allow(repo) != nil || !img.places.add(repo, pulled) {
+		return false, nil
 	}
 	s.log.Info("an image is read in another repository, too, that it was pulled from", "image", img.name(), "repository", repo)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.images[img.id] != img {
-		return nil
+		return true, nil
 	}
 	rec := *img.rec
 	rec.Others = img.places.others()
-	return rec.save(s.imageDir(img.id))
+	return true, rec.save(s.imageDir(img.id))
 }
 
-// askElsewhere notes where else img is, and reports whether that is anywhere new.
-func (s *Store) askElsewhere(ctx context.Context, img *image) (news bool) {
+// askElsewhere notes where else img is, and reports whether that is anywhere but in list.
+func (s *Store) askElsewhere(ctx context.Context, img *image, list []registryclient.Repository) bool {
 	if s.o.Elsewhere == nil {
 		return false
 	}
-	img.places.mu.Lock()
-	rest := time.Since(img.places.asked) < elsewhereRest
-	if !rest {
-		img.places.asked = time.Now()
+	p := img.places
+	p.asking.Lock()
+	defer p.asking.Unlock()
+	if p.beyond(list) {
+		return true // another read has asked meanwhile
 	}
-	img.places.mu.Unlock()
-	if rest {
-		return false
+	var err error
+	if len(p.more) == 0 && time.Since(p.asked) >= elsewhereRest {
+		p.asked = time.Now()
+		p.more, err = s.o.Elsewhere(ctx, img.rec.ChainIDs)
 	}
-	list, err := s.o.Elsewhere(ctx, img.rec.ChainIDs)
-	for _, repo := range list {
-		before := len(img.places.others())
-		err = errors.Join(err, s.pulledFrom(img, repo))
-		news = news || len(img.places.others()) > before
+	for n := 0; len(p.more) > 0 && n < maxPlaces-1; p.more = p.more[1:] { // not all at once: they would be in each other's place
+		news, saveErr := s.readIn(img, p.more[0], false)
+		if err = errors.Join(err, saveErr); news {
+			n++
+		}
 	}
 	if err != nil {
 		s.log.Warn("where else an image was pulled from", "image", img.name(), "error", err)
 	}
-	return news
+	return p.beyond(list)
 }
 
 // placedBody is a range of a blob, out of as many repositories as it takes.
@@ -203,7 +253,7 @@ func (r *placedBody) open() error {
 		list, good := p.ordered(r.dgst)
 		i := slices.IndexFunc(list, func(repo registryclient.Repository) bool { return !r.tried[repo] && !r.down[registryOf(repo)] })
 		if i < 0 {
-			if r.blob.store.askElsewhere(r.ctx, r.blob.image) {
+			if r.blob.store.askElsewhere(r.ctx, r.blob.image, list) {
 				continue
 			}
 			return errors.Join(r.errs...)
@@ -212,6 +262,7 @@ func (r *placedBody) open() error {
 		r.hurry = i < good && slices.ContainsFunc(list[:good], func(o registryclient.Repository) bool { return !r.tried[o] && registryOf(o) != registryOf(repo) })
 		err := r.ask(repo)
 		if err == nil {
+			p.gives(repo)
 			return nil
 		}
 		if err = r.failed(repo, err); r.ctx.Err() != nil || !errors.Is(err, registryclient.ErrHosts) && !errors.Is(err, errSlowPlace) {
