@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -162,6 +163,35 @@ func TestMistakes(t *testing.T) {
 			s.wantStart("mounted", top, nil)
 		})
 	}
+}
+
+// TestWithdrawnInOneRepository: an image that was let in by signatures in two repositories starts as long as one of them counts. If one's signer is not trusted any more it does not, though the files say nothing of
+// the other.
+func TestWithdrawnInOneRepository(t *testing.T) {
+	s := newSignedNode(t)
+	img, top := s.signedImage(s.signer)
+	d := s.artifacts(img)[0]
+	other := img
+	other.ref = strings.Replace(img.ref, "/app", "/copy", 1)
+	s.copyTo("copy", img, d)
+	s.putSignature("copy", d, s.signer.Sign(t, target(d), "jws"), true)
+	if _, err := s.find(other); err != nil {
+		t.Fatal(err)
+	}
+	of := func(repo string, identities ...string) trusttest.Statement {
+		return trusttest.Statement{Name: repo, Scopes: []string{s.reg.Host() + "/" + repo}, Identities: identities}
+	}
+	nobody := "x509.subject:" + trusttest.Subject("nobody")
+	trusttest.WritePolicy(t, s.dir, of("app", nobody), of("copy"))
+	s.wantStart("trusted in one", top, nil)
+	for gone, left := range map[string]string{"app": "copy", "copy": "app"} {
+		trusttest.WritePolicy(t, s.dir, of(gone))
+		s.wantStart("nothing is said of "+left, top, nil)
+		trusttest.WritePolicy(t, s.dir, of(gone, nobody))
+		s.wantStart("withdrawn in "+gone, top, trust.ErrIdentity)
+	}
+	trusttest.WritePolicy(t, s.dir, of("others"))
+	s.wantStart("nothing is said of either", top, nil)
 }
 
 // TestRevokedLater: a verdict that has run out is asked for again, and a certificate that was revoked meanwhile ends it, over restarts, until the image is proven.

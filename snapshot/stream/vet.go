@@ -88,10 +88,10 @@ func (s *Store) stillSigned(ctx context.Context, img *image, v trust.Verifier) e
 	if d := img.doubt.Load(); d != nil && d.epoch == epoch && time.Now().Before(d.until) {
 		return nil
 	}
-	err, unknown := error(trust.ErrMissing), error(nil)
+	var withdrawn, unknown error
 	for _, g := range list {
 		if g.Revoked != "" {
-			err = fmt.Errorf("%w: %s", trust.ErrRevoked, g.Revoked)
+			withdrawn = fmt.Errorf("%w: %s", trust.ErrRevoked, g.Revoked)
 			continue
 		}
 		target, envelope := g.of(img.rec.Artifact)
@@ -108,11 +108,14 @@ func (s *Store) stillSigned(ctx context.Context, img *image, v trust.Verifier) e
 		case errors.Is(is, trust.ErrUnchecked):
 			unknown = is
 		default:
-			err = is
+			withdrawn = is
 		}
 	}
-	if unknown == nil {
-		return err
+	switch {
+	case withdrawn != nil:
+		return withdrawn // that a statement for another repository says nothing is no word for it
+	case unknown == nil:
+		return trust.ErrMissing
 	}
 	img.doubt.Store(&doubt{epoch, time.Now().Add(doubtFor)})
 	s.log.Warn("whether the signature of an image is trusted still cannot be checked: its containers start as before", "image", img.name(), "error", unknown)
