@@ -55,6 +55,7 @@ type testNode struct {
 	retryAfter, quiet time.Duration
 	background        int64
 	budget            time.Duration // of registryclient.Options
+	hosts             string        // likewise
 	limit             int64         // of cache.Options
 	noReadAhead       bool
 	onForget          func()
@@ -119,7 +120,7 @@ func (n *testNode) start() {
 	chunks, err := cache.Open(filepath.Join(n.root, "cache"), cache.Options{Limit: n.limit, OnLie: func(index digest.Digest, chunk int, err error) { n.images.Lied(index, chunk, err) }})
 	check(err)
 	n.chunks = chunks
-	client, err := registryclient.New(registryclient.Options{Budget: n.budget})
+	client, err := registryclient.New(registryclient.Options{Budget: n.budget, HostsDir: n.hosts})
 	check(err)
 	trust := stream.Trust{}
 	if n.deadline > 0 {

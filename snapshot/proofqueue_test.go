@@ -5,14 +5,20 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
@@ -151,6 +157,78 @@ func TestSlowLayersTakeTurns(t *testing.T) {
 			}
 		case <-late:
 			t.Fatalf("%d layers are proven when half of the time is over; log:\n%s", proven, n.log.b.String())
+		}
+	}
+}
+
+// behind has n ask a mirror first, which passes on what n's registry gives, with other bytes for the image's own layers.
+func (n *testNode) behind(img testImage, wrong func(b []byte)) {
+	n.t.Helper()
+	origin, err := url.Parse(n.reg.URL())
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	proxy := httputil.NewSingleHostReverseProxy(origin)
+	proxy.ModifyResponse = func(resp *http.Response) error {
+		dgst := filepath.Base(resp.Request.URL.Path)
+		if resp.StatusCode/100 != 2 || !slices.ContainsFunc(img.layers, func(l ocispec.Descriptor) bool { return l.Digest.String() == dgst }) {
+			return nil
+		}
+		b, err := io.ReadAll(resp.Body)
+		if err == nil {
+			wrong(b)
+			resp.Body = io.NopCloser(bytes.NewReader(b))
+		}
+		return err
+	}
+	mirror := httptest.NewServer(proxy)
+	n.t.Cleanup(mirror.Close)
+	n.hosts = n.t.TempDir()
+	dir := filepath.Join(n.hosts, n.reg.Host())
+	toml := fmt.Sprintf("server = %q\n[host.%q]\ncapabilities = [\"pull\", \"resolve\"]\n", n.reg.URL(), mirror.URL)
+	if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "hosts.toml"), []byte(toml), 0o644)); err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// TestProofBehindAMirror: where the image's own layers are what an artifact is judged by, a mirror that gives others is asked once, and then the registry.
+func TestProofBehindAMirror(t *testing.T) {
+	for name, wrong := range map[string]func(b []byte){
+		"damaged layers": func(b []byte) { b[len(b)/2] ^= 1 },
+		"other tars":     func(b []byte) { clear(b) },
+	} {
+		for _, honest := range []bool{true, false} {
+			kind := "forged"
+			if honest {
+				kind = "honest"
+			}
+			t.Run(name+" "+kind, func(t *testing.T) {
+				n := provingNode(t, fs.ModeFile)
+				tars := honestLayers(t)
+				img := n.push("app", tars...)
+				evil := slices.Clone(tars)
+				if !honest {
+					evil[1] = tarOf(t, file{"program", big("evil")}, file{"other", big("same")})
+				}
+				n.attachTars(img, evil, func(i int, index []byte, _ digest.Digest) []byte { return claim(index, digest.FromBytes(tars[i])) })
+				n.behind(img, wrong)
+				n.restart()
+				top := n.prepareAll(img, 0, "")
+				blobs := map[string]bool{}
+				for _, l := range n.layersOf(img) {
+					blobs[l.Digest.String()] = true
+				}
+				n.reg.Inject(func(r *http.Request) bool { return blobs[filepath.Base(r.URL.Path)] }, -1, registrytest.Status(http.StatusNotFound))
+				wantFiles(t, n.container("container", top), map[string]string{"base": big("base")})
+				if !honest {
+					if p := n.next(stream.Quarantined); p.Layer != 1 {
+						t.Errorf("told of %+v", p)
+					}
+					return
+				}
+				n.next(stream.Proven)
+				n.next(stream.Proven)
+			})
 		}
 	}
 }

@@ -62,10 +62,26 @@ func proveTar(ctx context.Context, x *artifact.Index, diffID digest.Digest, plai
 	return difference{err}
 }
 
+// sourceTries bounds how often the image's own layer is read because it was wrong: another host may have it right.
+const sourceTries = 3
+
 // deriveFromSource compares x with the tar of the image's own layer, which proves itself: only if that tar is the one of the diffID, a difference is one.
 func (s *Store) deriveFromSource(ctx context.Context, use *deviceUse, i int, x *artifact.Index, again bool, pace pace) error {
+	err := s.sourceOnce(ctx, use, i, x, again, pace, 0)
+	for try := 1; try < sourceTries && errors.Is(err, artifact.ErrInvalid) && !errors.As(err, new(difference)) && ctx.Err() == nil; try++ {
+		next := s.sourceOnce(ctx, use, i, x, again, pace, try)
+		if next != nil && !errors.Is(next, artifact.ErrInvalid) {
+			return fmt.Errorf("%w; then: %w", err, next) // nobody is left to ask
+		}
+		err = next
+	}
+	return err
+}
+
+// sourceOnce is deriveFromSource with one reading. An error that is ErrInvalid and no difference says that what was read is not the image's layer.
+func (s *Store) sourceOnce(ctx context.Context, use *deviceUse, i int, x *artifact.Index, again bool, pace pace, try int) error {
 	rec := use.image.rec
-	tar, err := use.image.blob(i).Tar(ctx, 0)
+	tar, err := use.image.blob(i).Tar(ctx, try)
 	if err != nil {
 		return err
 	}
@@ -96,7 +112,7 @@ func (s *Store) deriveFromSource(ctx context.Context, use *deviceUse, i int, x *
 		return readErr
 	}
 	if got := digest.NewDigest(digest.SHA256, hash); got != rec.DiffIDs[i] {
-		return fmt.Errorf("the image's layer %d has a tar of %s, its config lists %s", i, got, rec.DiffIDs[i])
+		return fmt.Errorf("the image's layer %d has a tar of %s, its config lists %s: %w", i, got, rec.DiffIDs[i], artifact.ErrInvalid)
 	}
 	return err
 }
