@@ -233,6 +233,23 @@ func TestProofBehindAMirror(t *testing.T) {
 	}
 }
 
+// TestZerosBehindALie: where an index claims far more than the image's own layer has, that is what shows the lie, and what the artifact has is not read for it: it may be zeros for hours.
+func TestZerosBehindALie(t *testing.T) {
+	n := provingNode(t, fs.ModeFile)
+	tars := honestLayers(t)
+	img := n.push("app", tars...)
+	evil := slices.Clone(tars)
+	evil[1] = tarOf(t, file{"program", big("evil")}, file{"zeros", strings.Repeat("\x00", 64<<20)})
+	n.attachTars(img, evil, func(i int, index []byte, _ digest.Digest) []byte { return claim(index, digest.FromBytes(tars[i])) })
+	top := n.prepareAll(img, 0, "")
+	upper := n.layersOf(img)[1].Digest.String()
+	n.reg.Inject(func(r *http.Request) bool { return strings.HasSuffix(r.URL.Path, upper) }, -1, registrytest.Stall(-1))
+	wantFiles(t, n.container("container", top), map[string]string{"base": big("base")})
+	if p := n.next(stream.Quarantined); p.Layer != 1 {
+		t.Errorf("told of %+v", p)
+	}
+}
+
 // TestALieIsProvenByItsChunk: a chunk that was seen to lie is read again, and nothing else of its layer, which its registry may not give.
 func TestALieIsProvenByItsChunk(t *testing.T) {
 	n := provingNode(t, fs.ModeFile)

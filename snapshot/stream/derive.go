@@ -21,8 +21,17 @@ func (d difference) Unwrap() error { return d.error }
 // derive reads layer i once and compares it with x, its index, and with the diffID of the image's config. Its error is a difference, or why the layer could not be read. If again is set, all bytes
 // have the digests that x says, and archive/tar reads all headers.
 //
-// The artifact's blob may be gone, or have other bytes than x says for every host: then the image's own layer is read instead.
+// The artifact's blob may be gone, or have other bytes than x says for every host: then the image's own layer is read instead. Where x claims far more than that has, it is read first: x may claim
+// zeros without end, which take long to hash, and the image's own layer shows the lie where it differs.
 func (s *Store) derive(ctx context.Context, use *deviceUse, i int, x *artifact.Index, again bool, pace pace) error {
+	if first, err := claimsMuch(use, i, x); err != nil {
+		return err
+	} else if first {
+		err := s.deriveFromSource(ctx, use, i, x, again, pace)
+		if err == nil || errors.As(err, new(difference)) || ctx.Err() != nil || errors.Is(err, errSlow) || errors.Is(err, errForgotten) {
+			return err
+		}
+	}
 	b := use.image.blob(i)
 	sweep := use.layers[i].Sweep(ctx, x, b, again)
 	defer sweep.Pause()
@@ -60,6 +69,22 @@ func proveTar(ctx context.Context, x *artifact.Index, diffID digest.Digest, plai
 		return unread
 	}
 	return difference{err}
+}
+
+// muchMore and muchFrom are how many times the size of an image's own layer, and how many bytes beyond that, its index may claim before it claims much.
+const (
+	muchMore = 4
+	muchFrom = 1 << 20
+)
+
+// claimsMuch reports whether the image's own layer i is read for far less than x claims.
+func claimsMuch(use *deviceUse, i int, x *artifact.Index) (bool, error) {
+	sources := use.image.rec.Sources // none of older releases
+	if i >= len(sources) {
+		return false, nil
+	}
+	n, err := costOf(x)
+	return (n-muchFrom)/muchMore > sources[i].Size, err
 }
 
 // sourceTries bounds how often the image's own layer is read because it was wrong: another host may have it right.

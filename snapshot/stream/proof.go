@@ -155,6 +155,9 @@ func (s *Store) proveJob(ctx context.Context, j *job) error {
 		return err
 	}
 	defer use.Close()
+	if j.left, err = s.left(use); err != nil {
+		return err
+	}
 	if j.urgent {
 		err = s.proveChunk(ctx, use, j.layer, j.chunk, p.wait)
 	} else {
@@ -164,6 +167,21 @@ func (s *Store) proveJob(ctx context.Context, j *job) error {
 		err = cause
 	}
 	return err
+}
+
+// left is what reading the layers of an image that are not proven counts.
+func (s *Store) left(use *deviceUse) (left int64, err error) {
+	for i, x := range use.indexes {
+		if s.o.Trust.Ledger.Proven(use.image.rec.key(i)) {
+			continue
+		}
+		n, err := costOf(x)
+		if err != nil {
+			return 0, err
+		}
+		left += n
+	}
+	return left, nil
 }
 
 // Prove proves the layers of image id that are not yet, side by side and as fast as they come, for a pull that waits for it. progress is told of bytes of blobs before they come. An error that is ErrQuarantined

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
+	"github.com/streaming-snapshotter/streaming-snapshotter/fs/mapped"
 )
 
 const (
@@ -25,6 +26,16 @@ const (
 
 // cost is what reading a chunk counts, bytes of a blob.
 func cost(c artifact.Chunk) int64 { return max(c.BlobSize, c.TarSize/tarFactor) }
+
+// costOf is what reading all of x's chunks counts.
+func costOf(x *artifact.Index) (n int64, err error) {
+	err = mapped.Guard(func() {
+		for i := range x.NumChunks() {
+			n += cost(x.Chunk(i))
+		}
+	})
+	return n, err
+}
 
 // sliceOf is how long a layer of so many bytes may take after n tries.
 func sliceOf(deadline time.Duration, size int64, n int) time.Duration {

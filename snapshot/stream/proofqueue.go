@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"maps"
-	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -62,7 +61,7 @@ type attempt struct {
 type job struct {
 	image    *image
 	layer    int
-	left     int64     // bytes that the image's layers which are not proven claim to have
+	left     int64     // cost of the image's layers which are not proven, as their indexes claim; known once it has begun
 	begun    time.Time // the first mount
 	starts   time.Time
 	deadline time.Time
@@ -346,15 +345,11 @@ func (s *Store) toProve(now time.Time) (list []*job) {
 			s.setMounted(img, now) // a release before has mounted it
 			at = s.mountedAt(img)
 		}
-		starts, left, first := s.begins(img, at), int64(0), len(list)
-		for i, l := range img.rec.Layers {
+		starts := s.begins(img, at)
+		for i := range img.rec.Layers {
 			if !s.o.Trust.Ledger.Proven(img.rec.key(i)) {
-				left += min(l.Size, math.MaxInt64-left)
 				list = append(list, &job{image: img, layer: i, begun: at, starts: starts, deadline: at.Add(s.deadline())})
 			}
-		}
-		for _, j := range list[first:] {
-			j.left = left
 		}
 	}
 	return list
