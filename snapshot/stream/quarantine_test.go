@@ -14,6 +14,7 @@ import (
 // mountsNothing is a Mounter that has mounted nothing.
 type mountsNothing struct{ Mounter }
 
+func (mountsNothing) At(string) []string      { return nil }
 func (mountsNothing) Targets(string) []string { return nil }
 func (mountsNothing) Invalidate(string) error { return nil }
 
