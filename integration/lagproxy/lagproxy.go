@@ -118,7 +118,7 @@ func (p *Proxy) serve(client net.Conn) {
 	var wg sync.WaitGroup
 	wg.Go(func() { p.countRequests(seen) })
 	wg.Go(func() {
-		p.carry(&p.up, server, io.TeeReader(client, feed))
+		p.carry(&p.up, server, io.TeeReader(client, followed{feed}))
 		feed.Close()
 		closeWrite(server)
 	})
@@ -134,6 +134,17 @@ func closeWrite(c net.Conn) {
 	if h, ok := c.(interface{ CloseWrite() error }); ok {
 		h.CloseWrite()
 	}
+}
+
+// followed is a pipe whose Write returns when the reader wants more: it has counted what was written.
+type followed struct{ *io.PipeWriter }
+
+func (f followed) Write(b []byte) (int, error) {
+	n, err := f.PipeWriter.Write(b)
+	if err == nil {
+		_, err = f.PipeWriter.Write(nil) // is read by the next Read
+	}
+	return n, err
 }
 
 // countRequests follows the client's half of a connection as HTTP/1, as far as it is that.
