@@ -141,6 +141,9 @@ func Sign(ctx context.Context, p Place, ref string, platforms []ocispec.Platform
 		}
 		if err != nil {
 			errs = append(errs, err)
+			if ctx.Err() != nil {
+				break
+			}
 			continue
 		}
 		done = append(done, s)

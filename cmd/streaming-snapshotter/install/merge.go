@@ -1,7 +1,6 @@
 package install
 
 import (
-	"bytes"
 	"slices"
 	"strings"
 )
@@ -50,8 +49,8 @@ func takeBack(was, installed, is []byte) ([]byte, bool) {
 	return []byte(merged.String()), true
 }
 
-// renew makes before, which an uninstall is to put back of a file of containerd's, what is to be put back of was: others have made that of what an earlier install
-// had left there, and the next one has changed it. Where ours and theirs cannot be told apart, installed goes on to have the earlier one, so that an uninstall asks.
+// renew makes before, which an uninstall is to put back of a file of containerd's, was, if others have written that anew since an earlier install and nothing of ours is left in it. Where something
+// of both is in it, and the next install has kept theirs, installed goes on to have what the earlier one has written, so that an uninstall asks.
 func (s *store) renew(before *file, was file, installed map[string]file) error {
 	at := slices.IndexFunc(s.Installed, func(f file) bool { return f.Path == was.Path })
 	if at < 0 || was.same(s.Installed[at]) || was.same(*before) {
@@ -66,43 +65,36 @@ func (s *store) renew(before *file, was file, installed map[string]file) error {
 		return nil // an older release has kept none
 	}
 	first, err := s.load(*before)
-	if err == nil {
-		was, err = s.load(was)
-	}
 	if err != nil {
 		return err
 	}
-	if text, ok := takeBack(first.data, old.data, was.data); ok && first.Link == "" {
-		if first.Absent && len(bytes.TrimSpace(text)) == 0 {
-			return nil
-		}
-		was = regular(was.Path, was.Mode, text).like(was)
-	} else if hasOf(was.data, first.data, old.data) {
-		installed[was.Path] = old
-		return nil
+	if was, err = s.load(was); err != nil {
+		return err
 	}
-	*before = was
-	return regular(s.path(was.Digest.Encoded()), 0o600, was.data).put()
+	now, err := s.load(installed[was.Path])
+	switch {
+	case err != nil:
+		return err
+	case !hasOf(was.data, old.data, first.data):
+		*before = was
+	case hasOf(now.data, was.data, old.data):
+		installed[was.Path] = old
+	}
+	return nil
 }
 
-// like is f with owner, time and attributes of g.
-func (f file) like(g file) file {
-	f.UID, f.GID, f.Time, f.Xattrs = g.UID, g.GID, g.Time, g.Xattrs
-	return f
-}
-
-// hasOf reports whether text has a line that installed has and was has not.
-func hasOf(text, was, installed []byte) bool {
-	lines := func(b []byte) (set map[string]bool) {
-		set = map[string]bool{}
+// hasOf reports whether text has a line of from that is not in but.
+func hasOf(text, from, but []byte) bool {
+	lines := func(b []byte) map[string]bool {
+		set := map[string]bool{}
 		for line := range strings.Lines(string(b)) {
 			set[strings.TrimSpace(line)] = true
 		}
 		return set
 	}
-	old, is := lines(was), lines(text)
-	for line := range lines(installed) {
-		if line != "" && !old[line] && is[line] {
+	is, not := lines(text), lines(but)
+	for line := range lines(from) {
+		if line != "" && is[line] && !not[line] {
 			return true
 		}
 	}

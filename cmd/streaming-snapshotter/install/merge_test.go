@@ -58,47 +58,21 @@ func TestEditedByHand(t *testing.T) {
 			}, false, false, "changed since the install; take the change back"},
 		} {
 			t.Run(strings.TrimSpace(version+" "+name), func(t *testing.T) {
-				in := on(t, containerd(t, version), files)
-				var err error
-				if in.s, err = openStore(filepath.Join(t.TempDir(), "state")); err != nil {
-					t.Fatal(err)
-				}
-				was, err := os.ReadFile(in.c.Config)
-				if err != nil {
-					t.Fatal(err)
-				}
-				installsInto(t, in)
-				is, err := os.ReadFile(in.c.Config)
-				if err == nil {
-					err = os.WriteFile(in.c.Config, []byte(c.edit(string(is))), 0)
-				}
-				if err != nil {
-					t.Fatal(err)
-				}
-				now, err := in.dump(t.Context(), nil)
-				if err != nil {
-					t.Fatal(err)
-				}
+				in, was, is := installedOn(t, version, files)
+				rewrite(t, in, c.edit(is))
 				in.o.DiscardChanges = c.discard
-				var r removal
-				_, err = in.filesBefore(t.Context(), &r, now, traps.Find(now, traps.Want{Address: in.o.Address, Root: in.o.Root}))
+				r, err := putsBack(t, in)
 				if c.want != "" {
 					if err == nil || !strings.Contains(err.Error(), c.want) {
 						t.Errorf("got %v, want %q", err, c.want)
 					}
 					return
 				}
-				if err != nil {
-					t.Fatal(err)
-				}
-				if err := apply(t.Context(), r.files); err != nil {
-					t.Fatal(err)
-				}
-				want := string(was)
+				want := was
 				if c.stays {
 					want = c.edit(want)
 				}
-				if got, err := os.ReadFile(in.c.Config); err != nil || string(got) != want || (len(r.merged) == 1) != c.stays {
+				if got := mainFile(t, in); err != nil || got != want || (len(r.merged) == 1) != c.stays {
 					t.Errorf("%v: got\n%s\nwant\n%s", err, got, want)
 				}
 			})
@@ -110,61 +84,86 @@ func TestEditedByHand(t *testing.T) {
 // before the first install.
 func TestRewritten(t *testing.T) {
 	const anew = "version = 3\nimports = ['DIR/other.toml']\n# anew\n[plugins.'io.containerd.cri.v1.images']\n  max_concurrent_downloads = 7\n"
+	cut := func(is string) string { return strings.ReplaceAll(is, `snapshotter = "streaming"`, "") }
 	for name, c := range map[string]struct {
-		edit func(was, is string) string
-		err  string // of the uninstall; without one there is what edit has returned
+		edit  func(was, is string) string
+		first bool   // an uninstall puts back what was there before the first install, and not what edit returned
+		err   string // of the uninstall
 	}{
-		"as it was":       {func(was, _ string) string { return was }, ""},
-		"but for a line":  {func(was, _ string) string { return was + "# more\n" }, ""},
-		"wholly":          {func(string, string) string { return anew }, ""},
-		"gone":            {func(string, string) string { return "" }, ""},
-		"a part of ours":  {func(_, is string) string { return "# top\n" + strings.ReplaceAll(is, `snapshotter = "streaming"`, "") }, "changed since the install"},
-		"a table of ours": {func(_, is string) string { return "# top\n" + is[:strings.Index(is, "[proxy_plugins")] }, "changed since the install"},
+		"as it was":                 {func(was, _ string) string { return was }, true, ""},
+		"but for a line":            {func(was, _ string) string { return was + "# more\n" }, false, ""},
+		"wholly":                    {func(string, string) string { return anew }, false, ""},
+		"gone":                      {func(string, string) string { return "" }, false, ""},
+		"a part of ours is gone":    {func(_, is string) string { return cut(is) }, true, ""},
+		"a part and theirs":         {func(_, is string) string { return "# top\n" + cut(is) }, false, "changed since the install"},
+		"theirs in a table of ours": {func(_, is string) string { return cut(is) + "  max_concurrent_downloads = 9\n" }, false, "changed since the install"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			in := on(t, containerd(t, ""), forms()["another imported"].files)
-			var err error
-			if in.s, err = openStore(filepath.Join(t.TempDir(), "state")); err != nil {
-				t.Fatal(err)
-			}
-			before, err := os.ReadFile(in.c.Config)
-			if err != nil {
-				t.Fatal(err)
-			}
+			in, was, is := installedOn(t, "", forms()["another imported"].files)
+			edited := strings.ReplaceAll(c.edit(was, is), "DIR", filepath.Dir(in.c.Config))
+			rewrite(t, in, edited)
 			installsInto(t, in)
-			is, err := os.ReadFile(in.c.Config)
-			if err != nil {
-				t.Fatal(err)
+			if again := mainFile(t, in); again == edited {
+				t.Fatalf("the second install has changed nothing:\n%s", again)
 			}
-			edited := strings.ReplaceAll(c.edit(string(before), string(is)), "DIR", filepath.Dir(in.c.Config))
-			if err := os.WriteFile(in.c.Config, []byte(edited), 0); err != nil {
-				t.Fatal(err)
-			}
-			installsInto(t, in)
-			again, err := os.ReadFile(in.c.Config)
-			if err != nil || string(again) == edited {
-				t.Fatalf("the second install has changed nothing: %v\n%s", err, again)
-			}
-			now, err := in.dump(t.Context(), nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			var r removal
-			_, err = in.filesBefore(t.Context(), &r, now, traps.Find(now, traps.Want{Address: in.o.Address, Root: in.o.Root}))
+			_, err := putsBack(t, in)
 			if c.err != "" {
 				if err == nil || !strings.Contains(err.Error(), c.err) {
 					t.Errorf("got %v, want %q", err, c.err)
 				}
 				return
 			}
-			if err == nil {
-				err = apply(t.Context(), r.files)
+			want := edited
+			if c.first {
+				want = was
 			}
-			if got, err2 := os.ReadFile(in.c.Config); err != nil || err2 != nil || string(got) != edited {
-				t.Errorf("%v, %v: got\n%s\nwant\n%s", err, err2, got, edited)
+			if got := mainFile(t, in); err != nil || got != want {
+				t.Errorf("%v: got\n%s\nwant\n%s", err, got, want)
 			}
 		})
 	}
+}
+
+// installedOn is containerd of version with files, into which an install has written, and its main file before and after that.
+func installedOn(t *testing.T, version string, files map[string]string) (in *installer, was, is string) {
+	t.Helper()
+	in = on(t, containerd(t, version), files)
+	var err error
+	if in.s, err = openStore(filepath.Join(t.TempDir(), "state")); err != nil {
+		t.Fatal(err)
+	}
+	was = mainFile(t, in)
+	installsInto(t, in)
+	return in, was, mainFile(t, in)
+}
+
+func mainFile(t *testing.T, in *installer) string {
+	t.Helper()
+	b, err := os.ReadFile(in.c.Config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func rewrite(t *testing.T, in *installer, text string) {
+	t.Helper()
+	if err := os.WriteFile(in.c.Config, []byte(text), 0); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// putsBack does of an uninstall what is about containerd's files.
+func putsBack(t *testing.T, in *installer) (r removal, err error) {
+	t.Helper()
+	now, err := in.dump(t.Context(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err = in.filesBefore(t.Context(), &r, now, traps.Find(now, traps.Want{Address: in.o.Address, Root: in.o.Root})); err != nil {
+		return r, err
+	}
+	return r, apply(t.Context(), r.files)
 }
 
 // installsInto writes the snapshotter into containerd's configuration.

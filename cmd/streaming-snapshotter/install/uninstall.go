@@ -217,7 +217,9 @@ func (in *installer) withoutOurs(was, installed, is file) (file, bool) {
 		return is, false
 	}
 	text, ok := takeBack(was.data, ours.data, is.data)
-	return regular(is.Path, is.Mode, text).like(is), ok
+	merged := regular(is.Path, is.Mode, text)
+	merged.UID, merged.GID, merged.Time, merged.Xattrs = is.UID, is.GID, is.Time, is.Xattrs
+	return merged, ok
 }
 
 // onlyOurs is an error that says what differs in two of containerd's configurations beside what is said of the snapshotter.
