@@ -1,12 +1,17 @@
 package stream
 
 import (
+	"archive/tar"
+	"bytes"
 	"math"
 	"testing"
 	"time"
 
+	"github.com/opencontainers/go-digest"
+
 	"github.com/streaming-snapshotter/streaming-snapshotter/artifact"
 	"github.com/streaming-snapshotter/streaming-snapshotter/registryclient"
+	"github.com/streaming-snapshotter/streaming-snapshotter/snapshot/ledger"
 )
 
 // What an image claims to have sets no other's pace, and no turn of more than a part of a deadline; zeros count as what they are to hash.
@@ -35,6 +40,46 @@ func TestProofPace(t *testing.T) {
 	}
 	if got := cost(artifact.Chunk{TarSize: 4 << 20, BlobSize: 2 << 20}); got != 2<<20 {
 		t.Errorf("a chunk of 2 MiB counts as %d bytes", got)
+	}
+}
+
+// What is left of an image is what its layers that are not proven take to hash, by their indexes, and not what their blobs have.
+func TestLeftToProve(t *testing.T) {
+	const size = 8 << 20
+	var tarred, made bytes.Buffer
+	w := tar.NewWriter(&tarred)
+	if err := w.WriteHeader(&tar.Header{Name: "zeros", Mode: 0o644, Size: size}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(make([]byte, size)); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	enc, err := artifact.EncodeLayer(t.Context(), &made, &tarred, artifact.EncodeOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	x, err := artifact.DecodeIndex(made.Bytes()[enc.IndexOffset:])
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := ledger.Open(t.TempDir(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rec := &record{DiffIDs: []digest.Digest{digest.FromString("1"), digest.FromString("2")}, Layers: []artifact.Layer{enc.Layer, enc.Layer}}
+	use := &deviceUse{device: &device{indexes: []*artifact.Index{x, x}}, image: &image{rec: rec}}
+	s := &Store{o: Options{Trust: Trust{Ledger: l}}}
+	for proven := range 2 {
+		want := int64(2-proven) * size / tarFactor
+		if left, err := s.left(use); err != nil || left < want || left > want+want/100 {
+			t.Errorf("%d layers are proven: %d is left, want %d: %v", proven, left, want, err)
+		}
+		if err := l.Prove(ledger.Proof{Key: rec.key(0)}); err != nil {
+			t.Fatal(err)
+		}
 	}
 }
 
