@@ -204,7 +204,7 @@ func (s *Store) adopt(ctx context.Context, repo registryclient.Repository, manif
 	// What cannot be mounted must be known now: once a layer is promised to containerd, there is no normal pull to fall back to.
 	use, err := img.prepare(ctx)
 	if err == nil && got != nil {
-		if err = s.vouch(img, got); err != nil {
+		if err = s.vouch(img, nil, got); err != nil {
 			use.Close()
 		}
 	}

@@ -99,7 +99,10 @@ func (s *Store) stillSigned(ctx context.Context, img *image, v trust.Verifier) e
 		case is == nil:
 			again := *g
 			again.Trusted = epoch
-			if err := s.vouch(img, &again); err != nil {
+			switch err := s.vouch(img, g, &again); {
+			case errors.Is(err, errNewer):
+				return s.stillSigned(ctx, img, v)
+			case err != nil:
 				s.log.Warn("a verdict by changed files of the trust policy is not written down: it is asked for again", "image", img.name(), "error", err)
 			}
 			return nil
@@ -208,7 +211,7 @@ func (s *Store) verifyAgain(ctx context.Context, img *image, g *vetted, v trust.
 	default:
 		return err
 	}
-	return s.vouch(img, &again)
+	return s.vouch(img, nil, &again)
 }
 
 // standing reports whether what a search of repo found before needs no other one: the verdict on it may have run out, be withdrawn, or be by other files.
@@ -240,13 +243,20 @@ func loadVetted(dir string) []*vetted {
 	return list
 }
 
-// vouch records a verdict on img's artifact, in the place of that of the same repository, and makes it durable.
-func (s *Store) vouch(img *image, got *vetted) error {
+// errNewer says that a verdict is not recorded, because what it was made of is not what counts any more.
+var errNewer = errors.New("there is a newer verdict")
+
+// vouch records a verdict on img's artifact, in the place of that of the same repository, and makes it durable. If it is one that was made of another, of, and is as good as that, it is errNewer if somebody has replaced
+// of meanwhile.
+func (s *Store) vouch(img *image, of, got *vetted) error {
 	s.vouching.Lock()
 	defer s.vouching.Unlock()
 	old := s.vettedOf(img)
-	if slices.Contains(old, got) {
+	switch {
+	case slices.Contains(old, got):
 		return nil
+	case of != nil && !slices.Contains(old, of):
+		return errNewer
 	}
 	list := slices.DeleteFunc(slices.Clone(old), func(g *vetted) bool { return g.Repository == got.Repository })
 	list = append(list, got)
